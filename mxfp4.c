@@ -1,0 +1,166 @@
+// mxfp4.c: experts with four bits per weight, and the grouped product that reads them packed.
+//
+// A routed expert's matrix is e2m1 codes, two to a byte, with one e8m0 scale per 32 columns of a
+// row:
+//
+//     W[o][c] = e2m1(nibble c of row o) * 2^(scale[o][c/32] - 127)
+//
+// Byte j of a row holds column 2j in its LOW nibble and column 2j+1 in its high one. A nibble is
+// s|EE|M; the eight magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6. So a weight takes 4.25 bits, and the
+// experts, 277 of the model's 284 billion parameters, fit into 147 GB. They stay packed from the
+// first byte read to the last step: widening a row is exact, and happens inside the product.
+//
+// The products are fp8.c's. New is that rows belong to experts: they are sorted by expert, rows
+// offset[e] .. offset[e+1]-1 are expert e's, and each is multiplied with its own expert's matrix.
+// An expert may have no rows, or all of them.
+//
+// What it refuses to do: widths that are not whole groups of 32, gradients of the packed weights,
+// widened copies that outlive a tile.
+//
+// Contents
+//   1 e2m1, code by code
+//   2 widening and packing rows
+//   3 the grouped products
+#ifndef MXFP4_C
+#define MXFP4_C
+#include "fp8.c"            // Frozen, frozen_forward, frozen_backward, tile_rows, scale_for
+
+// -------------------------------------------------------------------------------------------------
+// 1 e2m1, code by code
+//
+// E > 0: (1 + M/2) 2^(E-1). E = 0: M/2. There is no NaN and no infinity in four bits, so whoever
+// packs numbers must look for them before. Both directions are fp8.c's with other field widths.
+
+// The value of the low four bits of `nibble`: exact. Code 8 is -0.
+static inline float float_from_e2m1(uint8_t nibble) {
+    uint32_t magnitude = nibble & 7, sign = (uint32_t)(nibble & 8) << 28;
+    // A float's fields are 22 bits further left, its exponent bias is larger by 126. With E = 0,
+    // raise E to 1 and take the leading one off again.
+    uint32_t subnormal = magnitude < 2, exponent = (126 + subnormal) << 23;
+    float leading_one = float_from_bits(subnormal * (127u << 23));      // 1 or 0
+    float value = float_from_bits((magnitude << 22) + exponent) - leading_one;
+    return float_from_bits(bits_from_float(value) | sign);
+}
+
+// The nearest code, ties to the even one. Beyond 6, infinity included, gives 6 with x's sign; so
+// does a NaN; -0 stays -0.
+static inline uint8_t e2m1_from_float(float x) {
+    uint32_t sign = bits_from_float(x) >> 28 & 8, bits = bits_from_float(x) & 0x7FFFFFFFu;
+    uint32_t magnitude = bits < 0x40C00000u ? bits : 0x40C00000u;       // min(|x|, 6)
+    uint32_t exponent = magnitude >> 23 > 127 ? magnitude >> 23 : 127;  // of 1, or of x
+    // As in e4m3_from_float: adding a power of two makes the adder round at the code's spacing.
+    float large = float_from_bits((exponent + 22) << 23);
+    uint32_t mantissa = bits_from_float(float_from_bits(magnitude) + large)
+                      - bits_from_float(large);
+    return (uint8_t)(sign | (((exponent - 127) << 1) + mantissa));
+}
+
+// -------------------------------------------------------------------------------------------------
+// 2 Widening and packing rows
+//
+// A scale covers 32 terms of the forward's sum, so there it could be applied afterwards. In the
+// backward, dx = W^T dy, the sum runs over rows o, whose scales all differ: only the codes' values
+// can be summed. So both widen first, and see the same numbers.
+
+// w (O,C/2) packed codes, scale (O,C/32).
+static inline void widen_fp4(real *row, const void *w, const uint8_t *scale, size_t o, int C) {
+    const uint8_t *packed = (const uint8_t *)w + o * (C / 2);
+    scale += o * (C / FP4_BLOCK);
+    for (int g = 0; g < C / FP4_BLOCK; g++) {
+        real s = float_from_e8m0(scale[g]);
+        for (int j = 0; j < FP4_BLOCK / 2; j++) {
+            uint8_t byte = packed[g * (FP4_BLOCK / 2) + j];
+            row[g * FP4_BLOCK + 2 * j] = float_from_e2m1(byte) * s;
+            row[g * FP4_BLOCK + 2 * j + 1] = float_from_e2m1(byte >> 4) * s;
+        }
+    }
+}
+
+// packed (O,C/2), scales (O,C/32) from finite w (O,C). The scale of a group is the smallest 2^t
+// with max |w| <= 6 * 2^t, t >= -126. Source: deepseek-v4-flash.md, section 4.
+void quantize_fp4(uint8_t *packed, uint8_t *scales, const float *w, int O, int C) {
+    require(C % FP4_BLOCK == 0);
+    #pragma omp parallel for
+    for (int o = 0; o < O; o++) {
+        for (int g = 0; g < C / FP4_BLOCK; g++) {
+            const float *x = w + (size_t)o * C + g * FP4_BLOCK;
+            uint8_t *bytes = packed + ((size_t)o * C + g * FP4_BLOCK) / 2;
+            float amax = 0;
+            for (int i = 0; i < FP4_BLOCK; i++) { amax = finite_max(amax, x[i]); }
+            uint8_t s = scale_for(amax, 6);
+            scales[(size_t)o * (C / FP4_BLOCK) + g] = s;
+            for (int j = 0; j < FP4_BLOCK / 2; j++) {
+                uint8_t low = e2m1_from_float(x[2 * j] * inverse_scale(s));
+                uint8_t high = e2m1_from_float(x[2 * j + 1] * inverse_scale(s));
+                bytes[j] = (uint8_t)(low | high << 4);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 3 The grouped products
+//
+// Work is dealt to threads in tiles that never cross from one expert to the next, because a tile
+// has one matrix. Tiles differ in size, so a thread takes the next one when it is done; the result
+// does not show which thread that was.
+
+typedef struct { int expert, row, n; } ExpertTile;      // rows row .. row+n-1, all of one expert
+
+// Cuts the rows of all experts into tiles of at most `tile` rows. Returns a host_alloc'ed list.
+static inline ExpertTile *expert_tiles(int *count, const int *offset, int E, int tile) {
+    *count = 0;
+    for (int e = 0; e < E; e++) { *count += ceil_div(offset[e + 1] - offset[e], tile); }
+    ExpertTile *list = (ExpertTile *)host_alloc(sizeof(ExpertTile) * *count);
+    ExpertTile *next = list;
+    for (int e = 0; e < E; e++) {
+        for (int row = offset[e]; row < offset[e + 1]; row += tile) {
+            *next++ = (ExpertTile){ e, row, min_int(tile, offset[e + 1] - row) };
+        }
+    }
+    return list;
+}
+
+// out (rows,O) = inp (rows,C) times the transpose of the expert's matrix: w (E,O,C/2), scale
+// (E,O,C/32). Rows offset[e] .. offset[e+1]-1 are expert e's; offset (E+1) starts at 0.
+void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint8_t *w,
+                         const uint8_t *scale, int E, int C, int O) {
+    CPU_ONLY();
+    require(C % FP4_BLOCK == 0);
+    Frozen m = { w, scale, widen_fp4 };
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C + O));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        size_t row = list[i].row, n = list[i].n;
+        real *x = tile_alloc(n * C), *y = tile_alloc(n * O);
+        load_rows(x, inp + row * C, n * C);
+        frozen_forward(y, x, m, (size_t)list[i].expert * O, (int)n, C, O);
+        store_rows(out + row * O, y, n * O);
+        free(x);
+        free(y);
+    }
+    free(list);
+}
+
+// dinp (rows,C) += dout (rows,O) times the expert's matrix.
+void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const uint8_t *w,
+                          const uint8_t *scale, int E, int C, int O) {
+    CPU_ONLY();
+    require(C % FP4_BLOCK == 0);
+    Frozen m = { w, scale, widen_fp4 };
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C + O));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        // forward: out[r][o] = sum_c inp[r][c] W[o][c], so dinp[r][c] += sum_o dout[r][o] W[o][c],
+        // both with the W of the rows' expert
+        size_t row = list[i].row, n = list[i].n;
+        real *dy = tile_alloc(n * O);
+        load_rows(dy, dout + row * O, n * O);
+        frozen_backward(dinp + row * C, dy, m, (size_t)list[i].expert * O, (int)n, C, O);
+        free(dy);
+    }
+    free(list);
+}
+#endif // MXFP4_C

@@ -1,0 +1,424 @@
+// Tests of mxfp4.c: four-bit codes, packed rows, grouped products.
+//
+//   cc -std=gnu11 -O3 -march=native -fopenmp -Wall -Wextra -Werror test/test_mxfp4.c -lm
+//   ... also with -DACT=float, with -DACT=double -DREAL=double (adds central differences), and with
+//   -fsanitize=address,undefined
+//
+// The references are a table of eight numbers, a search for the nearest, and three loops in double.
+// Small integers make products exact, so that a wrong index cannot hide in a tolerance.
+//
+// Each check was seen to fail on broken copies of mxfp4.c, 35 of them: nibbles swapped (read,
+// written, and as halves of a group), no sign, wrong subnormals, bias or rounding off by one, no
+// clamp; scale dropped, taken from another group or row, its first or last number not looked at,
+// too large; packed rows at the wrong stride; every expert reading expert 0's matrix, or one at the
+// wrong stride; tiles counted wrongly, overlapping the next expert, loaded or stored at row 0; the
+// check of the width removed.
+#include "../mxfp4.c"
+#include "check.h"
+
+// The flavour of this build.
+enum { IN_DOUBLE = sizeof(real) == sizeof(double), IN_BF16 = sizeof(act) == sizeof(bf16) };
+
+// In [-1, 1), the same on every machine.
+static double uniform(void) {
+    static uint64_t state = 1;
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (double)(state >> 32) / 2147483648.0 - 1;
+}
+
+// 0 .. n-1.
+static int below(int n) { return (int)((uniform() + 1) / 2 * n); }
+
+// The value an activation keeps of x.
+static double stored(double x) {
+    act a;
+    st(&a, (real)x);
+    return (double)ld(&a);
+}
+
+static const double e2m1_values[16] = { 0,  0.5,  1,  1.5,  2,  3,  4,  6,
+                                       -0.0, -0.5, -1, -1.5, -2, -3, -4, -6 };
+
+// The code nearest to x by trying all of them; of two equally near ones the even one.
+static int e2m1_nearest(double x) {
+    int best = 0;
+    for (int code = 1; code < 8; code++) {
+        double gain = fabs(fabs(x) - e2m1_values[best]) - fabs(fabs(x) - e2m1_values[code]);
+        if (gain > 0 || (gain == 0 && code % 2 == 0)) { best = code; }
+    }
+    return best | (signbit(x) ? 8 : 0);
+}
+
+static void test_e2m1(void) {
+    int wrong = 0;
+    for (int code = 0; code < 16; code++) {
+        float got = float_from_e2m1((uint8_t)code), want = (float)e2m1_values[code];
+        check(bits_from_float(got) == bits_from_float(want), "code %d is %g, want %g", code, got,
+              want);
+        check(float_from_e2m1((uint8_t)(code | 0xA0)) == want, "code %d with a high nibble", code);
+        check(e2m1_from_float(want) == code, "%g comes back as %d", want, e2m1_from_float(want));
+    }
+    for (int code = 0; code < 7; code++) {      // ties, and the floats on both sides
+        float middle = (float)((e2m1_values[code] + e2m1_values[code + 1]) / 2);
+        int even = code % 2 ? code + 1 : code;
+        for (int sign = 0; sign < 16; sign += 8) {
+            float s = sign ? -1.0f : 1.0f;
+            check(e2m1_from_float(s * middle) == (sign | even), "tie at %g", s * middle);
+            check(e2m1_from_float(s * nextafterf(middle, 0)) == (sign | code), "below %g", middle);
+            check(e2m1_from_float(s * nextafterf(middle, 9)) == (sign | (code + 1)), "above %g",
+                  middle);
+        }
+    }
+    const float large[] = { 6, nextafterf(6, 7), 6.5f, 7, 8, 12, 1e9f, 3.4e38f, INFINITY, NAN };
+    for (size_t i = 0; i < sizeof large / sizeof *large; i++) {
+        check(e2m1_from_float(large[i]) == 7, "%g does not become 6", large[i]);
+        check(e2m1_from_float(-large[i]) == 15, "%g does not become -6", -large[i]);
+    }
+    check(e2m1_from_float(0x1p-149f) == 0 && e2m1_from_float(-0x1p-130f) == 8, "tiny numbers");
+    for (int i = 0; i < 200000; i++) {
+        float x = (float)ldexp(uniform(), below(10) - 5);
+        wrong += e2m1_from_float(x) != e2m1_nearest(x);
+    }
+    check(wrong == 0, "e2m1_from_float differs from the nearest code for %d of 200000", wrong);
+}
+
+// All codes with all scales, in both nibbles; deepseek-v4-flash.md 2.5 gives the order of nibbles.
+static void test_widen(void) {
+    uint8_t packed[3 * 32], scale[3 * 2];
+    real row[64];
+    memset(packed, 0, sizeof packed);
+    memset(scale, 127, sizeof scale);
+    packed[32 + 16] = 0xF1;         // row 1, columns 32 and 33
+    packed[32 + 17] = 0x2E;
+    for (int b = 124; b <= 127; b += 3) {
+        scale[2 + 1] = (uint8_t)b;
+        const double want[4] = { 0.5, -6, -4, 1 };
+        widen_fp4(row, packed, scale, 1, 64);
+        for (int i = 0; i < 4; i++) {
+            check_close("sanity bytes", i, (double)row[32 + i], want[i] * (b == 124 ? 0.125 : 1),
+                        0);
+        }
+    }
+    int wrong = 0;
+    for (int b = 0; b < 255; b++) {
+        for (int byte = 0; byte < 256; byte++) {
+            for (int i = 0; i < 96; i++) { packed[i] = (uint8_t)(byte + i); }
+            for (int i = 0; i < 6; i++) { scale[i] = (uint8_t)(b ^ (i != 5)); }
+            widen_fp4(row, packed, scale, 2, 64);
+            for (int i = 0; i < 16; i++) {
+                uint8_t at = (uint8_t)(byte + 64 + 16 + i);
+                double low = ldexp(e2m1_values[at & 15], b - 127);
+                double high = ldexp(e2m1_values[at >> 4], b - 127);
+                wrong += (double)row[32 + 2 * i] != (IN_DOUBLE ? low : (float)low);
+                wrong += (double)row[32 + 2 * i + 1] != (IN_DOUBLE ? high : (float)high);
+            }
+        }
+    }
+    check(wrong == 0, "widen_fp4: %d values are wrong", wrong);
+    scale[0] = 127;
+    scale[1] = 255;
+    widen_fp4(row, packed, scale, 0, 64);
+    check(!isnan((double)row[31]) && isnan((double)row[32]), "scale byte 255 is NaN, in its group");
+}
+
+// The smallest t >= -126 with a <= 6 * 2^t, by trying.
+static int exponent_for(double a) {
+    int t = -126;
+    while (a > ldexp(6, t)) { t++; }
+    return t;
+}
+
+static void test_quantize(void) {
+    enum { O = 270, C = 96, GROUPS = C / 32 };
+    float *w = malloc(sizeof(float) * O * C), *twice = malloc(sizeof(float) * O * C);
+    uint8_t packed[O * C / 2], again[O * C / 2], scales[O * GROUPS], scales_again[O * GROUPS];
+    real row[C];
+    for (int o = 0; o < O; o++) {
+        for (int c = 0; c < C; c++) {       // every magnitude a float has; some groups all zero
+            w[o * C + c] = o % 50 == 7 ? (c % 2 ? 0.0f : -0.0f) : (float)ldexp(uniform(), o - 145);
+        }
+        // A group's largest is at either end; or exactly 6 * 2^k, or the float before or after.
+        float edge = (float)ldexp(6, o - 149 < 125 ? o - 149 : 0);
+        w[o * C + 31] *= o < 250 ? 64 : 1;
+        w[o * C + 64] *= o < 250 ? 64 : 1;
+        w[o * C + 33] = o % 3 ? nextafterf(edge, o % 3 == 1 ? 0 : INFINITY) : -edge;
+    }
+    quantize_fp4(packed, scales, w, O, C);
+    int bad_scales = 0, bad_codes = 0, moved = 0;
+    for (int o = 0; o < O; o++) {
+        widen_fp4(row, packed, scales, (size_t)o, C);
+        for (int g = 0; g < GROUPS; g++) {
+            double amax = 0;
+            for (int c = g * 32; c < (g + 1) * 32; c++) {
+                amax = fmax(amax, fabs((double)w[o * C + c]));
+            }
+            int t = exponent_for(amax);
+            bad_scales += scales[o * GROUPS + g] != t + 127;
+            for (int c = g * 32; c < (g + 1) * 32; c++) {
+                int code = packed[(o * C + c) / 2] >> 4 * (c % 2) & 15;
+                bad_codes += code != e2m1_nearest(ldexp(w[o * C + c], -t));
+                twice[o * C + c] = (float)row[c];
+            }
+        }
+    }
+    check(bad_scales == 0 && bad_codes == 0, "quantize_fp4: %d scales, %d codes are wrong",
+          bad_scales, bad_codes);
+    // What was quantised is quantised to itself.
+    quantize_fp4(again, scales_again, twice, O, C);
+    for (int o = 0; o < O; o++) {
+        widen_fp4(row, again, scales_again, (size_t)o, C);
+        for (int c = 0; c < C; c++) { moved += (float)row[c] != twice[o * C + c]; }
+    }
+    check(moved == 0, "quantising twice moves %d values", moved);
+    free(w);
+    free(twice);
+
+    // deepseek-v4-flash.md section 11, fp4 block.
+    float block[32] = { 7, -2.5f, 0.4f, 5, 1.5f };
+    const double want[5] = { 8, -2, 0, 4, 2 };
+    quantize_fp4(packed, scales, block, 1, 32);
+    widen_fp4(row, packed, scales, 0, 32);
+    check(scales[0] == 128, "fp4 block: scale byte %d, want 128", scales[0]);
+    for (int i = 0; i < 5; i++) { check_close("fp4 block", i, (double)row[i], want[i], 0); }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Grouped products
+
+static void set_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
+}
+
+typedef struct {
+    int E, C, O, T;                 // experts, columns, rows of a matrix, rows of activations
+    int offset[12];                 // (E+1)
+    uint8_t *w, *scale;             // (E,O,C/2), (E,O,C/32)
+    double *value;                  // (E,O,C), what they mean
+    double *x, *dy, *dx0;           // (T,C), (T,O), (T,C): input, gradient, what dinp holds before
+    double *out, *dinp;             // (T,O), (T,C): what run() got
+} Case;
+
+// Experts with counts[e] rows each. `whole`: all numbers are small integers, else random.
+static Case case_new(int E, const int *counts, int C, int O, int whole) {
+    Case k = { .E = E, .C = C, .O = O };
+    for (int e = 0; e < E; e++) { k.offset[e + 1] = k.offset[e] + counts[e]; }
+    k.T = k.offset[E];
+    size_t n = (size_t)E * O * C, n_x = (size_t)k.T * C, n_y = (size_t)k.T * O;
+    k.w = malloc(n / 2);
+    k.scale = malloc(n / 32);
+    k.value = malloc(8 * n);
+    k.x = malloc(8 * n_x + 8);
+    k.dx0 = malloc(8 * n_x + 8);
+    k.dinp = malloc(8 * n_x + 8);
+    k.dy = malloc(8 * n_y + 8);
+    k.out = malloc(8 * n_y + 8);
+    for (size_t i = 0; i < n / 32; i++) {
+        k.scale[i] = (uint8_t)(whole ? 128 + (int)(i % 3) : 120 + below(9));
+    }
+    for (size_t i = 0; i < n / 2; i++) { k.w[i] = (uint8_t)below(256); }
+    for (size_t i = 0; i < n; i++) {
+        k.value[i] = ldexp(e2m1_values[k.w[i / 2] >> 4 * (i % 2) & 15], k.scale[i / 32] - 127);
+    }
+    for (size_t i = 0; i < n_x; i++) {
+        k.x[i] = whole ? below(9) - 4 : stored(uniform());
+        k.dx0[i] = whole ? below(9) - 4 : 0;
+    }
+    for (size_t i = 0; i < n_y; i++) { k.dy[i] = whole ? below(9) - 4 : stored(uniform()); }
+    return k;
+}
+
+static void case_free(Case *k) {
+    free(k->w);
+    free(k->scale);
+    free(k->value);
+    free(k->x);
+    free(k->dx0);
+    free(k->dinp);
+    free(k->dy);
+    free(k->out);
+}
+
+// Fills k->out and k->dinp.
+static void run(Case *k) {
+    size_t n_x = (size_t)k->T * k->C, n_y = (size_t)k->T * k->O;
+    act *inp = calloc(n_x + 1, sizeof(act)), *out = calloc(n_y + 1, sizeof(act));
+    act *dout = calloc(n_y + 1, sizeof(act));
+    real *dinp = calloc(n_x + 1, sizeof(real));
+    for (size_t i = 0; i < n_x; i++) {
+        st(inp + i, (real)k->x[i]);
+        dinp[i] = (real)k->dx0[i];
+    }
+    for (size_t i = 0; i < n_y; i++) {
+        st(dout + i, (real)k->dy[i]);
+        st(out + i, (real)NAN);
+    }
+    experts_fp4_forward(out, inp, k->offset, k->w, k->scale, k->E, k->C, k->O);
+    experts_fp4_backward(dinp, dout, k->offset, k->w, k->scale, k->E, k->C, k->O);
+    for (size_t i = 0; i < n_y; i++) { k->out[i] = (double)ld(out + i); }
+    for (size_t i = 0; i < n_x; i++) { k->dinp[i] = (double)dinp[i]; }
+    free(inp);
+    free(out);
+    free(dout);
+    free(dinp);
+}
+
+// The expert of a row, by looking.
+static int expert_of(const Case *k, int row) {
+    int e = 0;
+    while (row >= k->offset[e + 1]) { e++; }
+    return e;
+}
+
+// Integers: the exact sums, the output rounded once, the gradient added to what was there.
+static void check_exact(int E, const int *counts, int C, int O) {
+    Case k = case_new(E, counts, C, O, 1);
+    double *want = calloc((size_t)k.T * O + 1, 8), *want_dx = malloc(8 * ((size_t)k.T * C + 1));
+    memcpy(want_dx, k.dx0, 8 * (size_t)k.T * C);
+    for (int t = 0; t < k.T; t++) {
+        for (int o = 0; o < O; o++) {
+            for (int c = 0; c < C; c++) {
+                double w = k.value[((size_t)expert_of(&k, t) * O + o) * C + c];
+                want[t * O + o] += k.x[t * C + c] * w;
+                want_dx[t * C + c] += k.dy[t * O + o] * w;
+            }
+        }
+    }
+    for (int threads = 1; threads <= 3; threads++) {
+        int bad = 0, bad_dx = 0;
+        set_threads(threads);
+        run(&k);
+        for (int i = 0; i < k.T * O; i++) { bad += k.out[i] != stored(want[i]); }
+        for (int i = 0; i < k.T * C; i++) { bad_dx += k.dinp[i] != want_dx[i]; }
+        check(bad == 0 && bad_dx == 0, "%d experts, %d rows, C %d, O %d, %d threads: %d, %d wrong",
+              E, k.T, C, O, threads, bad, bad_dx);
+    }
+    free(want);
+    free(want_dx);
+    case_free(&k);
+}
+
+static void test_experts_exact(void) {
+    const int mixed[8] = { 5, 0, 1, 33, 0, 2, 4, 0 }, one[4] = { 0, 0, 70, 0 };
+    const int none[3] = { 0, 0, 0 }, first[2] = { 3, 0 }, single[1] = { 9 };
+    check_exact(8, mixed, 96, 50);
+    check_exact(8, mixed, 32, 1);
+    check_exact(4, one, 128, 67);
+    check_exact(3, none, 64, 4);
+    check_exact(2, first, 160, 129);
+    check_exact(1, single, 64, 3);
+}
+
+// Random numbers: near the sums in double; the same bits for any number of threads, and for each
+// expert alone; in double, the gradient is the slope.
+static void test_experts_random(void) {
+    const int counts[6] = { 13, 0, 40, 1, 6, 3 };
+    Case k = case_new(6, counts, 224, 53, 0);
+    size_t n_x = (size_t)k.T * k.C, n_y = (size_t)k.T * k.O;
+    double *want = calloc(n_y, 8), *want_dx = calloc(n_x, 8), *out = malloc(8 * n_y);
+    double *dinp = malloc(8 * n_x);
+    for (int t = 0; t < k.T; t++) {
+        for (int o = 0; o < k.O; o++) {
+            for (int c = 0; c < k.C; c++) {
+                double w = k.value[((size_t)expert_of(&k, t) * k.O + o) * k.C + c];
+                want[t * k.O + o] += k.x[t * k.C + c] * w;
+                want_dx[t * k.C + c] += k.dy[t * k.O + o] * w;
+            }
+        }
+    }
+    set_threads(1);
+    run(&k);
+    memcpy(out, k.out, 8 * n_y);
+    memcpy(dinp, k.dinp, 8 * n_x);
+    double tol = IN_DOUBLE ? 1e-14 : 5e-7;
+    check_tensor("out (63 rows, 6 experts, C 224, O 53)", out, want, n_y, IN_BF16 ? 2e-3 : tol);
+    check_tensor("dinp", dinp, want_dx, n_x, tol);
+    for (int threads = 2; threads <= 3; threads++) {
+        set_threads(threads);
+        run(&k);
+        check(memcmp(out, k.out, 8 * n_y) == 0 && memcmp(dinp, k.dinp, 8 * n_x) == 0,
+              "bits with %d threads", threads);
+    }
+    for (int e = 0; e < k.E; e++) {         // one expert's rows and matrix, as a case of its own
+        Case part = k;
+        size_t at = (size_t)k.offset[e];
+        part.E = 1;
+        part.T = part.offset[1] = counts[e];
+        part.w += (size_t)e * k.O * k.C / 2;
+        part.scale += (size_t)e * k.O * k.C / 32;
+        part.x += at * k.C;
+        part.dx0 += at * k.C;
+        part.dy += at * k.O;
+        run(&part);
+        check(memcmp(out + at * k.O, part.out, 8 * (size_t)part.T * k.O) == 0
+              && memcmp(dinp + at * k.C, part.dinp, 8 * (size_t)part.T * k.C) == 0,
+              "bits of expert %d alone", e);
+    }
+    if (IN_DOUBLE) {
+        run(&k);
+        double left = 0, right = 0;         // the adjoint: <dy, W x> = <W^T dy, x>
+        for (size_t i = 0; i < n_y; i++) { left += k.dy[i] * k.out[i]; }
+        for (size_t i = 0; i < n_x; i++) { right += dinp[i] * k.x[i]; }
+        check_close("adjoint", 0, right, left, 1e-10 * fabs(left));
+        for (int trial = 0; trial < 50; trial++) {
+            size_t i = (size_t)below((int)n_x);
+            double keep = k.x[i], h = 1e-3, loss[2] = { 0, 0 };
+            for (int side = 0; side < 2; side++) {
+                k.x[i] = keep + (side ? h : -h);
+                run(&k);
+                for (size_t j = 0; j < n_y; j++) { loss[side] += k.dy[j] * k.out[j]; }
+            }
+            k.x[i] = keep;
+            double slope = (loss[1] - loss[0]) / (2 * h);
+            check_close("slope of the experts", (long)i, dinp[i], slope, 1e-6 * fabs(slope) + 1e-9);
+        }
+    }
+    free(want);
+    free(want_dx);
+    free(out);
+    free(dinp);
+    case_free(&k);
+#ifndef _OPENMP
+    skip("threads: built without OpenMP");
+#endif
+}
+
+// Tiles cover every row once, in order, never two experts, never more than asked.
+static void test_tiles(void) {
+    const int offset[6] = { 0, 7, 7, 8, 20, 20 };
+    for (int tile = 1; tile < 14; tile++) {
+        int count, row = 0, fine = 1;
+        ExpertTile *list = expert_tiles(&count, offset, 5, tile);
+        for (int i = 0; i < count; i++) {
+            int e = list[i].expert, end = list[i].row + list[i].n;
+            fine &= list[i].row == row && list[i].n >= 1 && list[i].n <= tile;
+            fine &= list[i].row >= offset[e] && end <= offset[e + 1];
+            row = end;
+        }
+        check(fine && row == 20, "tiles of %d rows", tile);
+        free(list);
+    }
+}
+
+// Widths that are not whole groups are a bug of the caller.
+static void odd_width(void *arg) {
+    (void)arg;
+    const int offset[2] = { 0, 0 };
+    experts_fp4_forward(NULL, NULL, offset, NULL, NULL, 1, 48, 4);
+}
+
+int main(void) {
+    char text[512];
+    test_e2m1();
+    test_widen();
+    test_quantize();
+    test_experts_exact();
+    test_experts_random();
+    test_tiles();
+    int code = run_child(odd_width, NULL, text, sizeof text);
+    check(code == EXIT_USAGE && strstr(text, "FP4_BLOCK"), "C = 48: exit code %d, %s", code, text);
+    return finish("test_mxfp4");
+}
