@@ -1,0 +1,946 @@
+// moe.c: a mixture of experts, and the ranks it is spread over.
+//
+// The feed-forward layer of DeepSeek-V4 is not one network but E small ones, the experts. A router
+// gives each token K of them, so that a token pays for K experts while the model owns E:
+//
+//     s   = sqrt(softplus(gate x))              one score per expert, in fp32
+//     I   = the K experts of largest s + bias   (the first layers: I = tid2eid[token], a table)
+//     w_k = route_scale s_k / sum_I s           from the scores WITHOUT the bias
+//     y_k = w2_k ( w_k silu(min(w1_k x, L)) clamp(w3_k x, -L, L) )
+//     f   = sum_k y_k + shared(x)               shared: an expert that sees every token, w_k = 1
+//
+// The routing weight multiplies before w2, so it travels with its token, and its gradient comes
+// back with the token's. A slot is one (token, k) pair: the unit that travels. Experts are dealt to
+// ranks; slots visit the rank that owns their expert in rounds of a fixed number of rows, so that
+// crooked routing costs time, never memory and never a token. The sums are written so that 1, 2 and
+// 4 ranks give the same output, bit for bit. Formulas: deepseek-v4-flash.md 3.6, 6.10 and 6.11.
+//
+// What it refuses to do: drop tokens, train the router, add an auxiliary loss, keep g and v.
+//
+// Contents
+//   1 ranks: launch and supervisor        5 routers
+//   2 ranks: meeting in shared memory     6 the trip: which row goes where, in which round
+//   3 collectives                         7 the experts of this rank, the shared expert, combine
+//   4 sizes and buffers of a layer        8 the layer: forward and backward
+#ifndef MOE_C
+#define MOE_C
+#include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
+#include <limits.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <sys/types.h>
+#include <sys/wait.h>
+#include <tgmath.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// -------------------------------------------------------------------------------------------------
+// 1 Ranks: launch and supervisor
+//
+// A rank is a process. The first process forks one child per rank and from then on only watches: if
+// a child dies it ends the others, who would otherwise wait for it, and its exit code tells the
+// first cause. It forks before anyone has used OpenMP, whose threads do not survive a fork. Ranks
+// [g*ep, (g+1)*ep) form expert group g: together they own one set of experts. A rank's replicas are
+// the ranks at the same place of the other groups, who own the same experts.
+
+enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMMS };
+enum {
+    COMM_RANKS_MAX = 64,    // processes that share memory
+    COMM_BOX = 1 << 18,     // bytes a rank can show the others in one step
+};
+
+typedef struct {                    // what a rank shows the others in one step
+    char what[96];                  // "collective (phase)": equal on all ranks, or someone is lost
+    size_t bytes[COMM_RANKS_MAX];   // all-to-all: for whom how much
+    _Alignas(64) unsigned char data[COMM_BOX];
+} Box;
+
+typedef struct {                    // one rank's part of the page; untouched memory costs nothing
+    struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
+    Box box[COMMS][2];              // for odd and even steps
+} Desk;
+
+typedef struct {
+    int error_printed;              // see die_at: one error is one line
+    _Alignas(64) Desk desk[];       // (ranks)
+} Page;
+
+typedef struct {
+    int rank, ranks, ep;
+    double timeout_s;               // a wait longer than this is an error; 0: no limit
+    uint64_t step[COMMS];           // how often this rank has met the others
+    Page *page;                     // NULL with one rank
+} Comm;
+
+static Comm comm = { .ranks = 1, .ep = 1 };
+
+int comm_rank(void) { return comm.rank; }
+int comm_ranks(void) { return comm.ranks; }
+int comm_ep(void) { return comm.ep; }
+int comm_ep_rank(void) { return comm.rank % comm.ep; }
+
+// Seconds, from some time in the past.
+static inline double comm_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+// Sends sig to every child that still runs.
+static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
+    for (int r = 0; r < ranks; r++) {
+        if (pid[r] > 0) { kill(pid[r], sig); }
+    }
+}
+
+// One line about a rank that ended without a word of its own.
+static inline void comm_report(int rank, int status) {
+    if (__sync_lock_test_and_set(&comm.page->error_printed, 1)) { return; }
+    if (WIFSIGNALED(status)) {
+        fprintf(stderr, "error  rank %d: killed by signal %d (%s)\n", rank, WTERMSIG(status),
+                strsignal(WTERMSIG(status)));
+    } else {
+        fprintf(stderr, "error  rank %d: ended with exit code %d\n", rank, WEXITSTATUS(status));
+    }
+}
+
+// Waits until all children are gone, then exits with the first failure's code. After a failure the
+// others get half a second, because one of them may be printing the error line, and are killed.
+// SIGINT and SIGTERM are passed on, each once, and the ranks left to finish: they agree on the step
+// to stop at, save, and exit with EXIT_INTERRUPTED, which is no reason to kill those still writing.
+__attribute__((noreturn))
+static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
+    int code = EXIT_OK, running = ranks;
+    double deadline = 0;            // of the ranks that outlive a failure
+    while (running > 0) {
+        const struct timespec pause = { 0, deadline > 0 ? 20000000 : 500000000 };
+        int sig = sigtimedwait(signals, NULL, &pause);
+        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, sig); }
+        for (int r = 0; r < ranks; r++) {
+            int status;
+            if (pid[r] == 0 || waitpid(pid[r], &status, WNOHANG) != pid[r]) { continue; }
+            int ended = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+            pid[r] = 0;
+            running--;
+            if (ended == EXIT_OK || deadline > 0) { continue; }
+            if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
+            if (ended == EXIT_INTERRUPTED) { continue; }
+            comm_report(r, status);
+            deadline = comm_clock() + 0.5;
+        }
+        if (deadline > 0 && comm_clock() > deadline) { comm_kill(pid, ranks, SIGKILL); }
+    }
+    exit(code);
+}
+
+// The first things a new rank does.
+static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
+    comm.rank = this_rank = rank;
+#ifdef __linux__
+    prctl(PR_SET_PDEATHSIG, SIGKILL);       // a killed supervisor takes its ranks with it,
+#endif
+    if (getppid() != parent) { _exit(EXIT_COMM); }      // also if it was quicker than prctl
+    // Ctrl-C reaches every process of the terminal's foreground group. In a group of its own a rank
+    // gets it from the supervisor only, so one Ctrl-C is one signal.
+    setpgid(0, 0);
+    sigprocmask(SIG_SETMASK, mask, NULL);
+#ifdef _OPENMP
+    int threads = omp_get_max_threads() / comm.ranks;
+    omp_set_num_threads(threads > 1 ? threads : 1);
+#endif
+}
+
+// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
+// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
+int comm_launch(int ranks, int ep, double timeout_s) {
+    if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
+        die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
+            ranks, ep, COMM_RANKS_MAX);
+    }
+    require(comm.page == NULL);
+    comm.ranks = ranks;
+    comm.ep = ep;
+    comm.timeout_s = timeout_s;
+    if (ranks == 1) { return 0; }
+
+    size_t bytes = sizeof(Page) + ranks * sizeof(Desk);
+    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (page == MAP_FAILED) { die(EXIT_FIT, "cannot share %zu bytes between ranks", bytes); }
+    comm.page = (Page *)page;
+    error_printed = &comm.page->error_printed;
+
+    sigset_t signals, mask;         // the supervisor takes these one by one, with sigtimedwait
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGCHLD);
+    signal(SIGCHLD, SIG_DFL);       // an inherited SIG_IGN would throw exit codes away
+    sigprocmask(SIG_BLOCK, &signals, &mask);
+    fflush(NULL);                   // else each child would print what is still in the buffers
+    pid_t pid[COMM_RANKS_MAX] = {0}, parent = getpid();
+    for (int r = 0; r < ranks; r++) {
+        pid[r] = fork();
+        if (pid[r] == 0) { comm_become(r, parent, &mask); return r; }
+        if (pid[r] < 0) {
+            comm_kill(pid, r, SIGKILL);
+            die(EXIT_COMM, "cannot start rank %d of %d HINT: fewer --ranks", r, ranks);
+        }
+    }
+    comm_supervise(pid, ranks, &signals);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 2 Ranks: meeting in shared memory
+//
+// Everything ranks tell each other goes through one kind of meeting. In step n of a communicator
+// each member fills its box, says "n", and waits until all others have said "n"; then it reads
+// their boxes. One meeting per step is enough because there are two boxes: a member that fills the
+// box of step n has met everyone in step n - 1, and they came there after reading step n - 2.
+
+static inline int comm_size(int which) {
+    return which == COMM_WORLD ? comm.ranks : which == COMM_EP ? comm.ep : comm.ranks / comm.ep;
+}
+
+// The place of this rank in the communicator.
+static inline int comm_index(int which) {
+    return which == COMM_WORLD ? comm.rank : which == COMM_EP ? comm.rank % comm.ep
+                                                              : comm.rank / comm.ep;
+}
+
+// The rank of its i-th member.
+static inline int comm_member(int which, int i) {
+    return which == COMM_WORLD ? i : which == COMM_EP ? comm.rank - comm.rank % comm.ep + i
+                                                      : comm.rank % comm.ep + i * comm.ep;
+}
+
+// What member i shows in the present step.
+static inline Box *comm_box(int which, int i) {
+    return &comm.page->desk[comm_member(which, i)].box[which][comm.step[which] & 1];
+}
+
+// Opens the next step and returns this rank's box of it, to be filled.
+static inline Box *comm_open(int which) {
+    comm.step[which]++;
+    return comm_box(which, comm_index(which));
+}
+
+// Waits for member i to arrive. There may be more ranks than cores: the one we wait for may need
+// ours, so after a short spin the processor is handed on, and later we sleep.
+static inline void comm_wait(int which, int i, const char *collective, const char *phase) {
+    _Atomic uint64_t *step = &comm.page->desk[comm_member(which, i)].arrived[which].step;
+    double start = 0;
+    for (long tries = 0; atomic_load_explicit(step, memory_order_acquire) < comm.step[which];
+         tries++) {
+        const struct timespec nap = { 0, tries < 2000 ? 20000 : 500000 };
+        if (tries < 100) { continue; }
+        if (tries < 1000) { sched_yield(); continue; }
+        nanosleep(&nap, NULL);
+        double now = comm_clock();
+        if (start == 0) { start = now; }
+        if (comm.timeout_s > 0 && now - start > comm.timeout_s) {
+            die(EXIT_COMM, "%s (%s): waited %g s for rank %d HINT: see what that rank was doing, "
+                "or raise --timeout", collective, phase, comm.timeout_s, comm_member(which, i));
+        }
+    }
+}
+
+// Shows this rank's box and waits for the boxes of all members. Members that meet in different
+// collectives would read nonsense, so that is an error.
+static inline void comm_meet(int which, const char *collective, const char *phase) {
+    Box *mine = comm_box(which, comm_index(which));
+    snprintf(mine->what, sizeof mine->what, "%s (%s)", collective, phase);
+    atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
+                          memory_order_release);
+    for (int i = 0; i < comm_size(which); i++) {
+        comm_wait(which, i, collective, phase);
+        const char *theirs = comm_box(which, i)->what;
+        if (strcmp(mine->what, theirs) != 0) {
+            die(EXIT_COMM, "%s met rank %d in %s HINT: the ranks took different paths through the "
+                "program", mine->what, comm_member(which, i), theirs);
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 3 Collectives
+//
+// All members of a communicator call the same ones in the same order; `phase` says what for, in
+// messages. Sums are added in rank order by everyone, so all ranks get the same bits. With one
+// member there is nothing to do.
+
+void comm_barrier(int which, const char *phase) {
+    if (comm_size(which) == 1) { return; }
+    comm_open(which);
+    comm_meet(which, "barrier", phase);
+}
+
+// values_h (n): replaced by the sum over all members.
+void comm_sum_double(int which, double *values_h, int n, const char *phase) {
+    const int most = COMM_BOX / sizeof(double);
+    if (comm_size(which) == 1) { return; }
+    for (int at = 0; at < n; at += most) {
+        int part = n - at < most ? n - at : most;
+        memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
+        comm_meet(which, "sum_double", phase);
+        for (int j = 0; j < part; j++) {
+            double sum = 0;
+            for (int i = 0; i < comm_size(which); i++) {
+                sum += ((const double *)comm_box(which, i)->data)[j];
+            }
+            values_h[at + j] = sum;
+        }
+    }
+}
+
+// values_h (n): replaced by the largest of all members. A NaN anywhere stays one.
+void comm_max_double(int which, double *values_h, int n, const char *phase) {
+    const int most = COMM_BOX / sizeof(double);
+    if (comm_size(which) == 1) { return; }
+    for (int at = 0; at < n; at += most) {
+        int part = n - at < most ? n - at : most;
+        memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
+        comm_meet(which, "max_double", phase);
+        for (int j = 0; j < part; j++) {
+            double max = -INFINITY;
+            for (int i = 0; i < comm_size(which); i++) {
+                double value = ((const double *)comm_box(which, i)->data)[j];
+                max = value > max || isnan(value) ? value : max;
+            }
+            values_h[at + j] = max;
+        }
+    }
+}
+
+// values (n): gradients, replaced by their sum over all members.
+void comm_sum_real(int which, real *values, size_t n, const char *phase) {
+    CPU_ONLY();
+    const size_t most = COMM_BOX / sizeof(real);
+    if (comm_size(which) == 1) { return; }
+    for (size_t at = 0; at < n; at += most) {
+        size_t part = n - at < most ? n - at : most;
+        memcpy(comm_open(which)->data, values + at, part * sizeof(real));
+        comm_meet(which, "sum_real", phase);
+        memset(values + at, 0, part * sizeof(real));
+        for (int i = 0; i < comm_size(which); i++) {
+            const real *theirs = (const real *)comm_box(which, i)->data;
+            for (size_t j = 0; j < part; j++) { values[at + j] += theirs[j]; }
+        }
+    }
+}
+
+// all_h (members, n) = everyone's mine_h (n), in member order. mine_h may be its part of all_h.
+void comm_gather_int(int which, int *all_h, const int *mine_h, int n, const char *phase) {
+    const int most = COMM_BOX / sizeof(int);
+    if (comm_size(which) == 1) { memmove(all_h, mine_h, n * sizeof(int)); return; }
+    for (int at = 0; at < n; at += most) {
+        int part = n - at < most ? n - at : most;
+        memcpy(comm_open(which)->data, mine_h + at, part * sizeof(int));
+        comm_meet(which, "gather_int", phase);
+        for (int i = 0; i < comm_size(which); i++) {
+            memcpy(all_h + (size_t)i * n + at, comm_box(which, i)->data, part * sizeof(int));
+        }
+    }
+}
+
+// Member i gets send_bytes_h[i] bytes; from it come recv_bytes_h[i]. Both buffers are contiguous in
+// member order. A box shows a window of the sender's whole buffer, from which each reader takes the
+// part that is its own; there are as many steps as the longest buffer of all members needs.
+void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
+                     const size_t *send_bytes_h, const char *phase) {
+    CPU_ONLY();
+    const int members = comm_size(which), me = comm_index(which);
+    if (members == 1) { memmove(recv, send, send_bytes_h[0]); return; }
+    size_t longest = 1, total = 0;
+    for (int i = 0; i < members; i++) { total += send_bytes_h[i]; }
+    for (size_t at = 0; at < longest; at += COMM_BOX) {
+        Box *mine = comm_open(which);
+        memcpy(mine->bytes, send_bytes_h, members * sizeof(size_t));
+        if (at < total) {
+            memcpy(mine->data, (const unsigned char *)send + at,
+                   total - at < COMM_BOX ? total - at : COMM_BOX);
+        }
+        comm_meet(which, "all_to_all", phase);
+
+        unsigned char *out = (unsigned char *)recv;
+        for (int i = 0; i < members; i++) {
+            const Box *theirs = comm_box(which, i);
+            size_t begin = 0, end = 0;      // of my part in the sender's buffer
+            for (int j = 0; j < me; j++) { begin += theirs->bytes[j]; }
+            for (int j = 0; j < members; j++) { end += theirs->bytes[j]; }
+            longest = end > longest ? end : longest;
+            end = begin + theirs->bytes[me];
+            if (theirs->bytes[me] != recv_bytes_h[i]) {
+                die(EXIT_COMM, "all_to_all (%s): rank %d sends %zu bytes, %zu are expected", phase,
+                    comm_member(which, i), theirs->bytes[me], recv_bytes_h[i]);
+            }
+            size_t low = begin > at ? begin : at, high = end < at + COMM_BOX ? end : at + COMM_BOX;
+            if (low < high) { memcpy(out + (low - begin), theirs->data + (low - at), high - low); }
+            out += recv_bytes_h[i];
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 4 Sizes and buffers of a layer
+//
+// From forward to backward only the routing is kept. Everything else is scratch that all layers
+// share: the rows' two homes (before and after their trip), and room at the experts for the rows of
+// one round.
+
+typedef struct {                // sizes of one MoE layer
+    int C, E, K, F, R;          // channels, experts (all ranks), experts per token, expert width,
+                                // LoRA rank
+    int first, local;           // this rank owns experts first .. first+local-1
+    float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
+    int norm_topk;              // divide by the sum of the selected scores
+    float lora_scale;
+} MoeDims;
+
+typedef struct {                // frozen weights and adapters of one MoE layer
+    const bf16 *gate;           // (E,C)
+    const float *bias;          // (E) selection bias, or NULL: hash-routed
+    const int *tid2eid;         // (V,K) experts of each token id, or NULL: score-routed
+    const uint8_t *w1, *w2, *w3, *s1, *s2, *s3;     // routed experts of this rank, fp4 codes:
+                                // (local,F,C/2), (local,C,F/2), (local,F,C/2), and e8m0 scales
+    const uint8_t *sh_w1, *sh_w2, *sh_w3, *sh_s1, *sh_s2, *sh_s3;   // shared expert, fp8
+    Lora e1, e2, e3, l1, l2, l3;                    // adapters: routed w1 w2 w3, shared w1 w2 w3
+} MoeWeights;
+
+typedef struct {                // kept from forward to backward, per layer
+    int *ids;                   // (T,K) the experts of each token
+    real *weights, *logits;     // (T,K) their routing weights and router logits
+} MoeSaved;
+
+typedef struct {
+    int T, capacity;            // most tokens of a call; rows this rank works off per round
+    real *logits;               // (T,E) router logits of all experts
+    // The trip (section 6).
+    int *counts, *starts;       // (ep,E) rows of each source for each expert, and their places
+    int *next;                  // (E)
+    int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
+    int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
+    int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
+    int *offset;                // (local+1) local expert e has rows offset[e] .. offset[e+1]-1
+    // Rows at home, in travelling order: sent from here, come back to here.
+    act *home_x, *home_y;       // (T*K,C)
+    real *home_w, *home_dw;     // (T*K)
+    // The same rows at their experts, grouped by expert. With one rank they stay at home: NULL.
+    act *rows_x, *rows_y;       // (capacity,C)
+    real *rows_w, *rows_dw;     // (capacity)
+    void *staging;              // (capacity) rows, grouped by the rank they come from
+    // What an expert computes: n = max(capacity, T) rows, used by the shared expert too.
+    act *g, *v, *h, *dv;        // (n,F)
+    real *u1, *u2, *u3;         // (n,R) A x of the three adapters
+    real *dh, *dx;              // (n,F), (n,C)
+} MoeScratch;
+
+void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T) {
+    s->ids = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->weights = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->logits = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
+}
+
+// As moe_alloc_scratch, with any number of rows per round, the same on all ranks of the group.
+static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int training,
+                                    int capacity) {
+    const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E;
+    const int n = capacity > T ? capacity : T, away = comm_ep() > 1 ? capacity : 0;
+    require(capacity > 0 && comm_ep() * slots + capacity < INT_MAX);
+    memset(x, 0, sizeof *x);
+    x->T = T;
+    x->capacity = capacity;
+    x->logits = MEM(real, MEM_SCRATCH, (size_t)T * d->E);
+    x->counts = MEM(int, MEM_SCRATCH, group);
+    x->starts = MEM(int, MEM_SCRATCH, group);
+    x->next = MEM(int, MEM_SCRATCH, d->E);
+    x->row_slot = MEM(int, MEM_SCRATCH, slots);
+    x->slot_row = MEM(int, MEM_SCRATCH, slots);
+    x->offset = MEM(int, MEM_SCRATCH, d->local + 1);
+    x->home_x = MEM(act, MEM_SCRATCH, slots * d->C);
+    x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
+    x->home_w = MEM(real, MEM_SCRATCH, slots);
+    x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
+    x->rows_y = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
+    x->rows_w = MEM(real, MEM_SCRATCH, away);
+    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
+    x->g = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    x->v = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    x->h = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    x->u1 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    x->u2 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    x->u3 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    if (!training) { return; }
+    x->home_dw = MEM(real, MEM_SCRATCH, slots);
+    x->rows_dw = MEM(real, MEM_SCRATCH, away);
+    x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
+    x->dx = MEM(real, MEM_SCRATCH, (size_t)n * d->C);
+}
+
+// Scratch for calls of at most T tokens per rank, T equal on all ranks. With several ranks a round
+// has room for half again as many rows as even routing brings, so most calls need one round; with
+// one rank the number of rows is known, and one round always suffices.
+void moe_alloc_scratch(MoeScratch *s, const MoeDims *d, int T, int training) {
+    long slots = (long)T * d->K, capacity = comm_ep() == 1 ? slots : slots + (slots + 1) / 2;
+    require(capacity < INT_MAX);
+    moe_alloc_rounds(s, d, T, training, capacity > 0 ? (int)capacity : 1);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 5 Routers
+//
+// A router is a choice (ids) and a weighting. Two choices exist: a table by token id in the first
+// layers, and the K largest of score + bias. The bias was tuned in pre-training to spread the load;
+// it must never reach the weights. A new router is a new route_* function and a line in
+// router_forward.
+
+// s = sqrt(softplus(v)). log1p keeps what exp(v) would lose next to 1; below -20 the root of
+// softplus is exp(v/2) to 1e-9, and stays above zero long after softplus has underflowed in fp32.
+static inline real route_score_of(real v) {
+    return v < -20 ? exp(v / 2) : sqrt((v > 0 ? v : 0) + log1p(exp(-fabs(v))));
+}
+
+// ds/dv = sigmoid(v) / (2 s); its limit below -20, where the quotient becomes 0/0, is s/2.
+static inline real route_slope(real v, real s) {
+    return v < -20 ? s / 2 : 1 / ((1 + exp(-v)) * 2 * s);
+}
+
+// ids (K) = the experts with the largest choice (E), best first; equal ones: the smaller id first.
+static inline void route_topk(int *ids, const real *choice, int E, int K) {
+    for (int k = 0; k < K; k++) {
+        ids[k] = -1;
+        for (int e = 0; e < E; e++) {
+            int taken = 0;
+            for (int j = 0; j < k; j++) { taken |= ids[j] == e; }
+            if (!taken && (ids[k] < 0 || choice[e] > choice[ids[k]])) { ids[k] = e; }
+        }
+    }
+}
+
+// weights (K) from the logits (K) of the selected experts.
+static inline void route_weights(real *weights, const real *logits, const MoeDims *d) {
+    real sum = (real)1e-20;
+    for (int k = 0; k < d->K; k++) { sum += weights[k] = route_score_of(logits[k]); }
+    for (int k = 0; k < d->K; k++) {
+        weights[k] = d->route_scale * weights[k] / (d->norm_topk ? sum : 1);
+    }
+}
+
+// ids, weights, logits (T,K) of MoeSaved from inp (T,C); all (T,E): scratch for all logits.
+// tokens (T): ids of the vocabulary, read by hash-routed layers only.
+void router_forward(MoeSaved *s, real *all, const act *inp, const int *tokens, const MoeWeights *w,
+                    const MoeDims *d, int T) {
+    CPU_ONLY();
+    const int E = d->E, K = d->K;
+    linear_bf16_forward(all, inp, w->gate, T, d->C, E);
+    #pragma omp parallel for schedule(static)
+    for (int t = 0; t < T; t++) {
+        real *all_t = all + (size_t)t * E, *logits_t = s->logits + (size_t)t * K;
+        int *ids_t = s->ids + (size_t)t * K;
+        if (w->tid2eid) {
+            memcpy(ids_t, w->tid2eid + (size_t)tokens[t] * K, K * sizeof(int));
+        } else {
+            real choice[E];
+            for (int e = 0; e < E; e++) { choice[e] = route_score_of(all_t[e]) + w->bias[e]; }
+            route_topk(ids_t, choice, E, K);
+        }
+        for (int k = 0; k < K; k++) { logits_t[k] = all_t[ids_t[k]]; }
+        route_weights(s->weights + (size_t)t * K, logits_t, d);
+    }
+}
+
+// dinp (T,C) += what the routing weights pass back to the router's input. dweights: gradient of
+// each travelling row's weight; slot_row (T*K) says which row is whose. Only selected experts get a
+// gradient: computing it for all of them is what makes NaN in implementations by autograd.
+void router_backward(real *dinp, const real *dweights, const int *slot_row, const MoeSaved *s,
+                     const bf16 *gate, const MoeDims *d, int T) {
+    CPU_ONLY();
+    const int C = d->C, K = d->K;
+    #pragma omp parallel for schedule(static)
+    for (int t = 0; t < T; t++) {
+        const int *row_t = slot_row + (size_t)t * K;
+        const real *w_t = s->weights + (size_t)t * K, *logits_t = s->logits + (size_t)t * K;
+        real sum = (real)1e-20, dot = 0;
+        for (int k = 0; k < K; k++) {
+            sum += route_score_of(logits_t[k]);
+            dot += dweights[row_t[k]] * w_t[k];
+        }
+        for (int k = 0; k < K; k++) {
+            // forward: w_k = scale s_k / S with S = sum_j s_j, so
+            // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division ds_k = scale dw_k
+            real ds = d->route_scale * dweights[row_t[k]];
+            if (d->norm_topk) { ds = (ds - dot) / sum; }
+            // forward: s = sqrt(softplus(v)), v = gate[e] . x
+            real dv = ds * route_slope(logits_t[k], route_score_of(logits_t[k]));
+            const bf16 *gate_e = gate + (size_t)s->ids[(size_t)t * K + k] * C;
+            real *dinp_t = dinp + (size_t)t * C;
+            #pragma omp simd
+            for (int c = 0; c < C; c++) { dinp_t[c] += dv * (real)float_from_bf16(gate_e[c]); }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 6 The trip: which row goes where, in which round
+//
+// Imagine all rows that any rank of the group sends to one owner, in one queue: by expert, then by
+// source, then by token. Round r is places [r*capacity, (r+1)*capacity) of that queue. Every rank
+// knows how many rows each source has for each expert (one gather), so every rank can work out all
+// queues, and the number of rounds, without asking again. Rows are put into travelling order once,
+// by round, then expert: what a round sends is then contiguous, and contiguous by owner. With one
+// rank that order is the queue itself: experts read the rows where they lie, and nothing is copied
+// again.
+
+// Rank r of a group owns experts moe_first(r) .. moe_first(r+1)-1.
+static inline int moe_first(const MoeDims *d, int r) {
+    return (int)((long)r * d->E / comm_ep());
+}
+
+// How many rows of source s for expert e travel in that round; *place: that of their first within
+// the round's share of the owner's queue.
+static inline int trip_rows(const MoeScratch *x, const MoeDims *d, int s, int e, int round,
+                            int *place) {
+    const size_t at = (size_t)s * d->E + e;
+    int low = round * x->capacity, high = low + x->capacity;
+    int begin = x->starts[at], end = begin + x->counts[at];
+    begin = begin > low ? begin : low;
+    end = end < high ? end : high;
+    *place = begin - low;
+    return begin < end ? end - begin : 0;
+}
+
+// Fills the queues and this rank's travelling order from ids (T,K): counts, starts, rounds,
+// row_slot and slot_row. Joined by ranks without tokens too.
+static inline void trip_begin(MoeScratch *x, const MoeDims *d, const int *ids, int T) {
+    const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
+    int *mine = x->counts + (size_t)me * E, place;
+    require(T <= x->T && d->first == moe_first(d, me)
+            && d->first + d->local == moe_first(d, me + 1));
+    memset(mine, 0, E * sizeof(int));
+    for (int i = 0; i < slots; i++) { mine[ids[i]]++; }
+    comm_gather_int(COMM_EP, x->counts, mine, E, "moe counts");
+
+    x->rounds = 0;
+    for (int owner = 0; owner < ep; owner++) {
+        int queue = 0;
+        for (int e = moe_first(d, owner); e < moe_first(d, owner + 1); e++) {
+            for (int s = 0; s < ep; s++) {
+                x->starts[(size_t)s * E + e] = queue;
+                queue += x->counts[(size_t)s * E + e];
+            }
+        }
+        int rounds = (queue + x->capacity - 1) / x->capacity;
+        x->rounds = rounds > x->rounds ? rounds : x->rounds;
+    }
+
+    // Sort my slots by expert, keeping their order (a counting sort), then cut by round.
+    int *sorted = x->slot_row, row = 0;         // a loan: slot_row is filled last
+    for (int e = 0, sum = 0; e < E; e++) { x->next[e] = sum; sum += mine[e]; }
+    for (int i = 0; i < slots; i++) { sorted[x->next[ids[i]]++] = i; }
+    for (int e = 0; e < E; e++) { x->next[e] -= mine[e]; }
+    for (int round = 0; round < x->rounds; round++) {
+        for (int e = 0; e < E; e++) {
+            for (int n = trip_rows(x, d, me, e, round, &place); n > 0; n--) {
+                x->row_slot[row++] = sorted[x->next[e]++];
+            }
+        }
+    }
+    require(row == slots);
+    for (row = 0; row < slots; row++) { x->slot_row[x->row_slot[row]] = row; }
+}
+
+// Turns to that round (in order, from 0): whom this rank sends how much, and what it will hold.
+static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
+    const int ep = comm_ep(), me = comm_ep_rank();
+    int place;
+    x->home_at = round == 0 ? 0 : x->home_at + x->home_rows;
+    x->home_rows = 0;
+    memset(x->offset, 0, (d->local + 1) * sizeof(int));
+    for (int r = 0; r < ep; r++) {
+        x->to[r] = x->from[r] = 0;
+        for (int e = moe_first(d, r); e < moe_first(d, r + 1); e++) {
+            x->to[r] += trip_rows(x, d, me, e, round, &place);
+        }
+        for (int i = 0; i < d->local; i++) {
+            int n = trip_rows(x, d, r, d->first + i, round, &place);
+            x->from[r] += n;
+            x->offset[i + 1] += n;
+        }
+        x->home_rows += x->to[r];
+    }
+    for (int i = 0; i < d->local; i++) { x->offset[i + 1] += x->offset[i]; }
+}
+
+// home[row] = inp (T,C) of the token that row belongs to: the only copy a row needs on one rank.
+static inline void trip_pack(act *home, const act *inp, const MoeScratch *x, const MoeDims *d,
+                             int T) {
+    const size_t bytes = d->C * sizeof(act);
+    #pragma omp parallel for schedule(static)
+    for (int row = 0; row < T * d->K; row++) {
+        memcpy(home + (size_t)row * d->C, inp + (size_t)(x->row_slot[row] / d->K) * d->C, bytes);
+    }
+}
+
+enum { BY_EXPERT, BY_SOURCE };
+
+// Reorders the rows of a round between `by source` (as they arrive and leave) and `by expert`.
+static inline void trip_regroup(void *out, const void *inp, int order, size_t row_bytes, int round,
+                                const MoeScratch *x, const MoeDims *d) {
+    size_t arrived = 0;
+    for (int s = 0; s < comm_ep(); s++) {
+        for (int e = d->first; e < d->first + d->local; e++) {
+            int place, n = trip_rows(x, d, s, e, round, &place);
+            size_t from = order == BY_EXPERT ? arrived : (size_t)place;
+            size_t to = order == BY_EXPERT ? (size_t)place : arrived;
+            memcpy((unsigned char *)out + to * row_bytes,
+                   (const unsigned char *)inp + from * row_bytes, n * row_bytes);
+            arrived += n;
+        }
+    }
+}
+
+// Where rows of `row_bytes` lie at their experts: at home with one rank, else in `rows`.
+static inline void *trip_place(void *home, void *rows, size_t row_bytes, const MoeScratch *x) {
+    return comm_ep() == 1 ? (unsigned char *)home + x->home_at * row_bytes : rows;
+}
+
+// Sends this round's rows of home to their experts. Returns what arrives here, by expert.
+static inline void *trip_there(void *rows, void *home, size_t row_bytes, int round, MoeScratch *x,
+                               const MoeDims *d, const char *phase) {
+    if (comm_ep() == 1) { return trip_place(home, rows, row_bytes, x); }
+    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
+    for (int r = 0; r < comm_ep(); r++) {
+        send[r] = x->to[r] * row_bytes;
+        recv[r] = x->from[r] * row_bytes;
+    }
+    comm_all_to_all(COMM_EP, x->staging, recv, (unsigned char *)home + x->home_at * row_bytes, send,
+                    phase);
+    trip_regroup(rows, x->staging, BY_EXPERT, row_bytes, round, x, d);
+    return rows;
+}
+
+// Brings results, by expert, back to home: the same trip with the splits swapped.
+static inline void trip_back(void *home, const void *rows, size_t row_bytes, int round,
+                             MoeScratch *x, const MoeDims *d, const char *phase) {
+    if (comm_ep() == 1) { return; }
+    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
+    for (int r = 0; r < comm_ep(); r++) {
+        send[r] = x->from[r] * row_bytes;
+        recv[r] = x->to[r] * row_bytes;
+    }
+    trip_regroup(x->staging, rows, BY_SOURCE, row_bytes, round, x, d);
+    comm_all_to_all(COMM_EP, (unsigned char *)home + x->home_at * row_bytes, recv, x->staging, send,
+                    phase);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 7 The experts of this rank, the shared expert, combine
+//
+// An expert is two products into a wide space, a gate, and one product back. g, v and h are not
+// kept: the backward computes them again from the rows, which is two thirds of the forward's work
+// and saves more memory than anything else in the layer would.
+
+// h (n,F) = weight silu(w1 x) (w3 x), clamped, of the rows (n,C) that arrived; n = offset[local].
+static inline void experts_hidden(MoeScratch *x, const act *rows, const real *weight,
+                                  const MoeWeights *w, const MoeDims *d) {
+    lora_experts_forward(x->g, x->u1, rows, x->offset, w->w1, w->s1, w->e1.a, w->e1.b,
+                         d->lora_scale, d->local, d->C, d->F, d->R);
+    lora_experts_forward(x->v, x->u3, rows, x->offset, w->w3, w->s3, w->e3.a, w->e3.b,
+                         d->lora_scale, d->local, d->C, d->F, d->R);
+    swiglu_forward(x->h, x->g, x->v, weight, d->limit, x->offset[d->local], d->F);
+}
+
+// The same for the shared expert: every token of inp (T,C), no weight.
+static inline void shared_hidden(MoeScratch *x, const act *inp, const MoeWeights *w,
+                                 const MoeDims *d, int T) {
+    lora_linear_forward(x->g, x->u1, inp, w->sh_w1, w->sh_s1, w->l1.a, w->l1.b, d->lora_scale, T,
+                        d->C, d->F, d->R);
+    lora_linear_forward(x->v, x->u3, inp, w->sh_w3, w->sh_s3, w->l3.a, w->l3.b, d->lora_scale, T,
+                        d->C, d->F, d->R);
+    swiglu_forward(x->h, x->g, x->v, NULL, d->limit, T, d->F);
+}
+
+// u (n,R) = A_e h: what the backward of w2 needs of its forward, without w2's large product.
+// h (n,F) by expert, offset (E+1), a (E,R,F) or NULL.
+static inline void experts_down(real *u, const act *h, const int *offset, const real *a, int E,
+                                int F, int R) {
+    if (a == NULL || R == 0) { return; }
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], F));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        size_t e = list[i].expert, row = list[i].row, n = list[i].n;
+        real *wide = tile_alloc(n * F);
+        load_rows(wide, h + row * F, n * F);
+        lora_down_forward(u + row * R, wide, a + e * R * F, (int)n, F, R);
+        free(wide);
+    }
+    free(list);
+}
+
+// Gradients of the rows (n,C) that arrived, from dy (n,C): dx (n,C) as act, overwriting dy, and
+// dweight (n). Adapter gradients +=.
+static inline void experts_backward(act *dy, real *dweight, const act *rows, const real *weight,
+                                    const MoeWeights *w, const MoeDims *d, MoeScratch *x) {
+    const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
+    const float s = d->lora_scale;
+    experts_hidden(x, rows, weight, w, d);
+    experts_down(x->u2, x->h, x->offset, w->e2.a, E, F, R);
+
+    // forward: y = w2 h
+    memset(x->dh, 0, (size_t)n * F * sizeof(real));
+    lora_experts_backward(x->dh, w->e2.da, w->e2.db, dy, x->h, x->u2, x->offset, w->w2, w->s2,
+                          w->e2.a, w->e2.b, s, E, F, C, R);
+    // forward: h = weight silu(min(g, L)) clamp(v, -L, L)
+    act *dg = x->h, *dv = x->dv;            // h has done its work
+    swiglu_backward(dg, dv, dweight, x->dh, x->g, x->v, weight, d->limit, n, F);
+    // forward: g = w1 x, v = w3 x
+    memset(x->dx, 0, (size_t)n * C * sizeof(real));
+    lora_experts_backward(x->dx, w->e1.da, w->e1.db, dg, rows, x->u1, x->offset, w->w1, w->s1,
+                          w->e1.a, w->e1.b, s, E, C, F, R);
+    lora_experts_backward(x->dx, w->e3.da, w->e3.db, dv, rows, x->u3, x->offset, w->w3, w->s3,
+                          w->e3.a, w->e3.b, s, E, C, F, R);
+    // A gradient travels in the same width as an activation. It is rounded at home too, so that
+    // bits do not depend on the number of ranks.
+    store_rows(dy, x->dx, (size_t)n * C);
+}
+
+// dinp (T,C) += gradient through the shared expert. Adapter gradients +=.
+static inline void shared_backward(real *dinp, const act *dout, const act *inp,
+                                   const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
+    const int C = d->C, F = d->F, R = d->R, all[2] = { 0, T };
+    const float s = d->lora_scale;
+    shared_hidden(x, inp, w, d, T);
+    experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
+
+    // forward: y = w2 h
+    memset(x->dh, 0, (size_t)T * F * sizeof(real));
+    lora_linear_backward(x->dh, w->l2.da, w->l2.db, dout, x->h, x->u2, w->sh_w2, w->sh_s2,
+                         w->l2.a, w->l2.b, s, T, F, C, R);
+    // forward: h = silu(min(g, L)) clamp(v, -L, L)
+    act *dg = x->h, *dv = x->dv;
+    swiglu_backward(dg, dv, NULL, x->dh, x->g, x->v, NULL, d->limit, T, F);
+    // forward: g = w1 x, v = w3 x
+    lora_linear_backward(dinp, w->l1.da, w->l1.db, dg, inp, x->u1, w->sh_w1, w->sh_s1, w->l1.a,
+                         w->l1.b, s, T, C, F, R);
+    lora_linear_backward(dinp, w->l3.da, w->l3.db, dv, inp, x->u3, w->sh_w3, w->sh_s3, w->l3.a,
+                         w->l3.b, s, T, C, F, R);
+}
+
+enum { COMBINE_TILE = 256 };            // channels summed at a time, in registers and first cache
+
+// sum (n) = rows slot_row[0..K-1] of home (T*K,C), columns c .. c+n-1, added in slot order: the
+// order has nothing to do with where, or in which round, a row was worked on.
+static inline void combine_rows(real *sum, const act *home, const int *slot_row, int K, int C,
+                                int c, int n) {
+    memset(sum, 0, n * sizeof(real));
+    for (int k = 0; k < K; k++) {
+        const act *row = home + (size_t)slot_row[k] * C + c;
+        #pragma omp simd
+        for (int j = 0; j < n; j++) { sum[j] += ld(&row[j]); }
+    }
+}
+
+// out (T,C) = sum_k y_k + out, where out holds the shared expert's output. Rounded once.
+void combine_forward(act *out, const act *home_y, const int *slot_row, int T, int K, int C) {
+    CPU_ONLY();
+    #pragma omp parallel for schedule(static)
+    for (int t = 0; t < T; t++) {
+        real sum[COMBINE_TILE];
+        for (int c = 0; c < C; c += COMBINE_TILE) {
+            int n = C - c < COMBINE_TILE ? C - c : COMBINE_TILE;
+            act *out_t = out + (size_t)t * C + c;
+            combine_rows(sum, home_y, slot_row + (size_t)t * K, K, C, c, n);
+            for (int j = 0; j < n; j++) { st(&out_t[j], sum[j] + ld(&out_t[j])); }
+        }
+    }
+}
+
+// dinp (T,C) += sum_k dx_k: the token was copied to its K rows, so their gradients add up.
+void dispatch_backward(real *dinp, const act *home_dx, const int *slot_row, int T, int K, int C) {
+    CPU_ONLY();
+    #pragma omp parallel for schedule(static)
+    for (int t = 0; t < T; t++) {
+        real sum[COMBINE_TILE];
+        for (int c = 0; c < C; c += COMBINE_TILE) {
+            int n = C - c < COMBINE_TILE ? C - c : COMBINE_TILE;
+            real *dinp_t = dinp + (size_t)t * C + c;
+            combine_rows(sum, home_dx, slot_row + (size_t)t * K, K, C, c, n);
+            for (int j = 0; j < n; j++) { dinp_t[j] += sum[j]; }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 8 The layer
+//
+// Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, compute
+// g and v again, bring dx and dw back. All ranks of an expert group call both together, those
+// without tokens too: their experts may still have visitors.
+
+// out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
+// layers. Fills s. count_h (E), if given, += this rank's rows for each expert.
+void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const MoeWeights *w,
+                 const MoeDims *d, MoeScratch *x, long *count_h, int T) {
+    CPU_ONLY();
+    const int C = d->C, F = d->F, R = d->R, slots = T * d->K;
+    const size_t row = C * sizeof(act);
+    router_forward(s, x->logits, inp, tokens, w, d, T);
+    trip_begin(x, d, s->ids, T);
+    for (int i = 0; count_h && i < slots; i++) { count_h[s->ids[i]]++; }
+
+    trip_pack(x->home_x, inp, x, d, T);
+    for (int i = 0; i < slots; i++) { x->home_w[i] = s->weights[x->row_slot[i]]; }
+    for (int round = 0; round < x->rounds; round++) {
+        trip_round(x, d, round);
+        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x");
+        const real *weight = trip_there(x->rows_w, x->home_w, sizeof(real), round, x, d, "moe w");
+        act *y = trip_place(x->home_y, x->rows_y, row, x);
+        experts_hidden(x, rows, weight, w, d);
+        lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
+                             d->lora_scale, d->local, F, C, R);
+        trip_back(x->home_y, y, row, round, x, d, "moe y");
+    }
+    shared_hidden(x, inp, w, d, T);
+    lora_linear_forward(out, x->u2, x->h, w->sh_w2, w->sh_s2, w->l2.a, w->l2.b, d->lora_scale, T,
+                        F, C, R);
+    combine_forward(out, x->home_y, x->slot_row, T, d->K, C);
+}
+
+// dinp (T,C) += gradient of inp, through the routing weights, the routed and the shared experts;
+// adapter gradients +=. dout (T,C); s and inp (T,C) as in the forward.
+void moe_backward(real *dinp, const act *dout, const MoeSaved *s, const act *inp,
+                  const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
+    CPU_ONLY();
+    const int slots = T * d->K;
+    const size_t row = d->C * sizeof(act);
+    require(x->dx != NULL || x->T == 0);    // scratch of a training run
+    trip_begin(x, d, s->ids, T);
+    trip_pack(x->home_x, inp, x, d, T);
+    // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
+    trip_pack(x->home_y, dout, x, d, T);
+    for (int i = 0; i < slots; i++) { x->home_w[i] = s->weights[x->row_slot[i]]; }
+    for (int round = 0; round < x->rounds; round++) {
+        trip_round(x, d, round);
+        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x again");
+        const real *weight = trip_there(x->rows_w, x->home_w, sizeof(real), round, x, d,
+                                        "moe w again");
+        act *dy = trip_there(x->rows_y, x->home_y, row, round, x, d, "moe dy");
+        real *dweight = trip_place(x->home_dw, x->rows_dw, sizeof(real), x);
+        experts_backward(dy, dweight, rows, weight, w, d, x);
+        trip_back(x->home_y, dy, row, round, x, d, "moe dx");       // in place of the dy it sent
+        trip_back(x->home_dw, dweight, sizeof(real), round, x, d, "moe dw");
+    }
+    router_backward(dinp, x->home_dw, x->slot_row, s, w->gate, d, T);
+    dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, d->C);
+    shared_backward(dinp, dout, inp, w, d, x, T);
+}
+#endif // MOE_C
