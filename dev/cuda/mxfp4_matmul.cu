@@ -1,0 +1,1155 @@
+// mxfp4_matmul.cu: the grouped expert product on packed fp4 weights, and the one bf16 product of the
+// trainer that it is built on.
+//
+//     out[r][n] = sum_k X[r][k] W[e][n][k] + sum_j U[r][j] V[e][n][j]      r in offset[e] .. offset[e+1]-1
+//
+// W (E,N,K) is stored as e2m1 codes and e8m0 scales; U V^T is the LoRA border. One idea per rung:
+//   v1  one thread per output, which decodes its weights as it goes
+//   v2  widen all experts to bf16 once, then one cuBLAS product per expert        (the one to beat)
+//   v3  one persistent kernel for all experts: TMA into swizzled shared memory, a ring of 4 stages,
+//       one producer and two wgmma warpgroups, tiles of 128 x 256
+//   v4  clusters of two CTAs that share a tile of W (or, at an expert's odd last tile, of X) by
+//       multicast, the border as further K blocks, W also row-by-K (dgrad), fp32 output: shipped
+// and the widening kernels, plain and transposed, for fp4 and fp8.
+//
+// Arithmetic, 24,576 rows of 32 experts, N = K = 4,096 (w1 and w3 side by side):
+//   product   2 * 24,576 * 4,096^2 = 825 GFLOP: 1.03 ms at 802 TFLOP/s
+//             bytes: W 1.07 GB, X and out 0.4 GB: 0.35 ms, so arithmetic bounds it
+//             L2 to shared memory, a tile and K block: (128 + 256) * 64 * 2 = 48 KiB per 1,024 tensor
+//             clocks, 48 bytes per clock and SM: more than the 30 or so that L2 feeds to all SMs at
+//             once. A pair that shares W needs 32, so v4 should gain 10-15 % on v3, and reach 700.
+//   widening  0.27 GB codes + 0.017 scales in, 1.07 out: 0.32 ms at 4,277 GB/s
+//   border    one K block in 64: 1.6 % at rank 8 + 8 if all of it were computed; a quarter of it is
+//
+//     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a mxfp4_matmul.cu -lcublas \
+//          -o mxfp4_matmul && ./mxfp4_matmul
+#include "common.h"
+#include <cublas_v2.h>
+#include <cuda.h>
+#include <cuda_fp8.h>
+#include <cudaTypedefs.h>
+#include <stdarg.h>
+#include <functional>
+
+// -------------------------------------------------------------------------------------------------
+// 1 Helpers: barriers, the copy engine, tensor cores
+//
+// A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
+// flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
+// bytes on it.
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    } while (!done);
+}
+
+// One arrival, and that many bytes to come.
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                 :: "r"(shared_address(barrier)) : "memory");
+}
+
+// Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
+// tensor become zeros, and count as bytes.
+__device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
+                                         int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y),
+                    "r"(z) : "memory");
+}
+
+// A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
+// how its 8-row groups of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64 elements
+// wide leaves. Along K: a row is 64 k, groups of 8 rows follow each other, and the next 16 k are 32
+// bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a box of 64 k further on,
+// and the next 16 k are 16 rows on.
+__device__ __forceinline__ uint64_t operand(const void *p, int across_k) {
+    uint64_t leading = across_k ? 64 * 128 : 16, stride = 8 * 128, swizzle_128 = 1;
+    return (shared_address(p) & 0x3FFFF) >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32
+         | swizzle_128 << 62;
+}
+
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
+
+// d (64,BN) = (add ? d : 0) + x (64,16) w (BN,16)^T, for a warpgroup. Asynchronous: d must not be
+// touched between fence and wait.
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uint64_t w, int add) {
+    static_assert(BN == 256 || BN == 128, "two widths are spelled out");
+    if constexpr (BN == 256) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
+            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
+            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
+            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
+            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "}, %128, %129, p, 1, 1, 0, %131; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, %64, %65, p, 1, 1, 0, %67; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    }
+}
+// Registers written before are seen by the tensor cores.
+__device__ __forceinline__ void wgmma_fence(void) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most `left` committed groups are running.
+template <int left> __device__ __forceinline__ void wgmma_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory");
+}
+// The compiler does not know that d changes between commit and wait: no use of d moves up over this.
+template <int n> __device__ __forceinline__ void keep_order(float (&d)[n]) {
+    #pragma unroll
+    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
+}
+
+// Registers move from the warpgroup that only starts copies to those that hold sums.
+template <int n> __device__ __forceinline__ void registers_give(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n> __device__ __forceinline__ void registers_take(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&two;
+}
+
+// Four 8 x 8 matrices of bf16, as they lie in the sums' registers, to shared memory: lane l gives the
+// address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(void *row, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(shared_address(row)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// -------------------------------------------------------------------------------------------------
+// 2 Widening to bf16
+//
+// e2m1 (s|EE|M) and e4m3 (s|EEEE|MMM) times a power of two always fit a bf16, whose exponent is a
+// float's, so widening is exact. Both kernels are templates over the format; an Eight is 8 codes as
+// loaded, and becomes 16 bytes.
+
+struct Fp4 {                            // one scale per 32 columns of a row
+    typedef uint32_t Eight;
+    __device__ static size_t scale_at(size_t eight, int) { return eight / 4; }
+    // A code's low three bits, moved to where a bf16 has the lowest exponent bits and the highest
+    // mantissa bit, are its magnitude times 2^-126, for E = 0 too (bf16 has subnormals). Two products
+    // with powers of two, each exact, make the weight.
+    __device__ static uint4 widen(Eight codes, uint8_t scale) {
+        uint32_t bits = scale == 0 ? 0x0040 : scale == 255 ? 0x7FC0 : (uint32_t)scale << 7;
+        uint32_t two_126 = 0x7E807E80, out[4];
+        bits |= bits << 16;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t pair = codes >> (8 * i);               // column 2i in the low nibble
+            pair = (pair & 0xF) | (pair & 0xF0) << 12;
+            pair = (pair & 0x00070007) << 6 | (pair & 0x00080008) << 12;
+            __nv_bfloat162 w = __hmul2(*(__nv_bfloat162 *)&pair, *(__nv_bfloat162 *)&two_126);
+            w = __hmul2(w, *(__nv_bfloat162 *)&bits);
+            out[i] = *(uint32_t *)&w;
+        }
+        return make_uint4(out[0], out[1], out[2], out[3]);
+    }
+};
+
+struct Fp8 {                            // one scale per 128 x 128 codes
+    typedef uint2 Eight;
+    __device__ static size_t scale_at(size_t eight, int C) {
+        unsigned row = (unsigned)eight / (unsigned)(C / 8), column = (unsigned)eight % (C / 8) * 8;
+        return (size_t)(row / 128) * ((C + 127) / 128) + column / 128;
+    }
+    __device__ static uint4 widen(Eight codes, uint8_t scale) {
+        float s = __uint_as_float(scale == 0 ? 0x00400000u : scale == 255 ? 0x7FC00000u
+                                                                          : (uint32_t)scale << 23);
+        uint32_t out[4];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint16_t pair = (uint16_t)((i < 2 ? codes.x : codes.y) >> (16 * (i % 2)));
+            __half2_raw half = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+            float2 w = __half22float2(*(__half2 *)&half);
+            out[i] = pack_bf16(w.x * s, w.y * s);
+        }
+        return make_uint4(out[0], out[1], out[2], out[3]);
+    }
+};
+
+// out + e slice (O,C) = the matrix e of w (E,O,C), scales beside it. A thread keeps 8 loads of 4 (8)
+// bytes in flight and stores 8 x 16: bound by the 2 bytes written per weight.
+template <typename F>
+__global__ void __launch_bounds__(256) widen_kernel(bf16 *out, size_t slice,
+                                                    const typename F::Eight *w,
+                                                    const uint8_t *scale, int O, int C,
+                                                    size_t scales) {
+    const int each = 8;
+    size_t count = (size_t)O * C / 8, at = (size_t)blockIdx.x * (256 * each) + threadIdx.x;
+    w += blockIdx.y * count;
+    scale += blockIdx.y * scales;
+    uint4 *to = (uint4 *)(out + blockIdx.y * slice);
+    typename F::Eight codes[each];
+    uint8_t s[each];
+    #pragma unroll
+    for (int i = 0; i < each; i++) {
+        size_t eight = at + i * 256;
+        if (eight < count) { codes[i] = w[eight], s[i] = scale[F::scale_at(eight, C)]; }
+    }
+    #pragma unroll
+    for (int i = 0; i < each; i++) {
+        if (at + i * 256 < count) { to[at + i * 256] = F::widen(codes[i], s[i]); }
+    }
+}
+
+// out + e slice: row c, ld apart, = column c of matrix e. A CTA turns 128 rows x 64 columns: a
+// thread widens 32 columns of two rows, interleaves them, and the tile goes through shared memory, so
+// that 256 bytes of a row are written together. O and ld are multiples of 8, C of 32.
+template <typename F>
+__global__ void __launch_bounds__(128) widen_transposed_kernel(bf16 *out, size_t slice, int ld,
+                                                               const typename F::Eight *w,
+                                                               const uint8_t *scale, int O, int C,
+                                                               size_t scales) {
+    struct alignas(16) Codes { typename F::Eight eight[4]; };
+    const int pitch = 68;               // words per column of 128 rows; rows of 16 bytes stay aligned
+    __shared__ alignas(16) uint32_t tile[64 * pitch];
+    int o0 = blockIdx.x * 128, c0 = blockIdx.y * 64, lane = threadIdx.x % 32;
+    int half = threadIdx.x / 32 % 2, strip = threadIdx.x / 64;
+    int o = o0 + 64 * half + 2 * lane, c = c0 + 32 * strip;
+    w += blockIdx.z * ((size_t)O * C / 8);
+    scale += blockIdx.z * scales;
+    out += blockIdx.z * slice;
+    if (o < O && c < C) {
+        size_t first = ((size_t)o * C + c) / 8, second = first + C / 8;
+        Codes a = *(const Codes *)(w + first), b = *(const Codes *)(w + second);
+        uint8_t scale_a = scale[F::scale_at(first, C)], scale_b = scale[F::scale_at(second, C)];
+        uint32_t *to = tile + 32 * strip * pitch + 32 * half + lane;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint4 wide_a = F::widen(a.eight[i], scale_a), wide_b = F::widen(b.eight[i], scale_b);
+            uint32_t x[4] = { wide_a.x, wide_a.y, wide_a.z, wide_a.w };
+            uint32_t y[4] = { wide_b.x, wide_b.y, wide_b.z, wide_b.w };
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                to[(8 * i + 2 * j) * pitch] = __byte_perm(x[j], y[j], 0x5410);
+                to[(8 * i + 2 * j + 1) * pitch] = __byte_perm(x[j], y[j], 0x7632);
+            }
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 64 * 16; i += 128) {
+        int column = i / 16, row = i % 16 * 8;
+        if (c0 + column < C && o0 + row < O) {
+            *(uint4 *)(out + (size_t)(c0 + column) * ld + o0 + row)
+                = *(const uint4 *)(tile + column * pitch + row / 2);
+        }
+    }
+}
+
+// The four entries. fp4: out + e slice (O,C), or (C,ld) if transposed, from w (E,O,C/2) and scale
+// (E,O,C/32). fp8: one matrix. slice and ld place w1 and w3 side by side in one scratch.
+static void widen_fp4_gpu(bf16 *out, size_t slice, const uint8_t *w, const uint8_t *scale, int E,
+                          int O, int C) {
+    if ((size_t)E * O * C == 0) { return; }
+    dim3 grid((unsigned)(((size_t)O * C / 8 + 2047) / 2048), E);
+    widen_kernel<Fp4><<<grid, 256, 0, stream>>>(out, slice, (const uint32_t *)w, scale, O, C,
+                                                (size_t)O * C / 32);
+    cudaCheck(cudaGetLastError());
+}
+static void widen_fp4_transposed_gpu(bf16 *out, size_t slice, int ld, const uint8_t *w,
+                                     const uint8_t *scale, int E, int O, int C) {
+    if ((size_t)E * O * C == 0) { return; }
+    dim3 grid((O + 127) / 128, (C + 63) / 64, E);
+    widen_transposed_kernel<Fp4><<<grid, 128, 0, stream>>>(out, slice, ld, (const uint32_t *)w,
+                                                           scale, O, C, (size_t)O * C / 32);
+    cudaCheck(cudaGetLastError());
+}
+static void widen_fp8_gpu(bf16 *out, const uint8_t *w, const uint8_t *scale, int O, int C) {
+    if ((size_t)O * C == 0) { return; }
+    unsigned grid = (unsigned)(((size_t)O * C / 8 + 2047) / 2048);
+    widen_kernel<Fp8><<<grid, 256, 0, stream>>>(out, 0, (const uint2 *)w, scale, O, C, 0);
+    cudaCheck(cudaGetLastError());
+}
+static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const uint8_t *scale,
+                                     int O, int C) {
+    if ((size_t)O * C == 0) { return; }
+    dim3 grid((O + 127) / 128, (C + 63) / 64);
+    widen_transposed_kernel<Fp8><<<grid, 128, 0, stream>>>(out, 0, ld, (const uint2 *)w, scale, O,
+                                                           C, 0);
+    cudaCheck(cudaGetLastError());
+}
+
+// -------------------------------------------------------------------------------------------------
+// 3 v3 and v4: the grouped product
+//
+// A tile is 128 rows x BN columns of one group, and 64 k at a time of X and W lie in shared memory:
+// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy; two
+// consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its bytes,
+// its `empty` barrier the 8 consumer warps.
+//
+// Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks row
+// tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time the
+// CTAs are at work on about 2,048 x 2,048 outputs, whose X and W stay in L2. How many rows a group
+// has is known only on the device, so each role finds its tiles itself. A sum's terms and their
+// order depend on neither: same inputs, same bits.
+//
+// K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
+// quarter of a block's arithmetic. The sums are rounded once, at the end.
+
+enum {
+    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a tile; k of a stage: 128 bytes, one swizzle
+    PRODUCT_BAND = 16,                      // row tiles that share a walk over the columns
+    PRODUCT_GROUPS = 384,                   // most groups: their offsets are kept in shared memory
+    PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
+};
+
+struct ProductShape {
+    int E, rows, N, K, KU;
+    int by_rows;                    // groups are row ranges (offset); else all rows, other columns
+    int out_add;                    // fp32 only: out += instead of =
+    size_t ldo, out_group;          // elements from row to row, from group to group
+};
+
+template <int BN> struct ProductMemory {
+    static constexpr int STAGES = 192 * 1024 / ((PRODUCT_ROWS + BN) * PRODUCT_K * sizeof(bf16));
+    bf16 x[STAGES][PRODUCT_ROWS * PRODUCT_K];
+    bf16 w[STAGES][BN * PRODUCT_K];
+    uint4 staging[PRODUCT_WARPS][256];          // 16 rows x 128 columns of bf16 on their way out
+    uint64_t full[STAGES], empty[STAGES];
+    int offset[PRODUCT_GROUPS + 1];
+};
+
+struct ProductTile {
+    int group, row, rows, n;        // first row of X and out; rows left in the group; first column
+};
+
+// Where a walk over all tiles stands: tiles before `group` count `before`.
+struct ProductWalk { int group, before; };
+
+// Tile number `index`; 0 when there is none.
+template <int BN>
+__device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, int index,
+                                            const int *offset, const ProductShape &s) {
+    int columns = (s.N + BN - 1) / BN, first, rows, tiles;
+    for (;; walk.group++) {
+        if (walk.group >= s.E) { return 0; }
+        first = s.by_rows ? offset[walk.group] : 0;
+        rows = s.by_rows ? offset[walk.group + 1] - first : s.rows;
+        tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+        if (index - walk.before < tiles * columns) { break; }
+        walk.before += tiles * columns;
+    }
+    int i = index - walk.before, band = i / (PRODUCT_BAND * columns);
+    int height = min((int)PRODUCT_BAND, tiles - band * PRODUCT_BAND);
+    i -= band * PRODUCT_BAND * columns;
+    int m = band * PRODUCT_BAND + i % height;
+    t.group = walk.group;
+    t.row = first + m * PRODUCT_ROWS;
+    t.rows = rows - m * PRODUCT_ROWS;
+    t.n = i / height * BN;
+    return 1;
+}
+
+// One stage of one tile, on its way: 16 KB of X or U, BN * 128 bytes of W or V.
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void product_load(bf16 *x, bf16 *w, uint64_t *full,
+                                             const CUtensorMap *map_x, const CUtensorMap *map_w,
+                                             const ProductTile &t, int k, int x_slice) {
+    barrier_expect(full, (PRODUCT_ROWS + BN) * PRODUCT_K * sizeof(bf16));
+    tma_load(x, map_x, full, k, t.row, x_slice);
+    if (W_BY_K) {
+        #pragma unroll
+        for (int n = 0; n < BN; n += 64) {
+            tma_load(w + n * PRODUCT_K, map_w, full, t.n + n, k, t.group);
+        }
+    } else {
+        tma_load(w, map_w, full, k, t.n, t.group);
+    }
+}
+
+// A warp's 16 x BN sums -> out as bf16, through its 4 KB of shared memory, so that a store covers
+// 256 bytes of a row. The 16-byte chunks of a row are permuted by its number: no bank conflicts.
+template <int BN>
+__device__ __forceinline__ void product_store_bf16(bf16 *out, size_t ldo, const float (&sum)[BN / 2],
+                                                   uint4 *staging, int rows, int columns) {
+    int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int half = 0; half < BN / 128; half++) {
+        int row = lane % 16;
+        #pragma unroll
+        for (int j = 0; j < 16; j += 2) {
+            const float *d = sum + 64 * half + 4 * j;
+            store_matrices(staging + row * 16 + ((j + lane / 16) ^ (row % 8)),
+                           pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]),
+                           pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7]));
+        }
+        __syncwarp();
+        int column = 128 * half + lane % 16 * 8;
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            row = 2 * i + lane / 16;
+            uint4 eight = staging[row * 16 + (lane % 16 ^ (row % 8))];
+                        if (row < rows && column < columns) { *(uint4 *)(out + row * ldo + column) = eight; }
+        }
+        __syncwarp();
+    }
+}
+
+// The same as fp32, straight from the registers: four lanes hold 32 bytes of a row. += is done where
+// the number lies (L2), without a round trip. It is no atomics in disguise: each number gets exactly
+// one term per launch, so the result does not depend on any order (subnormal ones become 0).
+template <int BN>
+__device__ __forceinline__ void product_store_f32(float *out, size_t ldo, const float (&sum)[BN / 2],
+                                                  int add, int rows, int columns) {
+    int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    #pragma unroll
+    for (int i = 0; i < BN / 4; i++) {
+        int r = row + i % 2 * 8, c = column + i / 2 * 8;
+        if (r >= rows || c >= columns) { continue; }
+        float *to = out + r * ldo + c;
+        if (add) {
+            asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
+                         :: "l"(to), "f"(sum[2 * i]), "f"(sum[2 * i + 1]) : "memory");
+        } else {
+            *(float2 *)to = make_float2(sum[2 * i], sum[2 * i + 1]);
+        }
+    }
+}
+
+template <int BN, int W_BY_K, int OUT_F32>
+__global__ void __launch_bounds__(384, 1)
+product_kernel(void *out, const __grid_constant__ CUtensorMap map_x,
+               const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_u,
+               const __grid_constant__ CUtensorMap map_v, const int *offset,
+               const __grid_constant__ ProductShape s) {
+    extern __shared__ unsigned char dynamic[];
+    typedef ProductMemory<BN> Memory;
+    // The swizzle counts from multiples of 1,024 bytes.
+    Memory &memory = *(Memory *)(((uintptr_t)dynamic + 1023) & ~(uintptr_t)1023);
+    const int STAGES = Memory::STAGES;
+    int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(memory.full + i, 1);
+            barrier_init(memory.empty + i, PRODUCT_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (s.by_rows) {
+        for (int i = threadIdx.x; i <= s.E; i += blockDim.x) { memory.offset[i] = offset[i]; }
+    }
+    __syncthreads();
+
+    ProductTile t;
+    ProductWalk walk = { 0, 0 };
+    int slot = 0, blocks_k = (s.K + PRODUCT_K - 1) / PRODUCT_K;
+    int blocks = blocks_k + (s.KU + PRODUCT_K - 1) / PRODUCT_K;
+    uint32_t phase = 0;
+    auto next_stage = [&] { if (++slot == STAGES) { slot = 0, phase ^= 1; } };
+    if (warpgroup == 2) {
+        registers_give<40>();
+        if (threadIdx.x == 256) {
+            for (int i = blockIdx.x; product_tile<BN>(t, walk, i, memory.offset, s);
+                 i += gridDim.x) {
+                int x_slice = s.by_rows ? 0 : t.group;
+                for (int b = 0; b < blocks; b++) {
+                    int border = b >= blocks_k, k = (border ? b - blocks_k : b) * PRODUCT_K;
+                    barrier_wait(memory.empty + slot, phase ^ 1);
+                    product_load<BN, W_BY_K>(memory.x[slot], memory.w[slot], memory.full + slot,
+                                             border ? &map_u : &map_x, border ? &map_v : &map_w, t,
+                                             k, x_slice);
+                    next_stage();
+                }
+            }
+        }
+    } else {
+        registers_take<232>();
+        // Blocks of 64 k, and what is left of the border in steps of 16.
+        int steps = (s.KU % PRODUCT_K + 15) / 16, whole = blocks - (steps > 0);
+        const uint64_t stage_x = sizeof memory.x[0] / 16, stage_w = sizeof memory.w[0] / 16;
+        const uint64_t step_x = 32 / 16, step_w = (W_BY_K ? 16 * 128 : 32) / 16;
+        uint64_t x0 = operand(memory.x[0] + warpgroup * 64 * PRODUCT_K, 0);
+        uint64_t w0 = operand(memory.w[0], W_BY_K);
+        for (int i = blockIdx.x; product_tile<BN>(t, walk, i, memory.offset, s); i += gridDim.x) {
+            float sum[BN / 2];
+            int before = -1, last;          // slots whose products are still running
+            if (warpgroup * 64 >= t.rows) { // no rows here: only keep step
+                for (int b = 0; b < blocks; b++) {
+                    barrier_wait(memory.full + slot, phase);
+                    if (lane == 0) { barrier_arrive(memory.empty + slot); }
+                    next_stage();
+                }
+                continue;
+            }
+            for (int b = 0; b < whole; b++) {
+                uint64_t x = x0 + slot * stage_x, w = w0 + slot * stage_w;
+                barrier_wait(memory.full + slot, phase);
+                wgmma_fence();
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    wgmma_m64k16<BN, W_BY_K>(sum, x + k * step_x, w + k * step_w, b | k);
+                }
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (before >= 0 && lane == 0) { barrier_arrive(memory.empty + before); }
+                before = slot;
+                next_stage();
+            }
+            last = slot;
+            if (steps) {
+                uint64_t x = x0 + slot * stage_x, w = w0 + slot * stage_w;
+                barrier_wait(memory.full + slot, phase);
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (k < steps) {
+                        wgmma_fence();
+                        wgmma_m64k16<BN, W_BY_K>(sum, x + k * step_x, w + k * step_w, 1);
+                        wgmma_commit();
+                    }
+                }
+                next_stage();
+            }
+            wgmma_wait<0>();
+            keep_order(sum);
+            if (lane == 0) {
+                barrier_arrive(memory.empty + before);
+                if (steps) { barrier_arrive(memory.empty + last); }
+            }
+
+            int row = t.row + warp * 16, rows = t.rows - warp * 16, columns = s.N - t.n;
+            size_t at = t.group * s.out_group + row * s.ldo + t.n;
+            if (OUT_F32) {
+                product_store_f32<BN>((float *)out + at, s.ldo, sum, s.out_add, rows, columns);
+            } else {
+                product_store_bf16<BN>((bf16 *)out + at, s.ldo, sum, memory.staging[warp], rows,
+                                       columns);
+            }
+        }
+    }
+}
+
+// A tensor of bf16, (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
+// box_height rows of 64 elements, swizzled. pitch and slice are in elements, multiples of 8.
+static CUtensorMap tensor_map(const bf16 *base, int width, int height, int depth, size_t pitch,
+                              size_t slice, int box_height) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                   12000, cudaEnableDefault, &found));
+    }
+    CUtensorMap map;
+    cuuint64_t size[3] = { (cuuint64_t)width, (cuuint64_t)height, (cuuint64_t)depth };
+    cuuint64_t bytes[2] = { pitch * sizeof(bf16), slice * sizeof(bf16) };
+    cuuint32_t box[3] = { PRODUCT_K, (cuuint32_t)box_height, 1 }, every[3] = { 1, 1, 1 };
+    CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size, bytes, box,
+                        every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) {
+        fprintf(stderr, "tensor map (%d,%d,%d), pitch %zu, slice %zu at %p: error %d\n", depth,
+                height, width, pitch, slice, (const void *)base, (int)r);
+        exit(4);
+    }
+    return map;
+}
+
+// What a product reads and writes. All zero but what is set.
+struct Product {
+    void *out;              // (rows,N), rows ldo apart: bf16, or float if out_f32
+    size_t ldo;
+    int out_f32, out_add;   // out_add (fp32 only): out += instead of =
+    const bf16 *x;          // (rows,K), rows ldx apart
+    size_t ldx;
+    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k
+    int w_by_k;             // also of v
+    const bf16 *u;          // border (rows,KU), rows ldu apart, and
+    size_t ldu;
+    const bf16 *v;          // (E,N,KU), or (E,KU,N); KU = 0: none
+    const int *offset;      // device (E+1): rows of each group. NULL: every group has all rows, and
+    size_t x_group;         // its columns of x and of out start that many elements after the last's
+    size_t out_group;
+    int E, rows, N, K, KU;  // rows: of the buffers, at least offset[E]
+    int ctas;               // most CTAs to use; 0: all SMs
+    int width;              // columns of a tile, 128 or 256; 0: by the shape
+};
+
+// The narrower tile wins where the wide one leaves SMs idle: it costs about 15 % more per output.
+static int product_width(const Product &p, int ctas) {
+    double cost[2];
+    for (int i = 0; i < 2; i++) {
+        int width = i ? 256 : 128;
+        size_t tiles = p.offset ? (size_t)p.rows / PRODUCT_ROWS + p.E / 2 + 1
+                                : (size_t)p.E * ((p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
+        tiles *= (p.N + width - 1) / width;
+        cost[i] = (double)((tiles + ctas - 1) / ctas) * (i ? 2 : 1.15);
+    }
+    return cost[1] <= cost[0] ? 256 : 128;
+}
+
+static void grouped_product(const Product &p) {
+    typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, const int *,
+                        ProductShape);
+    static Kernel *const kernels[2][2][2] = {       // [256 wide][w_by_k][out_f32]
+        { { product_kernel<128, 0, 0>, product_kernel<128, 0, 1> },
+          { product_kernel<128, 1, 0>, product_kernel<128, 1, 1> } },
+        { { product_kernel<256, 0, 0>, product_kernel<256, 0, 1> },
+          { product_kernel<256, 1, 0>, product_kernel<256, 1, 1> } } };
+    static int sms;
+    if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
+    if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
+        || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
+        || (p.offset == NULL && p.E > 1 && p.KU)) {
+        fprintf(stderr, "grouped_product: E %d N %d K %d KU %d ldx %zu ldu %zu ldo %zu\n", p.E, p.N,
+                p.K, p.KU, p.ldx, p.ldu, p.ldo);
+        exit(4);
+    }
+    if (sms == 0) {
+        int device;
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    }
+    int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
+    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
+    size_t x_slice = depth > 1 ? p.x_group : p.ldx;
+    CUtensorMap x = tensor_map(p.x, p.K, p.rows, depth, p.ldx, x_slice, PRODUCT_ROWS);
+    CUtensorMap w = p.w_by_k ? tensor_map(p.w, p.N, p.K, p.E, p.N, (size_t)p.N * p.K, box)
+                             : tensor_map(p.w, p.K, p.N, p.E, p.K, (size_t)p.N * p.K, box);
+    CUtensorMap u = x, v = w;
+    if (p.KU) {
+        u = tensor_map(p.u, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
+        v = p.w_by_k ? tensor_map(p.v, p.N, p.KU, p.E, p.N, (size_t)p.N * p.KU, box)
+                     : tensor_map(p.v, p.KU, p.N, p.E, p.KU, (size_t)p.N * p.KU, box);
+    }
+    ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
+                       p.offset ? 0 : p.out_group };
+    Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
+    size_t bytes = (width == 256 ? sizeof(ProductMemory<256>) : sizeof(ProductMemory<128>)) + 1024;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    kernel<<<ctas, 384, bytes, stream>>>(p.out, x, w, u, v, p.offset, s);
+    cudaCheck(cudaGetLastError());
+}
+
+// -------------------------------------------------------------------------------------------------
+// 4 The rungs below: v1 and v2
+
+// v1: a thread per output, weights decoded on the way. K multiple of 32. Two of the 8 operations per
+// weight are the product: bound by integer arithmetic, far below 1 % of the tensor cores.
+__global__ void experts_v1_kernel(bf16 *out, const bf16 *x, const uint8_t *w, const uint8_t *scale,
+                                  const int *offset, int E, int N, int K) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, r = blockIdx.y, e = 0;
+    if (n >= N || r >= offset[E]) { return; }
+    while (r >= offset[e + 1]) { e++; }
+    const uint8_t *codes = w + ((size_t)e * N + n) * (K / 2);
+    const uint8_t *s = scale + ((size_t)e * N + n) * (K / 32);
+    float sum = 0;
+    for (int k = 0; k < K; k += 2) {
+        const float magnitude[8] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 };
+        uint8_t byte = codes[k / 2];
+        float unit = exp2f((float)s[k / 32] - 127);
+        float low = magnitude[byte & 7] * (byte & 8 ? -unit : unit);
+        float high = magnitude[byte >> 4 & 7] * (byte & 128 ? -unit : unit);
+        sum += low * __bfloat162float(x[(size_t)r * K + k]);
+        sum += high * __bfloat162float(x[(size_t)r * K + k + 1]);
+    }
+    out[(size_t)r * N + n] = __float2bfloat16(sum);
+}
+
+// One cuBLAS product: out (rows,N) = x (rows,K) w^T, w (N,K), or (K,N) if w_by_k.
+static cublasHandle_t cublas;
+static void cublas_product(void *out, size_t ldo, int out_f32, const bf16 *x, size_t ldx,
+                           const bf16 *w, int w_by_k, int rows, int N, int K, float beta) {
+    float one = 1;
+    if (rows == 0) { return; }
+    cublasCheck(cublasGemmEx(cublas, w_by_k ? CUBLAS_OP_N : CUBLAS_OP_T, CUBLAS_OP_N, N, rows, K,
+                             &one, w, CUDA_R_16BF, w_by_k ? N : K, x, CUDA_R_16BF, (int)ldx, &beta,
+                             out, out_f32 ? CUDA_R_32F : CUDA_R_16BF, (int)ldo, CUBLAS_COMPUTE_32F,
+                             CUBLAS_GEMM_DEFAULT));
+}
+
+// v2: one after the other, with the counts on the host.
+static void experts_v2(void *out, int out_f32, const bf16 *x, const bf16 *w, int w_by_k,
+                       const int *offset_h, int E, int N, int K) {
+    for (int e = 0; e < E; e++) {
+        size_t row = offset_h[e];
+        cublas_product((char *)out + row * N * (out_f32 ? 4 : 2), N, out_f32, x + row * K, K,
+                       w + (size_t)e * N * K, w_by_k, offset_h[e + 1] - offset_h[e], N, K, 0);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 5 Checks
+//
+// Small integers: every sum is exact in fp32 in any order, so the kernels must agree with plain
+// loops to the last bit. Outputs are poisoned, gaps and rows that belong to nobody are NaN on input
+// and must be untouched on output.
+
+static int failures, checks;
+static void check(bool good, const char *format, ...) {
+    checks++;
+    if (good) { return; }
+    failures++;
+    va_list args;
+    va_start(args, format);
+    printf("FAILED ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+static bf16 small_integer(uint64_t seed, size_t i, int most) {
+    return __float2bfloat16((float)((int)(hash64(seed + i) % (2 * most + 1)) - most));
+}
+// (rows,columns) with rows pitch apart; NaN between, and in what `live` rows leave.
+static std::vector<bf16> integers(size_t rows, size_t live, size_t columns, size_t pitch,
+                                  uint64_t seed, int most) {
+    std::vector<bf16> v(rows * pitch, __float2bfloat16(NAN));
+    for (size_t r = 0; r < live; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            v[r * pitch + c] = small_integer(seed, r * columns + c, most);
+        }
+    }
+    return v;
+}
+
+struct Case { std::vector<int> rows; int N, K, KU, batched; };
+
+// The plain loops: out (rows of all groups,N), exact.
+static std::vector<float> oracle(const Case &c, const std::vector<bf16> &x, size_t ldx,
+                                 const std::vector<bf16> &w, const std::vector<bf16> &u, size_t ldu,
+                                 const std::vector<bf16> &v) {
+    int E = (int)c.rows.size(), N = c.N, K = c.K, KU = c.KU;
+    std::vector<int> group, row;            // of each output row; batched: all rows in every group
+    for (int e = 0, first = 0; e < E; e++) {
+        for (int r = 0; r < c.rows[e]; r++) { group.push_back(e), row.push_back(first + r); }
+        if (!c.batched) { first += c.rows[e]; }
+    }
+    std::vector<float> out(group.size() * N);
+    std::vector<float> wide_w(w.size()), wide_v(v.size());
+    for (size_t i = 0; i < w.size(); i++) { wide_w[i] = (float)w[i]; }
+    for (size_t i = 0; i < v.size(); i++) { wide_v[i] = (float)v[i]; }
+    for (size_t i = 0; i < group.size(); i++) {
+        std::vector<float> xi(K), ui(KU);
+        size_t e = group[i];
+        for (int k = 0; k < K; k++) { xi[k] = (float)x[row[i] * ldx + (c.batched ? e * K : 0) + k]; }
+        for (int k = 0; k < KU; k++) { ui[k] = (float)u[row[i] * ldu + k]; }
+        for (int n = 0; n < N; n++) {
+            const float *wn = &wide_w[(e * N + n) * K];
+            float sum = 0;
+            for (int k = 0; k < K; k++) { sum += xi[k] * wn[k]; }
+            for (int k = 0; k < KU; k++) { sum += ui[k] * wide_v[(e * N + n) * KU + k]; }
+            out[i * N + n] = sum;
+        }
+    }
+    return out;
+}
+
+// (E,A,B) -> (E,B,A)
+static std::vector<bf16> transposed(const std::vector<bf16> &m, int E, int A, int B) {
+    std::vector<bf16> t(m.size());
+    for (int e = 0; e < E; e++) {
+        for (int a = 0; a < A; a++) {
+            for (int b = 0; b < B; b++) {
+                t[((size_t)e * B + b) * A + a] = m[((size_t)e * A + a) * B + b];
+            }
+        }
+    }
+    return t;
+}
+
+static void check_product(const Case &c) {
+    int E = (int)c.rows.size(), N = c.N, K = c.K, KU = c.KU, total = 0;
+    std::vector<int> offset(1, 0);
+    for (int n : c.rows) { offset.push_back(total += n); }
+    if (c.batched) { total = c.rows[0]; }
+    size_t spare = 40, rows = total + spare, ldx = (c.batched ? (size_t)E * K : K) + 24;
+    size_t ldu = KU + 8, ldo = (c.batched ? (size_t)E * N : N) + 16;
+    if (c.batched) { rows = total; }
+    std::vector<bf16> x = integers(rows, total, ldx - 24, ldx, 1, 3);
+    std::vector<bf16> w = integers((size_t)E * N, (size_t)E * N, K, K, 2, 3);
+    std::vector<bf16> u = integers(rows, total, KU, ldu, 3, 3);
+    std::vector<bf16> v = integers((size_t)E * N, (size_t)E * N, KU, KU, 4, 3);
+    std::vector<float> right = oracle(c, x, ldx, w, u, ldu, v);
+    bf16 *dx = to_device(x), *du = to_device(u), *dw[2], *dv[2];
+    dw[0] = to_device(w), dv[0] = to_device(v);
+    dw[1] = to_device(transposed(w, E, N, K)), dv[1] = to_device(transposed(v, E, N, KU));
+    int *d_offset = to_device(offset);
+    void *out = device_alloc<float>(rows * ldo);
+
+    for (int variant = 0; variant < 12; variant++) {
+        int mode = variant % 3, by_k = variant / 3 % 2, width = variant / 6 ? 256 : 128;
+        Product p = {};
+        p.out = out, p.ldo = ldo, p.out_f32 = mode > 0, p.out_add = mode == 2;
+        p.x = dx, p.ldx = ldx, p.w = dw[by_k], p.w_by_k = by_k;
+        p.u = du, p.ldu = ldu, p.v = dv[by_k], p.KU = KU;
+        p.offset = c.batched ? NULL : d_offset, p.x_group = K, p.out_group = N;
+        p.E = E, p.rows = (int)rows, p.N = N, p.K = K, p.width = width;
+        // 0x41 in every byte: 12.08 as a float, and an old value for +=.
+        cudaCheck(cudaMemset(out, 0x41, rows * ldo * sizeof(float)));
+        grouped_product(p);
+        size_t wrong = 0, touched = 0, first = 0;
+        float old;
+        memset(&old, 0x41, sizeof old);
+        auto compare = [&](auto &&got, auto as_stored, auto poison) {
+            std::vector<char> owned(rows * ldo);
+            size_t i = 0;
+            for (int e = 0, from = 0; e < E; e++) {
+                for (int r = 0; r < c.rows[e]; r++, i++) {
+                    for (int n = 0; n < N; n++) {
+                        size_t at = (from + r) * ldo + (c.batched ? (size_t)e * N : 0) + n;
+                        owned[at] = 1;
+                        if (!(got[at] == as_stored(right[i * N + n])) && !wrong++) { first = at; }
+                    }
+                }
+                if (!c.batched) { from += c.rows[e]; }
+            }
+            for (size_t at = 0; at < rows * ldo; at++) {
+                touched += !owned[at] && memcmp(&got[at], &poison, sizeof poison) != 0;
+            }
+        };
+        if (mode == 0) {
+            uint16_t poison = 0x4141;
+            compare(to_host((bf16 *)out, rows * ldo), [](float f) { return __float2bfloat16(f); },
+                    poison);
+        } else {
+            compare(to_host((float *)out, rows * ldo),
+                    [&](float f) { return mode == 2 ? old + f : f; }, old);
+        }
+        check(wrong == 0 && touched == 0, "E %d rows %d.. N %d K %d KU %d batched %d: %s w_by_k %d "
+              "width %d: %zu wrong (first row %zu column %zu), %zu touched", E, c.rows[0], N, K, KU,
+              c.batched, mode == 0 ? "bf16" : mode == 1 ? "fp32" : "fp32 +=", by_k, width, wrong,
+              first / ldo, first % ldo, touched);
+    }
+    cudaFree(dx), cudaFree(du), cudaFree(dw[0]), cudaFree(dw[1]), cudaFree(dv[0]), cudaFree(dv[1]);
+    cudaFree(d_offset), cudaFree(out);
+}
+
+static void check_products(void) {
+    std::vector<std::vector<int>> rows = {
+        { 1 }, { 63 }, { 64 }, { 65 }, { 129 }, { 256 }, { 0, 129, 0, 64, 1, 0, 65, 300, 0 },
+        { 0, 0 }, { 385, 127, 128, 640 } };
+    for (auto &r : rows) {
+        check_product({ r, 256, 128, 0, 0 });
+        check_product({ r, 128, 128, 16, 0 });
+        check_product({ r, 640, 192, 64, 0 });
+    }
+    check_product({ { 65, 0, 200 }, 264, 72, 8, 0 });           // tails in N and K
+    check_product({ { 65, 0, 200 }, 8, 64, 80, 0 });
+    check_product({ { 130 }, 1024, 512, 128, 0 });
+    check_product({ { 2437, 5, 1100 }, 648, 64, 16, 0 });       // more than one band
+    check_product({ { 4096 }, 512, 64, 0, 0 });
+    check_product({ std::vector<int>(100, 33), 256, 64, 16, 0 });
+    for (int r : { 1, 64, 65, 129, 300 }) {                     // groups side by side (wo_a)
+        check_product({ { r, r }, 128, 128, 0, 1 });
+        check_product({ std::vector<int>(8, r), 264, 192, 0, 1 });
+    }
+}
+
+static uint16_t bf16_bits(float f) {
+    bf16 b = __float2bfloat16(f);
+    uint16_t bits;
+    memcpy(&bits, &b, 2);
+    return bits;
+}
+
+// Every code with every scale: e m of a row of 16 bytes meets all 256 values, scales 0 .. 254.
+static void check_widening(void) {
+    const float magnitude[8] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 };
+    int E = 3, O = 200, C = 288;                    // tails of the 128 x 64 tiles
+    std::vector<uint8_t> w((size_t)E * O * C / 2), s((size_t)E * O * C / 32);
+    for (size_t i = 0; i < w.size(); i++) { w[i] = (uint8_t)hash64(i); }
+    for (size_t i = 0; i < s.size(); i++) { s[i] = (uint8_t)(i * 7 % 255); }
+    uint8_t *dw = to_device(w), *ds = to_device(s);
+    size_t slice = (size_t)C * (O + 16);
+    for (int turned = 0; turned < 2; turned++) {
+        uint16_t *out = device_alloc<uint16_t>(E * slice);
+        cudaCheck(cudaMemset(out, 0x41, E * slice * 2));
+        if (turned) { widen_fp4_transposed_gpu((bf16 *)out, slice, O + 16, dw, ds, E, O, C); }
+        else { widen_fp4_gpu((bf16 *)out, slice, dw, ds, E, O, C); }
+        std::vector<uint16_t> got = to_host(out, E * slice);
+        size_t wrong = 0, written = 0;
+        for (uint16_t g : got) { written += g != 0x4141; }
+        for (int e = 0; e < E; e++) {
+            for (int o = 0; o < O; o++) {
+                for (int c = 0; c < C; c++) {
+                    size_t i = ((size_t)e * O + o) * C + c;
+                    int code = w[i / 2] >> (i % 2 * 4) & 15;
+                    float value = ldexpf(magnitude[code & 7] * (code & 8 ? -1.f : 1.f),
+                                         s[i / 32] - 127);
+                    size_t at = turned ? e * slice + (size_t)c * (O + 16) + o
+                                       : e * slice + (size_t)o * C + c;
+                    wrong += got[at] != bf16_bits(value);
+                }
+            }
+        }
+        check(wrong == 0 && written <= (size_t)E * O * C, "fp4 widening, transposed %d: %zu wrong",
+              turned, wrong);
+        cudaFree(out);
+    }
+    O = 264, C = 416;
+    w.resize((size_t)O * C);
+    s.resize((size_t)((O + 127) / 128) * ((C + 127) / 128));
+    const uint8_t scales[12] = { 127, 107, 147, 0, 1, 254, 128, 126, 120, 134, 100, 150 };
+    for (size_t i = 0; i < w.size(); i++) { w[i] = (uint8_t)hash64(i + 77); }
+    for (size_t i = 0; i < s.size(); i++) { s[i] = scales[i % 12]; }
+    dw = to_device(w), ds = to_device(s);
+    for (int turned = 0; turned < 2; turned++) {
+        uint16_t *out = device_alloc<uint16_t>(slice = (size_t)C * (O + 8));
+        cudaCheck(cudaMemset(out, 0x41, slice * 2));
+        if (turned) { widen_fp8_transposed_gpu((bf16 *)out, O + 8, dw, ds, O, C); }
+        else { widen_fp8_gpu((bf16 *)out, dw, ds, O, C); }
+        std::vector<uint16_t> got = to_host(out, slice);
+        size_t wrong = 0;
+        for (int o = 0; o < O; o++) {
+            for (int c = 0; c < C; c++) {
+                int code = w[(size_t)o * C + c], m = code & 7, e = code >> 3 & 15;
+                float value = e ? ldexpf(1 + m / 8.f, e - 7) : ldexpf((float)m, -9);
+                value = ldexpf(code & 128 ? -value : value,
+                               s[o / 128 * ((C + 127) / 128) + c / 128] - 127);
+                uint16_t g = got[turned ? (size_t)c * (O + 8) + o : (size_t)o * C + c];
+                bool nan = (code & 127) == 127;
+                wrong += nan ? (g & 0x7FFF) <= 0x7F80 : g != bf16_bits(value);
+            }
+        }
+        check(wrong == 0, "fp8 widening, transposed %d: %zu wrong", turned, wrong);
+        cudaFree(out);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 6 Times
+
+static void print_rate(const char *name, double flop, float ms) {
+    printf("  %-34s %8.3f ms %7.1f TFLOP/s  %5.1f %%\n", name, ms, flop / ms * 1e-9,
+           flop / ms * 1e-9 / CEILING_TFLOPS * 100);
+}
+
+// Rows per expert: a mean of rows / E, skewed by up to 20 %.
+static std::vector<int> skewed_offsets(int E, int rows) {
+    std::vector<int> offset(E + 1, 0);
+    for (int e = 0; e < E; e++) {
+        double skew = (double)(hash64(e + 5) % 401) / 1000 - 0.2;
+        offset[e + 1] = offset[e] + (int)(rows / E * (1 + skew));
+    }
+    int rest = rows - offset[E];
+    for (int e = 0; e <= E; e++) { offset[e] += (int)((double)rest * e / E); }
+    offset[E] = rows;
+    return offset;
+}
+
+struct Candidate { const char *name; std::function<void(int)> call; };
+
+// Times the candidates in turn, so that they meet the same clocks, with `between` before each: what
+// runs next to a product in training, and pushes its inputs out of L2. Medians.
+static void race(const std::vector<Candidate> &list, double flop, std::function<void()> between) {
+    const int rounds = 15;
+    std::vector<std::vector<float>> ms(list.size());
+    std::vector<cudaEvent_t> event(list.size() * 2);
+    for (cudaEvent_t &e : event) { cudaCheck(cudaEventCreate(&e)); }
+    for (int r = 0; r < rounds; r++) {
+        for (size_t i = 0; i < list.size(); i++) {
+            between();
+            cudaCheck(cudaEventRecord(event[2 * i], stream));
+            list[i].call(r);
+            cudaCheck(cudaEventRecord(event[2 * i + 1], stream));
+        }
+        cudaCheck(cudaDeviceSynchronize());
+        for (size_t i = 0; i < list.size(); i++) {
+            float t;
+            cudaCheck(cudaEventElapsedTime(&t, event[2 * i], event[2 * i + 1]));
+            ms[i].push_back(t);
+        }
+    }
+    for (size_t i = 0; i < list.size(); i++) {
+        std::sort(ms[i].begin(), ms[i].end());
+        print_rate(list[i].name, flop, ms[i][rounds / 2]);
+    }
+    for (cudaEvent_t &e : event) { cudaCheck(cudaEventDestroy(e)); }
+}
+
+static void time_experts(int rows, int N, int K, bool slow) {
+    const int E = 32, KU = 16;
+    std::vector<int> offset_h = skewed_offsets(E, rows);
+    int *offset = to_device(offset_h);
+    size_t weights = (size_t)E * N * K;
+    uint8_t *packed = random_bytes(weights / 2, 1, 0, 255);
+    uint8_t *scale = random_bytes(weights / 32, 2, 118, 122);
+    bf16 *w = device_alloc<bf16>(weights), *w_by_k = device_alloc<bf16>(weights);
+    bf16 *x = random_normal((size_t)rows * K, 3, 1), *u = random_normal((size_t)rows * KU, 4, 1);
+    bf16 *v = random_normal((size_t)E * N * KU, 5, 0.1f), *out = device_alloc<bf16>((size_t)rows * N);
+    float *reference = device_alloc<float>((size_t)rows * N);
+    float *f32 = device_alloc<float>((size_t)rows * N);
+    double flop = 2.0 * rows * N * K, bytes = weights * (0.5 + 1. / 32 + 2);
+    auto widen = [&] { widen_fp4_gpu(w, (size_t)N * K, packed, scale, E, N, K); };
+    auto widen_transposed = [&] {
+        widen_fp4_transposed_gpu(w_by_k, (size_t)N * K, N, packed, scale, E, N, K); };
+    printf("experts: %d rows, N %d, K %d\n", rows, N, K);
+    float ms = time_ms([&](int) { widen(); });
+    printf("  %-34s %8.3f ms %7.0f GB/s\n", "widen", ms, bytes / ms * 1e-6);
+    ms = time_ms([&](int) { widen_transposed(); });
+    printf("  %-34s %8.3f ms %7.0f GB/s\n", "widen transposed", ms, bytes / ms * 1e-6);
+
+    Product p = {};
+    p.out = out, p.ldo = N, p.x = x, p.ldx = K, p.w = w, p.offset = offset;
+    p.E = E, p.rows = rows, p.N = N, p.K = K;
+    Product by_k = p, fp32 = p, add, border = p;
+    by_k.w = w_by_k, by_k.w_by_k = 1;
+    fp32.out = f32, fp32.out_f32 = 1;
+    add = fp32, add.out_add = 1;
+    border.u = u, border.ldu = KU, border.v = v, border.KU = KU;
+
+    experts_v2(reference, 1, x, w, 0, offset_h.data(), E, N, K);
+    auto compare = [&](const char *name, double error, double most) {
+        check(error <= most, "%s against cuBLAS: %g", name, error);
+        cudaCheck(cudaMemset(out, 0xFF, (size_t)rows * N * 2));
+    };
+    size_t n = (size_t)rows * N;
+    if (slow) {
+        ms = time_ms([&](int) {
+            experts_v1_kernel<<<dim3((N + 127) / 128, rows), 128>>>(out, x, packed, scale, offset,
+                                                                   E, N, K); }, 1, 0);
+        print_rate("v1 a thread per output", flop, ms);
+        compare("v1", device_error(out, reference, n), 3e-3);
+    }
+    grouped_product(by_k);
+    compare("v3, W by k", device_error(out, reference, n), 3e-3);
+    grouped_product(fp32);
+    grouped_product(add);
+    experts_v2(reference, 1, x, w, 0, offset_h.data(), E, N, K);
+    std::vector<float> once = to_host(reference, 65536), twice = to_host(f32, 65536);
+    for (float &f : once) { f *= 2; }
+    compare("v3, fp32 and +=", relative_error(twice, once), 1e-5);
+    grouped_product(p);
+    uint64_t bits = device_hash(out, n * 2);
+    for (int i = 0; i < 5; i++) {
+        compare("v3", device_error(out, reference, n), 3e-3);
+        grouped_product(p);
+        check(bits == device_hash(out, n * 2), "same bits in every run");
+    }
+    auto v2 = [&](int) { experts_v2(out, 0, x, w, 0, offset_h.data(), E, N, K); };
+    race({ { "v2 cuBLAS per expert", v2 },
+           { "v3", [&](int) { grouped_product(p); } },
+           { "v3, W row by k", [&](int) { grouped_product(by_k); } },
+           { "v3, fp32 out", [&](int) { grouped_product(fp32); } },
+           { "v3, fp32 out +=", [&](int) { grouped_product(add); } },
+           { "v4, border of 16", [&](int) { grouped_product(border); } } }, flop, widen);
+    if (slow) {
+        print_rate("v2 alone, for 0.4 s", flop, time_ms(v2, 200, 200));
+        print_rate("v3 alone, for 0.4 s", flop, time_ms([&](int) { grouped_product(p); }, 200, 200));
+    }
+    cudaFree(offset), cudaFree(packed), cudaFree(scale), cudaFree(w), cudaFree(w_by_k), cudaFree(x);
+    cudaFree(u), cudaFree(v), cudaFree(reference), cudaFree(f32), cudaFree(out);
+}
+
+// Dense products (groups 1), and wo_a's: groups of columns.
+static void time_dense(int T, int groups, int N, int K) {
+    size_t ldx = (size_t)groups * K, ldo = (size_t)groups * N, n = (size_t)T * ldo;
+    bf16 *x = random_normal((size_t)T * ldx, 10, 1), *out = device_alloc<bf16>(n);
+    bf16 *w = random_normal((size_t)groups * N * K, 50, 0.02f), *right = device_alloc<bf16>(n);
+    size_t spare_n = 128 << 20;
+    uint8_t *spare = device_alloc<uint8_t>(spare_n);
+    double flop = 2.0 * T * groups * N * K;
+    printf("dense: %d rows, %d x (N %d, K %d)\n", T, groups, N, K);
+    float one = 1, zero = 0;
+    for (int by_k = 0; by_k < 2; by_k++) {
+        auto with_cublas = [&](int) {
+            cublasCheck(cublasGemmStridedBatchedEx(cublas, by_k ? CUBLAS_OP_N : CUBLAS_OP_T,
+                CUBLAS_OP_N, N, T, K, &one, w, CUDA_R_16BF, by_k ? N : K, (long long)N * K, x,
+                CUDA_R_16BF, (int)ldx, K, &zero, out, CUDA_R_16BF, (int)ldo, N, groups,
+                CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+        };
+        with_cublas(0);
+        cudaCheck(cudaMemcpy(right, out, n * 2, cudaMemcpyDeviceToDevice));
+        Product p = {};
+        p.out = out, p.x = x, p.w = w;
+        p.ldo = ldo, p.ldx = ldx, p.x_group = K, p.out_group = N, p.w_by_k = by_k;
+        p.E = groups, p.rows = T, p.N = N, p.K = K;
+        Product narrow = p, wide = p;
+        narrow.width = 128, wide.width = 256;
+        for (const Product &q : { narrow, wide }) {
+            cudaCheck(cudaMemset(out, 0xFF, n * 2));
+            grouped_product(q);
+            double e = device_error(out, right, n);
+            check(e < 3e-3, "dense N %d K %d by_k %d width %d against cuBLAS: %g", N, K, by_k,
+                  q.width, e);
+        }
+        bool is_wide = product_width(p, 132) == 256;
+        race({ { by_k ? "cuBLAS, W row by k" : "cuBLAS", with_cublas },
+               { is_wide ? "v3, 128 wide" : "v3, 128 wide (chosen)",
+                 [&](int) { grouped_product(narrow); } },
+               { is_wide ? "v3, 256 wide (chosen)" : "v3, 256 wide",
+                 [&](int) { grouped_product(wide); } } }, flop,
+             [&] { cudaCheck(cudaMemsetAsync(spare, 1, spare_n, stream)); });
+    }
+    cudaFree(x), cudaFree(w), cudaFree(out), cudaFree(right), cudaFree(spare);
+}
+
+static void time_widen_fp8(int O, int C) {
+    uint8_t *w = random_bytes((size_t)O * C, 1, 0, 126), *s = random_bytes(O / 128 * (C / 128), 2, 118, 122);
+    bf16 *out = device_alloc<bf16>((size_t)O * C);
+    float ms = time_ms([&](int) { widen_fp8_gpu(out, w, s, O, C); });
+    printf("fp8 (%d,%d): widen %.4f ms %.0f GB/s, ", O, C, ms, 3.0 * O * C / ms * 1e-6);
+    ms = time_ms([&](int) { widen_fp8_transposed_gpu(out, O, w, s, O, C); });
+    printf("transposed %.4f ms %.0f GB/s\n", ms, 3.0 * O * C / ms * 1e-6);
+    cudaFree(w), cudaFree(s), cudaFree(out);
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    cublasCheck(cublasCreate(&cublas));
+    check_widening();
+    printf("widening: %d checks, %d failed\n", checks, failures);
+    check_products();
+    printf("products: %d checks, %d failed\n", checks, failures);
+    if (failures || (argc > 1 && strcmp(argv[1], "check") == 0)) { return failures != 0; }
+    time_experts(24576, 4096, 4096, true);
+    time_experts(24576, 4096, 2048, false);
+    time_experts(24576, 2048, 4096, false);
+    time_experts(6144, 4096, 4096, false);
+    const int shapes[][3] = { { 1, 1024, 4096 }, { 1, 32768, 1024 }, { 1, 512, 4096 },
+                              { 1, 4096, 8192 }, { 8, 1024, 4096 } };
+    for (auto &s : shapes) { time_dense(4096, s[0], s[1], s[2]); }
+    time_widen_fp8(32768, 1024);
+    time_widen_fp8(8192, 4096);
+    printf("%d checks, %d failed\n", checks, failures);
+    return failures != 0;
+}

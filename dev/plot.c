@@ -1,0 +1,194 @@
+// plot.c: draws a run's loss curves as a PNG, from the logs alone. The trainer includes it and
+// draws OUT/loss.png at exit; as a tool of its own it draws any folder that has the two logs:
+//
+//     cc -DPLOT_MAIN -I.deps/usr/include dev/plot.c -o plot -lm && ./plot out
+//
+// Axes, ticks with numbers, two curves, a 5 x 7 font of the characters that takes: nothing else.
+// The PNG itself is written by stb_image_write.h (Debian: libstb-dev); without it nothing is drawn.
+#ifndef PLOT_C
+#define PLOT_C
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__has_include)
+#if __has_include(<stb/stb_image_write.h>)
+#define HAVE_STB_IMAGE_WRITE
+#endif
+#endif
+#ifdef HAVE_STB_IMAGE_WRITE
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#include <stb/stb_image_write.h>        // defines: stbi_write_png
+#pragma GCC diagnostic pop
+#else
+static inline int stbi_write_png(const char *path, int w, int h, int channels, const void *rgb,
+                                 int stride) {
+    (void)path, (void)w, (void)h, (void)channels, (void)rgb, (void)stride;
+    return 0;
+}
+#endif
+
+// Reads "step" and one other number from a line of a log; 0 if it has not both, or no end.
+static inline int log_parse(const char *line, const char *key, int *step, double *value) {
+    char quoted[32];
+    snprintf(quoted, sizeof quoted, "\"%s\": ", key);
+    const char *at = strstr(line, quoted);
+    return sscanf(line, "{\"step\": %d,", step) == 1 && at != NULL && strstr(at, "}\n") != NULL
+        && sscanf(at + strlen(quoted), "%lf", value) == 1;
+}
+
+enum { PLOT_W = 720, PLOT_H = 450, PLOT_LEFT = 70, PLOT_RIGHT = PLOT_W - 20, PLOT_TOP = 24,
+       PLOT_BOTTOM = PLOT_H - 45,
+       PLOT_INK = 0x303030, PLOT_GRID = 0xE4E4E4, PLOT_BLUE = 0x1F77B4, PLOT_ORANGE = 0xE06000 };
+
+typedef struct {
+    unsigned char *rgb;         // (PLOT_H, PLOT_W, 3)
+    double x_max, y_min, y_max; // of the curves; steps begin at 0
+} Plot;
+
+// One byte per column, lowest bit on top.
+static const struct { char c; unsigned char column[5]; } plot_font[] = {
+    {'0', {0x3E, 0x51, 0x49, 0x45, 0x3E}}, {'1', {0x00, 0x42, 0x7F, 0x40, 0x00}},
+    {'2', {0x62, 0x51, 0x49, 0x49, 0x46}}, {'3', {0x22, 0x41, 0x49, 0x49, 0x36}},
+    {'4', {0x18, 0x14, 0x12, 0x7F, 0x10}}, {'5', {0x27, 0x45, 0x45, 0x45, 0x39}},
+    {'6', {0x3E, 0x49, 0x49, 0x49, 0x32}}, {'7', {0x01, 0x71, 0x09, 0x05, 0x03}},
+    {'8', {0x36, 0x49, 0x49, 0x49, 0x36}}, {'9', {0x26, 0x49, 0x49, 0x49, 0x3E}},
+    {'.', {0x00, 0x60, 0x60, 0x00, 0x00}}, {'-', {0x08, 0x08, 0x08, 0x08, 0x08}},
+    {'+', {0x08, 0x08, 0x3E, 0x08, 0x08}}, {'a', {0x20, 0x54, 0x54, 0x54, 0x78}},
+    {'e', {0x38, 0x54, 0x54, 0x54, 0x18}}, {'i', {0x00, 0x44, 0x7D, 0x40, 0x00}},
+    {'l', {0x00, 0x41, 0x7F, 0x40, 0x00}}, {'n', {0x7C, 0x08, 0x04, 0x04, 0x78}},
+    {'o', {0x38, 0x44, 0x44, 0x44, 0x38}}, {'p', {0x7C, 0x14, 0x14, 0x14, 0x08}},
+    {'r', {0x7C, 0x08, 0x04, 0x04, 0x08}}, {'s', {0x48, 0x54, 0x54, 0x54, 0x24}},
+    {'t', {0x04, 0x3F, 0x44, 0x40, 0x20}}, {'v', {0x1C, 0x20, 0x40, 0x20, 0x1C}},
+};
+
+static inline void plot_dot(Plot *p, int x, int y, int color) {
+    if (x < 0 || x >= PLOT_W || y < 0 || y >= PLOT_H) { return; }
+    for (int i = 0; i < 3; i++) {
+        p->rgb[3 * (y * PLOT_W + x) + i] = (unsigned char)(color >> (16 - 8 * i));
+    }
+}
+
+static inline void plot_line(Plot *p, int x0, int y0, int x1, int y1, int width, int color) {
+    int n = abs(x1 - x0) > abs(y1 - y0) ? abs(x1 - x0) : abs(y1 - y0);
+    for (int i = 0; i <= n; i++) {
+        int x = x0 + (n ? (x1 - x0) * i / n : 0), y = y0 + (n ? (y1 - y0) * i / n : 0);
+        for (int j = 0; j < width * width; j++) {
+            plot_dot(p, x + j % width, y + j / width, color);
+        }
+    }
+}
+
+// Text whose left end (place 0), middle (1) or right end (2) is at x.
+static inline void plot_text(Plot *p, const char *text, int x, int y, int place, int color) {
+    x -= (int)strlen(text) * 6 * place / 2;
+    for (; *text; text++, x += 6) {
+        for (size_t k = 0; k < sizeof plot_font / sizeof plot_font[0]; k++) {
+            for (int i = 0; plot_font[k].c == *text && i < 35; i++) {
+                if (plot_font[k].column[i / 7] >> i % 7 & 1) {
+                    plot_dot(p, x + i / 7, y + i % 7, color);
+                }
+            }
+        }
+    }
+}
+
+static inline int plot_x(const Plot *p, double step) {
+    return PLOT_LEFT + (int)lround(step / p->x_max * (PLOT_RIGHT - PLOT_LEFT));
+}
+
+static inline int plot_y(const Plot *p, double loss) {
+    double part = (loss - p->y_min) / (p->y_max - p->y_min);
+    return PLOT_BOTTOM - (int)lround(part * (PLOT_BOTTOM - PLOT_TOP));
+}
+
+// The distance of ticks: 1, 2 or 5 times a power of ten, so that there are about six.
+static inline double plot_tick(double range) {
+    double power = pow(10, floor(log10(range / 6))), part = range / 6 / power;
+    return power * (part <= 1 ? 1 : part <= 2 ? 2 : part <= 5 ? 5 : 10);
+}
+
+static inline void plot_axes(Plot *p) {
+    char text[32];
+    double tick = plot_tick(p->y_max - p->y_min);
+    for (double k = ceil(p->y_min / tick); k * tick <= p->y_max; k++) {
+        int y = plot_y(p, k * tick);
+        plot_line(p, PLOT_LEFT, y, PLOT_RIGHT, y, 1, PLOT_GRID);
+        snprintf(text, sizeof text, "%.6g", k * tick);
+        plot_text(p, text, PLOT_LEFT - 8, y - 3, 2, PLOT_INK);
+    }
+    tick = fmax(plot_tick(p->x_max), 1);
+    for (double k = 0; k * tick <= p->x_max; k++) {
+        int x = plot_x(p, k * tick);
+        plot_line(p, x, PLOT_TOP, x, PLOT_BOTTOM, 1, PLOT_GRID);
+        snprintf(text, sizeof text, "%.6g", k * tick);
+        plot_text(p, text, x, PLOT_BOTTOM + 8, 1, PLOT_INK);
+    }
+    plot_line(p, PLOT_LEFT, PLOT_TOP, PLOT_LEFT, PLOT_BOTTOM, 1, PLOT_INK);
+    plot_line(p, PLOT_LEFT, PLOT_BOTTOM, PLOT_RIGHT, PLOT_BOTTOM, 1, PLOT_INK);
+    plot_text(p, "step", (PLOT_LEFT + PLOT_RIGHT) / 2, PLOT_H - 16, 1, PLOT_INK);
+    plot_text(p, "loss", PLOT_LEFT, PLOT_TOP - 14, 1, PLOT_INK);
+    plot_text(p, "train", PLOT_RIGHT - 70, PLOT_TOP - 14, 0, PLOT_BLUE);
+    plot_text(p, "val", PLOT_RIGHT - 20, PLOT_TOP - 14, 0, PLOT_ORANGE);
+}
+
+// Goes through one log. With draw 0 it widens the ranges, with draw 1 it draws the curve; points
+// that are few are marked. Returns their number.
+static inline int plot_curve(Plot *p, const char *path, const char *key, int color, int draw) {
+    FILE *file = fopen(path, "r");
+    char line[1024];
+    int step, points = 0, x0 = 0, y0 = 0;
+    double loss;
+    while (file && fgets(line, sizeof line, file)) {
+        if (!log_parse(line, key, &step, &loss)) { continue; }
+        if (draw) {
+            int x = plot_x(p, step), y = plot_y(p, loss);
+            plot_line(p, points ? x0 : x, points ? y0 : y, x, y, 2, color);
+            if (color == PLOT_ORANGE) { plot_line(p, x - 1, y - 1, x + 1, y - 1, 3, color); }
+            x0 = x;
+            y0 = y;
+        }
+        p->x_max = fmax(p->x_max, step);
+        p->y_min = fmin(p->y_min, loss);
+        p->y_max = fmax(p->y_max, loss);
+        points++;
+    }
+    if (file) { fclose(file); }
+    return points;
+}
+
+// Draws both logs into png. Returns 1, 0 if that failed, -1 if there is nothing to draw.
+static inline int plot_loss(const char *png, const char *train, const char *val) {
+    Plot p = { NULL, 1, INFINITY, -INFINITY };
+    if (plot_curve(&p, train, "loss", PLOT_BLUE, 0)
+        + plot_curve(&p, val, "val_loss", PLOT_ORANGE, 0) == 0) { return -1; }
+    double margin = 0.05 * (p.y_max - p.y_min) + 1e-3;
+    p.y_min -= margin;
+    p.y_max += margin;
+    p.rgb = (unsigned char *)malloc(PLOT_W * PLOT_H * 3);
+    if (p.rgb == NULL) { return 0; }
+    memset(p.rgb, 255, PLOT_W * PLOT_H * 3);
+    plot_axes(&p);
+    plot_curve(&p, train, "loss", PLOT_BLUE, 1);
+    plot_curve(&p, val, "val_loss", PLOT_ORANGE, 1);
+    int written = stbi_write_png(png, PLOT_W, PLOT_H, 3, p.rgb, 3 * PLOT_W);
+    free(p.rgb);
+    return written != 0;
+}
+
+#ifdef PLOT_MAIN
+int main(int argc, char **argv) {
+    char path[3][1024];
+    static const char *const names[3] = { "loss.png", "training.jsonl", "validation.jsonl" };
+    for (int i = 0; i < 3; i++) {
+        snprintf(path[i], sizeof path[i], "%s/%s", argc > 1 ? argv[1] : "out", names[i]);
+    }
+    int drawn = plot_loss(path[0], path[1], path[2]);
+    if (drawn != 1) { fprintf(stderr, "%s was not drawn\n", path[0]); }
+    return drawn != 1;
+}
+#endif
+#endif // PLOT_C

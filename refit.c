@@ -1,0 +1,1536 @@
+// refit.c: weights changing layout, between files and the trainer.
+//
+// A checkpoint is not memory. On disk a tensor is a name, a type, a shape and a range of bytes in
+// one of many files; in the trainer it is a pointer; in another program it has another name, or is
+// a slice of something larger. This file is every such change, and it does not know the model: it
+// takes tables of (name, type, shape, pointer) and the list of trained matrices.
+//
+//     safetensors file:   u64 n | n bytes of JSON {name: {dtype, shape, data_offsets}} | the data
+//     checkpoint folder:  config.json, model.safetensors.index.json (name -> file), the files
+//     adapter folder:     adapter_config.json, adapter_model.safetensors (PEFT's format)
+//     training state:     an adapter folder with optimizer.safetensors and state.json
+//
+// Two rules. Nothing that is read is trusted: files arrive truncated, renamed, half downloaded or
+// made for another model, and each such defect ends with one line that names the tensor or the
+// file. And nothing written replaces anything before it is complete and on the disk: folders are
+// written under a temporary name, synced and renamed, so a run can be killed at any instruction.
+//
+// Contents
+//   1 files and folders       5 reading a checkpoint           9 adapter folders
+//   2 JSON                    6 do the scales fit?            10 training state
+//   3 safetensors headers     7 the two namings of an adapter
+//   4 config.json             8 saving together, loading alone
+#ifndef REFIT_C
+#define REFIT_C
+#include "moe.c"            // defines: comm_*; below it Adapters, widen_fp8, widen_fp4
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+
+// -------------------------------------------------------------------------------------------------
+// 1 Files and folders
+//
+// What the C library leaves out: whole reads, removing and syncing folders. A file's bytes are safe
+// once the file is synced, its name only once its folder is.
+
+enum { PATH_SIZE = 1024, TEXT_MOST = 100000000 };   // the longest JSON text, in a header or alone
+#define NOWHERE SIZE_MAX
+static const char damaged[] = "HINT: the file is damaged, fetch it again";
+static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
+static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
+
+// Bad input: this file ends the process a lot.
+#define refuse(...) die(EXIT_USAGE, __VA_ARGS__)
+
+// out (PATH_SIZE) = the three parts, one after the other. Returns out.
+static inline char *path_make(char *out, const char *a, const char *b, const char *c) {
+    if (snprintf(out, PATH_SIZE, "%s%s%s", a, b, c) >= PATH_SIZE) {
+        refuse("the path %.60s... is longer than %d bytes", a, PATH_SIZE - 1);
+    }
+    return out;
+}
+
+// Reads n bytes from position `at`. Returns 0 or an errno; ENODATA: the file ends too early.
+static inline int file_pread(int fd, void *out, size_t n, size_t at) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char *)out + done, n - done, (off_t)(at + done));
+        if (got < 0 && errno == EINTR) { continue; }
+        if (got <= 0) { return got < 0 ? errno : ENODATA; }
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+// Opens a regular file for reading. The hint says what to do when there is none.
+static inline int file_open(const char *path, size_t *size, const char *hint) {
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+        refuse("cannot open %s: %s HINT: %s", path, fd < 0 ? strerror(errno) : "not a file", hint);
+    }
+    *size = (size_t)info.st_size;
+    return fd;
+}
+
+// n bytes of a file from position `at`, with a 0 behind them. The caller frees them.
+static inline char *file_text(int fd, const char *path, size_t n, size_t at) {
+    if (n > TEXT_MOST) { refuse("%s: a text of %zu bytes is not one of ours", path, n); }
+    char *text = (char *)host_alloc(n + 1);
+    int error = file_pread(fd, text, n, at);
+    if (error) { refuse("cannot read %s: %s %s", path, strerror(error), damaged); }
+    text[n] = 0;
+    return text;
+}
+
+// The folder's entries reach the disk; some file systems cannot do that, and need not.
+static inline int folder_sync(const char *path) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int error = fd < 0 || (fsync(fd) != 0 && errno != EINVAL) ? errno : 0;
+    if (fd >= 0) { close(fd); }
+    return error;
+}
+
+// Removes a folder of files, if it is there.
+static inline void folder_remove(const char *path) {
+    DIR *dir = opendir(path);
+    char file[PATH_SIZE];
+    for (struct dirent *e; dir && (e = readdir(dir)) != NULL;) {
+        if (e->d_name[0] != '.') { unlink(path_make(file, path, "/", e->d_name)); }
+    }
+    if (dir) { closedir(dir); }
+    rmdir(path);
+}
+
+// Bytes that can still be written to the file system of an existing path; 0 if it cannot be told.
+size_t disk_free(const char *path) {
+    struct statvfs info;
+    return statvfs(path, &info) == 0 ? (size_t)info.f_bavail * info.f_frsize : 0;
+}
+
+// A line every two seconds on rank 0, so that long work can be told from a hang.
+static inline void progress(const char *what, size_t done, size_t total, double start,
+                            double *last) {
+    double now = comm_clock();
+    if (comm_rank() != 0 || now - *last < 2) { return; }
+    *last = now;
+    printf("%-6s %.1f of %.1f GB | %.0f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
+           now - start, done / 1e9 / (now - start));
+    fflush(stdout);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 2 JSON
+//
+// jsmn cuts a text into tokens: where each value begins and ends, and how many children it has. It
+// forgives much ({"a" "b"}, {,}, 1.2.3, text behind the end), so one walk holds the tokens against
+// the grammar. After that strings are unescaped in place and ended with a 0: a token's text is a C
+// string. A key that is there twice is refused, because two readers may pick different ones.
+
+#if defined(__has_include)
+#if __has_include(<jsmn.h>)
+#define HAVE_JSMN
+#endif
+#endif
+#ifdef HAVE_JSMN
+#define JSMN_STATIC
+#define JSMN_STRICT
+#define JSMN_PARENT_LINKS       // without them a header of 70,000 tensors takes seconds
+#include <jsmn.h>               // Debian: libjsmn-dev
+#else                           // the same names, so that everything compiles
+typedef struct { int type, start, end, size; } jsmntok_t;
+typedef struct { unsigned pos; } jsmn_parser;
+enum { JSMN_OBJECT = 1, JSMN_ARRAY, JSMN_STRING, JSMN_PRIMITIVE };
+static inline void jsmn_init(jsmn_parser *parser) { parser->pos = 0; }
+#define jsmn_parse(parser, text, length, tok, n) ((void)(tok), 0)
+#endif
+
+typedef struct {
+    const char *file;           // for messages; the caller's
+    char *text;
+    int n;
+    jsmntok_t *tok;             // (n) in the order of the text; token 0 is the whole value
+} Json;
+
+enum { JSON_TOKENS = 1 << 24, JSON_DEPTH = 64 };    // more is not one of our files
+
+// Behind character c, which must be the next one that is not a blank.
+static inline size_t json_mark(const char *text, size_t at, char c) {
+    if (at == NOWHERE) { return at; }
+    at += strspn(text + at, " \t\r\n");
+    return text[at] == c ? at + 1 : NOWHERE;
+}
+
+// true, false, null, or a number.
+static inline int json_literal(const char *s, int length) {
+    char *end;
+    if (length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0)) { return 1; }
+    if (length == 5 && memcmp(s, "false", 5) == 0) { return 1; }
+    strtod(s, &end);
+    return (int)strspn(s, "0123456789+-.eE") == length && end == s + length;
+}
+
+// Holds value *i, whose text must begin at `at`, against the grammar. Moves *i behind its tokens
+// and returns where its text ends.
+static inline size_t json_verify(const Json *j, int *i, size_t at, int depth) {
+    if (at == NOWHERE || *i >= j->n || depth > JSON_DEPTH) { return NOWHERE; }
+    const jsmntok_t *t = &j->tok[(*i)++];
+    at += strspn(j->text + at, " \t\r\n");
+    if ((size_t)t->start != at + (t->type == JSMN_STRING)) { return NOWHERE; }
+    if (t->type == JSMN_PRIMITIVE) {
+        return json_literal(j->text + at, t->end - t->start) ? (size_t)t->end : NOWHERE;
+    }
+    if (t->type == JSMN_STRING) {
+        for (int k = t->start; k < t->end; k++) {
+            if ((unsigned char)j->text[k] < ' ') { return NOWHERE; }
+        }
+        return json_mark(j->text, (size_t)t->end, '"');
+    }
+    at++;
+    for (int k = 0; k < t->size; k++) {
+        if (k > 0) { at = json_mark(j->text, at, ','); }
+        if (t->type == JSMN_OBJECT) {
+            if (*i >= j->n || j->tok[*i].type != JSMN_STRING) { return NOWHERE; }
+            at = json_mark(j->text, json_verify(j, i, at, depth + 1), ':');
+        }
+        at = json_verify(j, i, at, depth + 1);
+    }
+    return json_mark(j->text, at, t->type == JSMN_OBJECT ? '}' : ']');
+}
+
+// Replaces one-letter escapes, in place, and ends the string with a 0. \u escapes stay as they are:
+// no name or value that we look for has any.
+static inline void json_unescape(char *s, jsmntok_t *t) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    int out = t->start;
+    for (int i = t->start; i < t->end; i++) {
+        const char *escape = s[i] == '\\' ? strchr(from, s[i + 1]) : NULL;
+        if (escape) { i++; }
+        s[out++] = escape ? to[escape - from] : s[i];
+    }
+    t->end = out;
+    s[out] = 0;
+}
+
+// Parses text (length bytes and a 0), which j owns from here on.
+static inline void json_parse(Json *j, const char *file, char *text, size_t length) {
+    jsmn_parser parser;
+    int i = 0;
+    size_t end = NOWHERE;
+#ifndef HAVE_JSMN
+    refuse("cannot read %s: built without jsmn.h HINT: make deps, or install the package "
+           "libjsmn-dev; then make again", file);
+#endif
+    *j = (Json){ .file = file, .text = text };
+    jsmn_init(&parser);
+    j->n = jsmn_parse(&parser, text, length, (jsmntok_t *)NULL, 0);     // counts
+    if (j->n > JSON_TOKENS) { refuse("%s: more than %d values", file, JSON_TOKENS); }
+    if (j->n > 0) {
+        j->tok = (jsmntok_t *)host_alloc(sizeof(jsmntok_t) * (size_t)j->n);
+        jsmn_init(&parser);
+        j->n = jsmn_parse(&parser, text, length, j->tok, (unsigned)j->n);
+        end = json_verify(j, &i, 0, 0);
+    }
+    if (end == NOWHERE || i != j->n || end + strspn(text + end, " \t\r\n") != length) {
+        refuse("%s is not valid JSON (near byte %u) %s", file,
+               j->n <= 0 ? parser.pos : (unsigned)j->tok[i > 0 ? i - 1 : 0].start, damaged);
+    }
+    for (i = 0; i < j->n; i++) {
+        if (j->tok[i].type == JSMN_STRING) { json_unescape(text, &j->tok[i]); }
+    }
+}
+
+static inline void json_load(Json *j, const char *path, const char *hint) {
+    size_t size;
+    int fd = file_open(path, &size, hint);
+    json_parse(j, path, file_text(fd, path, size, 0), size);
+    close(fd);
+}
+
+static inline void json_free(Json *j) { free(j->text); free(j->tok); }
+
+static inline const char *json_text(const Json *j, int i) { return j->text + j->tok[i].start; }
+
+// The token behind value i. The members of an object are key, value, key, value, so
+//     for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1))
+// visits its keys i, with their values i + 1.
+static inline int json_next(const Json *j, int i) {
+    int end = j->tok[i].end;
+    do { i++; } while (i < j->n && j->tok[i].start < end);
+    return i;
+}
+
+// One character per kind of value: { [ " 0 (number) t (true, false) n (null).
+static inline int json_kind(const Json *j, int i) {
+    int c = j->tok[i].type == JSMN_STRING ? '"' : *json_text(j, i);
+    return c == 'f' ? 't' : strchr("{[\"tn", c) ? c : '0';
+}
+
+// The value of a key, or -1; object may be -1 too.
+static inline int json_find(const Json *j, int object, const char *key) {
+    int found = -1;
+    if (object < 0 || j->tok[object].type != JSMN_OBJECT) { return -1; }
+    for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1)) {
+        if (strcmp(json_text(j, i), key) != 0) { continue; }
+        if (found >= 0) { refuse("%s: the key %s is there twice", j->file, key); }
+        found = i + 1;
+    }
+    return found;
+}
+
+// As json_find, but the key must be there, and its value of that kind.
+static inline int json_get(const Json *j, int object, const char *key, int kind) {
+    int i = json_find(j, object, key);
+    if (i < 0) { refuse("%s: the key %s is missing", j->file, key); }
+    if (json_kind(j, i) != kind) {
+        refuse("%s: %s is %.*s, expected %s", j->file, key, (int)strcspn(json_text(j, i), ",]}\n"),
+               json_text(j, i), kind == '"' ? "a string" : kind == '{' ? "an object" : kind == '['
+               ? "a list" : kind == 't' ? "true or false" : "a number");
+    }
+    return i;
+}
+
+static inline double json_number(const Json *j, int i) { return strtod(json_text(j, i), NULL); }
+
+// A count, a size or an offset; NOWHERE if value i is none.
+static inline size_t json_size(const Json *j, int i) {
+    int length = j->tok[i].end - j->tok[i].start;
+    const char *s = json_text(j, i);
+    int good = json_kind(j, i) == '0' && length <= 18 && (int)strspn(s, "0123456789") == length;
+    return good ? (size_t)strtoull(s, NULL, 10) : NOWHERE;
+}
+
+// Writes a string with its quotes.
+static inline void json_quote(FILE *f, const char *s) {
+    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
+    fputc('"', f);
+    for (; *s; s++) {
+        const char *escape = strchr(from, *s);
+        if (escape) { fprintf(f, "\\%c", to[escape - from]); }
+        else if ((unsigned char)*s >= ' ') { fputc(*s, f); }
+    }
+    fputc('"', f);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 3 Safetensors headers
+//
+// A header is believed only as a whole: every range as long as its type and shape say, and all of
+// them together covering the data exactly once, without overlaps or holes. The format's own library
+// demands the same (tensor.rs), and it turns a truncated download, a file cut together by hand and
+// random bytes into one thing: an error line.
+
+// The types of the format, in the order of its library. DT_FP4 is two codes per byte, I8 or U8.
+static const struct { const char *name; int bits, type; } dtypes[] = {
+    {"BOOL", 8, -1}, {"F4", 4, -1}, {"F6_E2M3", 6, -1}, {"F6_E3M2", 6, -1}, {"U8", 8, DT_FP4},
+    {"I8", 8, DT_FP4}, {"F8_E5M2", 8, -1}, {"F8_E4M3", 8, DT_FP8}, {"F8_E8M0", 8, DT_E8M0},
+    {"F8_E4M3FNUZ", 8, -1}, {"F8_E5M2FNUZ", 8, -1}, {"I16", 16, -1}, {"U16", 16, -1},
+    {"F16", 16, DT_F16}, {"BF16", 16, DT_BF16}, {"I32", 32, DT_I32}, {"U32", 32, -1},
+    {"F32", 32, DT_F32}, {"C64", 64, -1}, {"F64", 64, -1}, {"I64", 64, DT_I64}, {"U64", 64, -1},
+    {"an unknown type", 0, -1},
+};
+enum { DTYPES = sizeof dtypes / sizeof *dtypes - 1, DIMS_MAX = 4 };
+
+typedef struct {                // one tensor of a file
+    const char *name;
+    int dtype, type, ndim;      // dtype: place in dtypes; type: its DT_*
+    size_t dim[DIMS_MAX];       // the first of them
+    size_t begin, end;          // bytes, counted from the start of the data
+} Entry;
+
+typedef struct {
+    char path[PATH_SIZE];
+    int fd;
+    Json header;                // owns the names
+    size_t n, data;             // tensors; where the data begins
+    Entry *entry;               // (n) sorted by name
+} Safetensors;
+
+// "F32 [2048,4096]" in text (120).
+static inline const char *shape_text(char *text, int dtype, int ndim, const size_t *dim) {
+    char *end = text + sprintf(text, "%s [", dtypes[dtype].name);
+    for (int d = 0; d < ndim && d < DIMS_MAX; d++) {
+        end += sprintf(end, "%s%zu", d ? "," : "", dim[d]);
+    }
+    sprintf(end, ndim > DIMS_MAX ? ",...]" : "]");
+    return text;
+}
+
+static inline int entry_by_begin(const void *a, const void *b) {
+    const Entry *x = (const Entry *)a, *y = (const Entry *)b;
+    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
+    return (x->end > y->end) - (x->end < y->end);
+}
+
+static inline int entry_by_name(const void *a, const void *b) {
+    return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name);
+}
+
+// Reads the header's part of the tensor with key token `key`.
+static inline void safetensors_entry(const Safetensors *s, Entry *e, int key) {
+    const Json *j = &s->header;
+    char text[120];
+    e->name = json_text(j, key);
+    if (json_kind(j, key + 1) != '{') { refuse("%s: %s is no object", s->path, e->name); }
+    const char *dtype = json_text(j, json_get(j, key + 1, "dtype", '"'));
+    int shape = json_get(j, key + 1, "shape", '[');
+    int range = json_get(j, key + 1, "data_offsets", '['), pair = j->tok[range].size == 2;
+    for (e->dtype = 0; e->dtype < DTYPES && strcmp(dtypes[e->dtype].name, dtype); e->dtype++) { }
+    size_t bits = (size_t)dtypes[e->dtype].bits;
+    int sound = bits > 0;
+    e->type = dtypes[e->dtype].type;
+    e->ndim = j->tok[shape].size;
+    for (int d = 0; d < e->ndim; d++) {
+        size_t size = json_size(j, shape + 1 + d);
+        sound &= size != NOWHERE && !__builtin_mul_overflow(bits, size, &bits);
+        if (d < DIMS_MAX) { e->dim[d] = size; }
+    }
+    e->begin = pair ? json_size(j, range + 1) : NOWHERE;
+    e->end = pair ? json_size(j, range + 2) : NOWHERE;
+    if (!sound || e->begin > e->end || e->end == NOWHERE || bits != (e->end - e->begin) * 8) {
+        refuse("%s: %s is %s, and its data_offsets are [%zd,%zd] %s", s->path, e->name,
+               shape_text(text, e->dtype, e->ndim, e->dim), (ssize_t)e->begin, (ssize_t)e->end,
+               damaged);
+    }
+}
+
+// All ranges together must be the data: n bytes, each once. Leaves the entries sorted by name.
+static inline void safetensors_tile(Safetensors *s, size_t n) {
+    size_t at = 0;
+    qsort(s->entry, s->n, sizeof(Entry), entry_by_begin);
+    for (const Entry *e = s->entry; e < s->entry + s->n; at = e++->end) {
+        if (e->begin != at) {
+            refuse("%s: %s %zu bytes at %s, which begins at byte %zu of the data %s", s->path,
+                   e->begin < at ? "an overlap of" : "a hole of",
+                   e->begin < at ? at - e->begin : e->begin - at, e->name, e->begin, damaged);
+        }
+    }
+    if (at != n) {
+        refuse("%s is %s: it has %zu bytes of data, its header describes %zu %s", s->path,
+               n < at ? "truncated" : "too long", n, at, damaged);
+    }
+    qsort(s->entry, s->n, sizeof(Entry), entry_by_name);
+    for (size_t i = 1; i < s->n; i++) {
+        if (strcmp(s->entry[i - 1].name, s->entry[i].name) == 0) {
+            refuse("%s: %s is there twice %s", s->path, s->entry[i].name, damaged);
+        }
+    }
+}
+
+// Opens a file and checks its header. The data is not read.
+static inline void safetensors_open(Safetensors *s, const char *path, const char *hint) {
+    unsigned char length[8] = {0};
+    size_t size, n = 0;
+    s->fd = file_open(path, &size, hint);
+    path_make(s->path, path, "", "");
+    file_pread(s->fd, length, size < 8 ? 0 : 8, 0);
+    for (int i = 7; i >= 0; i--) { n = n << 8 | length[i]; }
+    if (size < 8 || n > TEXT_MOST || n > size - 8) {
+        refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
+               "or no safetensors file", path, n, size, TEXT_MOST);
+    }
+    char *text = file_text(s->fd, path, n, 8);
+    json_parse(&s->header, s->path, text, n);
+    const jsmntok_t *root = s->header.tok;
+    if (text[0] != '{') { refuse("%s: its header does not begin with { %s", path, damaged); }
+    s->n = 0;
+    s->data = 8 + n;
+    s->entry = (Entry *)host_alloc(sizeof(Entry) * (size_t)root->size);
+    for (int k = 0, i = 1; k < root->size; k++, i = json_next(&s->header, i + 1)) {
+        if (strcmp(json_text(&s->header, i), "__metadata__") == 0) { continue; }
+        safetensors_entry(s, &s->entry[s->n++], i);
+    }
+    safetensors_tile(s, size - s->data);
+}
+
+static inline void safetensors_close(Safetensors *s) {
+    close(s->fd);
+    json_free(&s->header);
+    free(s->entry);
+}
+
+// The tensor of that name, or NULL.
+static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
+    Entry key = { .name = name };
+    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, entry_by_name);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 4 config.json
+//
+// Every number the model is built from must be there and make sense: a default for a missing key
+// would train another model than the one on the disk, and nothing would tell. Keys of choices that
+// the code does not offer (another router, tied embeddings) must have the one value it implements.
+
+typedef struct {                // config.json, or the built-in tiny model's
+    char model_type[32];
+    int V, C, layers, H, D, rope_dim, Q, G, O;      // Q: q_lora_rank, G: o_groups, O: o_lora_rank
+    int E, K, F, n_shared, hash_layers, window, index_heads, index_dim, index_topk, hc_iters;
+    int max_positions, bos, eos, norm_topk;
+    float route_scale, swiglu_limit, norm_eps, hc_eps;
+    double rope_theta, compress_theta, yarn_factor, beta_fast, beta_slow, original_positions;
+    int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
+} Config;
+
+// A number between low and high; positive if they are 0 and 0.
+static inline double config_real(const Json *j, int object, const char *key) {
+    double value = json_number(j, json_get(j, object, key, '0'));
+    if (value > 0 && value <= 1e9) { return value; }
+    refuse("%s: %s is %g, expected a positive number", j->file, key, value);
+}
+
+// A whole number from low to high, and a multiple of `multiple`: fp8 matrices are cut into blocks.
+static inline int config_int(const Json *j, const char *key, int low, int high, int multiple) {
+    double value = json_number(j, json_get(j, 0, key, '0'));
+    if (value >= low && value <= high && fmod(value, (double)multiple) == 0) { return (int)value; }
+    refuse("%s: %s is %.12g, expected %d to %d, a multiple of %d", j->file, key, value, low,
+        high, multiple);
+}
+
+// A key with one legal value. object: -1 if the key may be missing.
+static inline void config_fixed(const Json *j, int object, const char *key, const char *want) {
+    int i = json_find(j, object < 0 ? 0 : object, key);
+    if (i < 0 && object < 0) { return; }
+    const char *have = i < 0 ? "missing" : json_text(j, i);
+    int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
+    if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
+        refuse("%s: %s is %.*s, this trainer knows %s only", j->file, key, length, have, want);
+    }
+}
+
+// How keys must fit each other.
+static inline const char *config_contradiction(const Config *c) {
+    return c->K > c->E ? "num_experts_per_tok is above n_routed_experts"
+        : c->H % c->G != 0 ? "num_attention_heads is not a multiple of o_groups"
+        : c->rope_dim >= c->D ? "qk_rope_head_dim is not below head_dim"
+        : c->rope_dim > c->index_dim ? "qk_rope_head_dim is above index_head_dim"
+        : c->hash_layers > c->layers ? "num_hash_layers is above num_hidden_layers"
+        : c->bos >= c->V ? "bos_token_id is not below vocab_size"
+        : c->eos >= c->V ? "eos_token_id is not below vocab_size"
+        : c->yarn_factor < 1 ? "factor of rope_scaling is below 1"
+        : c->beta_fast <= c->beta_slow ? "beta_fast is not above beta_slow" : NULL;
+}
+
+// Reads dir/config.json. Ends the process on anything but the model this trainer knows.
+void config_load(Config *c, const char *dir) {
+    const int many = 1 << 20;
+    char path[PATH_SIZE];
+    Json j;
+    json_load(&j, path_make(path, dir, "/", "config.json"), "-m wants a checkpoint's folder");
+    config_fixed(&j, 0, "model_type", "deepseek_v4");
+    int experts = json_find(&j, 0, "expert_dtype");
+    if (experts < 0 || strcmp(json_text(&j, experts), "fp4") != 0) {
+        refuse("%s: expert_dtype is %.20s, experts are read as fp4 only HINT: "
+            "DeepSeek-V4-Flash has them in fp4, its Base in fp8", path,
+            experts < 0 ? "missing" : json_text(&j, experts));
+    }
+    *c = (Config){ .model_type = "deepseek_v4" };
+    c->V = config_int(&j, "vocab_size", 2, 1 << 30, 1);
+    c->C = config_int(&j, "hidden_size", 128, many, 128);
+    c->layers = config_int(&j, "num_hidden_layers", 1, 128, 1);
+    c->H = config_int(&j, "num_attention_heads", 1, many, 1);
+    c->D = config_int(&j, "head_dim", 128, many, 128);
+    c->rope_dim = config_int(&j, "qk_rope_head_dim", 2, many, 2);
+    c->Q = config_int(&j, "q_lora_rank", 128, many, 128);
+    c->G = config_int(&j, "o_groups", 1, many, 1);
+    c->O = config_int(&j, "o_lora_rank", 128, many, 128);
+    c->E = config_int(&j, "n_routed_experts", 1, many, 1);
+    c->K = config_int(&j, "num_experts_per_tok", 1, many, 1);
+    c->F = config_int(&j, "moe_intermediate_size", 128, many, 128);
+    c->n_shared = config_int(&j, "n_shared_experts", 1, 1, 1);
+    c->hash_layers = config_int(&j, "num_hash_layers", 0, 128, 1);
+    c->window = config_int(&j, "sliding_window", 1, many, 1);
+    c->index_heads = config_int(&j, "index_n_heads", 1, many, 1);
+    c->index_dim = config_int(&j, "index_head_dim", 128, many, 128);
+    c->index_topk = config_int(&j, "index_topk", 1, many, 1);
+    c->hc_iters = config_int(&j, "hc_sinkhorn_iters", 1, 64, 1);
+    c->max_positions = config_int(&j, "max_position_embeddings", 1, 1 << 30, 1);
+    c->bos = config_int(&j, "bos_token_id", 0, 1 << 30, 1);
+    c->eos = config_int(&j, "eos_token_id", 0, 1 << 30, 1);
+    c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
+    c->route_scale = (float)config_real(&j, 0, "routed_scaling_factor");
+    c->swiglu_limit = (float)config_real(&j, 0, "swiglu_limit");
+    c->norm_eps = (float)config_real(&j, 0, "rms_norm_eps");
+    c->hc_eps = (float)config_real(&j, 0, "hc_eps");
+    c->rope_theta = config_real(&j, 0, "rope_theta");
+    c->compress_theta = config_real(&j, 0, "compress_rope_theta");
+    int yarn = json_get(&j, 0, "rope_scaling", '{');
+    c->yarn_factor = config_real(&j, yarn, "factor");
+    c->beta_fast = config_real(&j, yarn, "beta_fast");
+    c->beta_slow = config_real(&j, yarn, "beta_slow");
+    c->original_positions = config_real(&j, yarn, "original_max_position_embeddings");
+    config_fixed(&j, yarn, "type", "yarn");
+    config_fixed(&j, 0, "hc_mult", "4");
+    config_fixed(&j, 0, "num_key_value_heads", "1");
+    config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
+    config_fixed(&j, 0, "topk_method", "noaux_tc");
+    config_fixed(&j, -1, "hidden_act", "silu");
+    config_fixed(&j, -1, "tie_word_embeddings", "false");
+    config_fixed(&j, -1, "attention_bias", "false");
+    int quantization = json_get(&j, 0, "quantization_config", '{');
+    config_fixed(&j, quantization, "quant_method", "fp8");
+    config_fixed(&j, quantization, "fmt", "e4m3");
+    config_fixed(&j, quantization, "scale_fmt", "ue8m0");
+    int block = json_get(&j, quantization, "weight_block_size", '[');
+    if (j.tok[block].size != 2 || json_size(&j, block + 1) != 128 || json_size(&j, block + 2) != 128) {
+        refuse("%s: weight_block_size is not [128, 128]", path);
+    }
+    int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
+    if (n < c->layers) {            // more are fine: they belong to the drafter
+        refuse("%s: compress_ratios has %d entries for %d layers", path, n, c->layers);
+    }
+    for (int l = 0; l < c->layers; l++) {
+        size_t ratio = json_size(&j, ratios + 1 + l);
+        if (ratio != 0 && ratio != 4 && ratio != 128) {
+            refuse("%s: entry %d of compress_ratios is not 0, 4 or 128", path, l);
+        }
+        c->ratio[l] = (int)ratio;
+    }
+    const char *contradiction = config_contradiction(c);
+    if (contradiction) { refuse("%s: %s", path, contradiction); }
+    json_free(&j);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 5 Reading a checkpoint
+//
+// The caller's table says what the model needs, the index which file has it, the file's header what
+// it has: all three must agree, name by name, before the first weight is read. A rank reads only
+// the tensors that have a pointer, each straight to its place, by all threads, in the order of the
+// files. mtp.* tensors (a drafter that helps inference) are not looked at.
+
+typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
+    char name[96];              // it goes
+    int type, ndim;             // DT_*; DT_FP4: dims as in the file, (out, in/2)
+    size_t dim[3];
+    void *data;                 // NULL: must be there, is not read. DT_I64 is int32 in memory
+    float mean, std;            // random base: how its elements are drawn
+} Tensor;
+
+typedef struct {                // what all three say about one tensor
+    const char *name;
+    const Tensor *t;
+    const char *file;           // NULL: not in the index
+    const Safetensors *shard;
+    const Entry *entry;
+} Want;
+
+static inline int want_by_name(const void *a, const void *b) {
+    return strcmp(((const Want *)a)->name, ((const Want *)b)->name);
+}
+
+static inline int want_by_position(const void *a, const void *b) {
+    const Want *x = (const Want *)a, *y = (const Want *)b;
+    if (x->shard != y->shard) { return x->shard < y->shard ? -1 : 1; }
+    return (x->entry->begin > y->entry->begin) - (x->entry->begin < y->entry->begin);
+}
+
+// The table, sorted by name.
+static inline Want *wants_sorted(const Tensor *t, size_t n) {
+    Want *want = (Want *)host_calloc(n * sizeof *want);
+    for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
+    qsort(want, n, sizeof *want, want_by_name);
+    return want;
+}
+
+static inline Want *wants_find(Want *want, size_t n, const char *name) {
+    Want key = { .name = name };
+    return (Want *)bsearch(&key, want, n, sizeof key, want_by_name);
+}
+
+static inline int is_drafter(const char *name) { return strncmp(name, "mtp.", 4) == 0; }
+
+// Takes the file of every tensor from the index, whose texts j keeps.
+static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
+    json_load(j, path, "a checkpoint's folder has an index beside its shards");
+    int map = json_get(j, 0, "weight_map", '{');
+    for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
+        const char *name = json_text(j, i), *file = json_text(j, i + 1);
+        Want *w = wants_find(want, n, name);
+        if (is_drafter(name)) { continue; }
+        if (w == NULL || w->file) {
+            refuse("%s: %s is %s %s", path, name, w ? "there twice" : "not in the model", mixed);
+        }
+        if (json_kind(j, i + 1) != '"' || strchr(file, '/') || *file == '.' || *file == 0) {
+            refuse("%s: %s is not in a file of this folder %s", path, name, mixed);
+        }
+        w->file = file;
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (want[i].file == NULL) { refuse("%s: %s is missing %s", path, want[i].name, mixed); }
+    }
+}
+
+// Type and shape of one tensor. int32 tables are as good as int64 ones.
+static inline void want_check(const Want *w) {
+    const Tensor *t = w->t;
+    const Entry *e = w->entry;
+    char have[120], need[120];
+    int same = e->type == t->type || (t->type == DT_I64 && e->type == DT_I32), dtype = DTYPES;
+    same &= e->ndim == t->ndim;
+    for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
+    while (dtypes[--dtype].type != t->type) { }
+    if (!same) {
+        refuse("%s: %s is %s, expected %s %s", w->shard->path, t->name,
+               shape_text(have, e->dtype, e->ndim, e->dim),
+               shape_text(need, dtype, t->ndim, t->dim), mixed);
+    }
+}
+
+// Opens the files and finds every tensor in its own, and no other tensor in any.
+static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
+    Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
+    char path[PATH_SIZE];
+    *shards = 0;
+    for (size_t i = 0; i < n; i++) {
+        int s = 0;
+        path_make(path, dir, "/", want[i].file);
+        while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
+        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, "fetch the missing shard"); }
+        want[i].shard = &shard[s];
+        want[i].entry = safetensors_find(&shard[s], want[i].name);
+        if (want[i].entry == NULL) {
+            refuse("%s: %s is not in this file, the index says it is %s", path, want[i].name, mixed);
+        }
+        want_check(&want[i]);
+    }
+    for (int s = 0; s < *shards; s++) {
+        for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
+            const Want *w = wants_find(want, n, e->name);
+            if (!is_drafter(e->name) && (w == NULL || w->shard != &shard[s])) {
+                refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
+                       w ? "names another for it" : "does not know it", mixed);
+            }
+        }
+    }
+    return shard;
+}
+
+// Reads one tensor. Returns 0, an errno, or BAD_*: what is wrong with its values.
+enum { BAD_SCALE = -1, BAD_INDEX = -2 };
+static inline int want_read(const Want *w) {
+    const size_t at = w->shard->data + w->entry->begin, n = w->entry->end - w->entry->begin;
+    if (w->entry->type != DT_I64) {
+        int error = file_pread(w->shard->fd, w->t->data, n, at);
+        if (error || w->t->type != DT_E8M0) { return error; }
+        return memchr(w->t->data, 255, n) ? BAD_SCALE : 0;      // 255 is e8m0's NaN
+    }
+    int64_t wide[1024];
+    int32_t *out = (int32_t *)w->t->data;
+    for (size_t done = 0; done < n; done += sizeof wide) {
+        size_t part = n - done < sizeof wide ? n - done : sizeof wide;
+        int error = file_pread(w->shard->fd, wide, part, at + done);
+        if (error) { return error; }
+        for (size_t k = 0; k < part / 8; k++) {
+            if (wide[k] < 0 || wide[k] > INT32_MAX) { return BAD_INDEX; }
+            *out++ = (int32_t)wide[k];
+        }
+    }
+    return 0;
+}
+
+// Reads all tensors that have a pointer. Of several that fail, the first in file order is reported.
+static inline void wants_read(Want *want, size_t n) {
+    double start = comm_clock(), last = start;
+    size_t total = 0, done = 0, bad = n;
+    int error = 0;
+    qsort(want, n, sizeof *want, want_by_position);
+    for (size_t i = 0; i < n; i++) {
+        if (want[i].t->data) { total += want[i].entry->end - want[i].entry->begin; }
+    }
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) {
+        if (want[i].t->data == NULL) { continue; }
+        int failed = want_read(&want[i]);
+        #pragma omp critical
+        {
+            if (failed && i < bad) { bad = i; error = failed; }
+            done += want[i].entry->end - want[i].entry->begin;
+            progress("load", done, total, start, &last);
+        }
+    }
+    if (error) {
+        refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error == BAD_SCALE
+               ? "holds the e8m0 byte 255, which is no number" : error == BAD_INDEX
+               ? "holds a value that is no expert's number" : strerror(error), damaged);
+    }
+    double seconds = fmax(comm_clock() - start, 1e-9);
+    if (comm_rank() == 0 && total > 0) {
+        printf("load   %.2f GB on this rank | %.1f s | %.2f GB/s\n", total / 1e9, seconds,
+               total / 1e9 / seconds);
+        fflush(stdout);
+    }
+}
+
+// The experts of each token in a hash table (V,K): all of them below E, no two the same.
+static inline void experts_check(const Tensor *t, const Want *gate, const char *dir) {
+    const int32_t *table = (const int32_t *)t->data;
+    size_t E = gate ? gate->t->dim[0] : INT32_MAX, K = t->dim[1];
+    for (size_t i = 0; i < t->dim[0] * K; i++) {
+        size_t k = i - i % K;
+        while (k < i && table[k] != table[i]) { k++; }
+        if (k < i || table[i] < 0 || (size_t)table[i] >= E) {
+            refuse("%s: %s names expert %d for token %zu, %s %s", dir, t->name, table[i], i / K,
+                   k < i ? "twice" : "which does not exist", damaged);
+        }
+    }
+}
+
+// Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
+// (mtp.* aside), and prints how fast. Anything else ends the process with one line.
+void checkpoint_load(const char *dir, Tensor *t, size_t n) {
+    char path[PATH_SIZE], gate[104];
+    Json index;
+    int shards;
+    Want *want = wants_sorted(t, n);
+    wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
+    Safetensors *shard = wants_open(want, n, dir, &shards);
+    wants_read(want, n);
+    qsort(want, n, sizeof *want, want_by_name);
+    for (size_t i = 0; i < n; i++) {
+        const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
+        if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
+        snprintf(gate, sizeof gate, "%.*sweight", (int)(leaf - t[i].name), t[i].name);
+        experts_check(&t[i], wants_find(want, n, gate), dir);
+    }
+    for (int s = 0; s < shards; s++) { safetensors_close(&shard[s]); }
+    free(shard);
+    free(want);
+    json_free(&index);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 6 Do the scales fit?
+//
+// A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
+// its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
+// is then in the hundreds, where 0.8 is usual. Several loaders have done that without a word.
+
+enum { SCALE_ROWS = 32 };       // looked at per matrix, spread evenly
+
+// Columns of a quantised matrix that was loaded; 0 for other tensors.
+static inline int quantised_columns(const Tensor *t) {
+    int quantised = t->data && t->ndim == 2 && (t->type == DT_FP8 || t->type == DT_FP4);
+    return quantised ? (int)t->dim[1] * (t->type == DT_FP4 ? 2 : 1) : 0;
+}
+
+// mean |w| of a matrix with C columns.
+static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
+    const int O = (int)w->dim[0], rows = min_int(O, SCALE_ROWS);
+    real *row = (real *)host_alloc((size_t)C * sizeof(real));
+    double sum = 0;
+    for (int i = 0; i < rows; i++) {
+        size_t o = (size_t)O * (size_t)i / (size_t)rows;
+        (w->type == DT_FP4 ? widen_fp4 : widen_fp8)(row, w->data, (const uint8_t *)scale, o, C);
+        for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
+    }
+    free(row);
+    return sum / ((double)rows * C);
+}
+
+// Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
+// 0 prints the smallest and the largest of each type: DT_FP8 are dense matrices, DT_FP4 experts.
+void check_scales(const Tensor *t, size_t n) {
+    Want *want = wants_sorted(t, n);
+    double *mean = (double *)host_calloc(n * sizeof *mean);
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) {
+        char name[104];
+        if (quantised_columns(&t[i]) == 0) { continue; }
+        snprintf(name, sizeof name, "%.*sscale", (int)strlen(t[i].name) - 6, t[i].name);
+        const Want *scale = wants_find(want, n, name);      // x.weight has its scales in x.scale
+        require(scale != NULL && scale->t->data != NULL);
+        mean[i] = mean_magnitude(&t[i], scale->t->data, quantised_columns(&t[i]));
+    }
+    for (int type = 0; type <= DT_FP4; type++) {
+        size_t count = 0, low = 0, high = 0;
+        for (size_t i = 0; i < n; i++) {
+            if (t[i].type != type || quantised_columns(&t[i]) == 0) { continue; }
+            double relative = mean[i] * sqrt((double)quantised_columns(&t[i]));
+            if (!(relative >= 0.05 && relative <= 20)) {
+                refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
+                       "scales are not those it was quantised with", t[i].name, mean[i], relative);
+            }
+            if (count == 0 || mean[i] < mean[low]) { low = i; }
+            if (count == 0 || mean[i] > mean[high]) { high = i; }
+            count++;
+        }
+        if (count == 0 || comm_rank() != 0) { continue; }
+        printf("scales %s: %zu matrices, mean |w| %.4f (%s) to %.4f (%s)\n", type == DT_FP4 ? "fp4"
+               : "fp8", count, mean[low], t[low].name, mean[high], t[high].name);
+    }
+    free(mean);
+    free(want);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 7 The two namings of an adapter
+//
+// Programs that serve the model know its matrices by the checkpoint's names, one per expert (vllm).
+// transformers (hf) has names of its own, and one tensor for all experts of a layer, with w1 over
+// w3. PEFT adapts such a tensor by one A and one B:
+//
+//     A (E*r,in):  row    = expert*r + rank       experts slowest
+//     B (out,r*E): column = rank*E + expert       experts fastest
+//
+// Two matrices that are fused need twice the rank: an expert's rows of A are w1's r and then w3's,
+// B is block diagonal (w1's rows use the first r ranks, w3's the others), and alpha is doubled, so
+// that alpha/r stays. The optimizer's file uses the trainer's names, whatever the adapter's are.
+
+enum { NAMES_VLLM, NAMES_HF, NAMES_OWN };
+
+static const struct { const char *ours, *hf; } adapter_modules[TARGETS] = {
+    [TARGET_WQ_A]       = {"attn.wq_a",             "self_attn.q_a_proj"},
+    [TARGET_WQ_B]       = {"attn.wq_b",             "self_attn.q_b_proj"},
+    [TARGET_WKV]        = {"attn.wkv",              "self_attn.kv_proj"},
+    [TARGET_WO_B]       = {"attn.wo_b",             "self_attn.o_b_proj"},
+    [TARGET_SHARED_W1]  = {"ffn.shared_experts.w1", "mlp.shared_experts.gate_proj"},
+    [TARGET_SHARED_W2]  = {"ffn.shared_experts.w2", "mlp.shared_experts.down_proj"},
+    [TARGET_SHARED_W3]  = {"ffn.shared_experts.w3", "mlp.shared_experts.up_proj"},
+    [TARGET_EXPERTS_W1] = {"ffn.experts.#.w1",      "mlp.experts"},     // # is a number; in hf
+    [TARGET_EXPERTS_W2] = {"ffn.experts.#.w2",      "mlp.experts"},     // which of a layer's two
+    [TARGET_EXPERTS_W3] = {"ffn.experts.#.w3",      "mlp.experts"},     // tensors, roster_name says
+};
+enum { DOWN = 1u << TARGET_EXPERTS_W2,
+       GATE_UP = 1u << TARGET_EXPERTS_W1 | 1u << TARGET_EXPERTS_W3 };
+static const char gate_up_name[] = "mlp.experts.gate_up_proj", down_name[] = "mlp.experts.down_proj";
+
+// Which module "layers.3.ffn.experts.17.w1.lora_A" is of. Returns its target, or -1, and the layer
+// and the text behind the module, ".lora_A".
+static inline int adapter_parse(const char *name, int names, int *layer, const char **rest) {
+    int used = 0;
+    *rest = name;
+    if (sscanf(name, "layers.%d.%n", layer, &used) != 1 || used == 0) { return -1; }
+    for (int t = 0; t < TARGETS; t++) {
+        const char *at = name + used, *c = names == NAMES_HF ? adapter_modules[t].hf
+                                                             : adapter_modules[t].ours;
+        for (size_t match = 1; *c && match; c++, at += match) {
+            match = *c == '#' ? strspn(at, "0123456789") : *at == *c;
+            if (!match) { at = ""; }
+        }
+        *rest = at;
+        if (*at == '.') { return t; }
+    }
+    return -1;
+}
+
+typedef struct {                // the tensors of one file
+    const Adapters *s;
+    int names, E, first, local; // NAMES_*; experts, of which this rank owns first .. first+local-1
+    size_t n;
+    uint32_t *code;             // (n) in the order of their names: place in s->tensors * E + expert;
+} Roster;                       // an expert's place is that of this rank's first expert
+
+static inline const AdapterTensor *roster_tensor(const Roster *f, uint32_t code) {
+    return &f->s->tensors[code / (uint32_t)f->E];
+}
+
+static inline int roster_expert(const Roster *f, uint32_t code) {
+    return (int)(code % (uint32_t)f->E);
+}
+
+static inline int is_fused(const Roster *f, const AdapterTensor *t) {
+    return f->names == NAMES_HF && t->expert >= 0;
+}
+
+// Name (160) and shape of a tensor of the file. suffix: ".weight", or a moment's ".m", ".v".
+static inline void roster_name(char *name, size_t *dim, const Roster *f, uint32_t code,
+                               const char *suffix) {
+    const AdapterTensor *t = roster_tensor(f, code);
+    const char *number = t->expert < 0 ? NULL : strstr(t->name, ".experts."), *rest;
+    const char *prefix = f->names == NAMES_OWN ? "" : "base_model.model.";
+    dim[0] = (size_t)t->rows;
+    dim[1] = (size_t)t->cols;
+    if (f->names == NAMES_HF) {
+        int layer = 0, target = adapter_parse(t->name, NAMES_VLLM, &layer, &rest), inner = 0;
+        require(target >= 0);
+        if (is_fused(f, t)) {
+            size_t halves = target == TARGET_EXPERTS_W2 ? 1 : 2;
+            dim[0] *= rest[6] == 'A' ? (size_t)f->E * halves : halves;          // ".lora_A"
+            dim[1] *= rest[6] == 'A' ? 1 : (size_t)f->E * halves;
+            // PEFT wraps a module once per tensor, the alphabetically first (down_proj) outermost.
+            inner = halves == 2 && f->s->targets & DOWN;
+        }
+        snprintf(name, 160, "%smodel.layers.%d.%s%s%s%s", prefix, layer, adapter_modules[target].hf,
+                 inner ? ".base_layer" : "", rest, suffix);
+    } else if (number == NULL) {
+        snprintf(name, 160, "%s%s%s", prefix, t->name, suffix);
+    } else {
+        number += strlen(".experts.");
+        rest = number + strspn(number, "0123456789");
+        snprintf(name, 160, "%s%.*s%d%s%s", prefix, (int)(number - t->name), t->name,
+                 roster_expert(f, code), rest, suffix);
+    }
+}
+
+static const Roster *sorting;       // qsort has no argument for it
+static inline int roster_order(const void *a, const void *b) {
+    char x[160], y[160];
+    size_t dim[2];
+    roster_name(x, dim, sorting, *(const uint32_t *)a, "");
+    roster_name(y, dim, sorting, *(const uint32_t *)b, "");
+    return strcmp(x, y);
+}
+
+// hf has one tensor for the experts' w1 and w3, so either both are trained or none. For the start
+// of a run: the end would be late to say so.
+void adapter_check_names(unsigned targets, int names) {
+    if (names == NAMES_HF && (targets & GATE_UP) && (targets & GATE_UP) != GATE_UP) {
+        refuse("--adapter-names hf: transformers has the experts' w1 and w3 in one tensor, so both "
+               "must be trained, or none HINT: add the other one, or --adapter-names vllm");
+    }
+}
+
+// Lists the tensors of a file with the adapters of all ranks, in the order they are stored: by
+// name. Small (4 bytes per tensor), since saving during training must not allocate more than 1 MiB.
+static inline void roster_make(Roster *f, const Adapters *s, const Config *c, int names) {
+    adapter_check_names(s->targets, names);
+    require(c->E % comm_ep() == 0);
+    *f = (Roster){ .s = s, .names = names, .E = c->E, .local = c->E / comm_ep() };
+    f->first = comm_ep_rank() * f->local;
+    for (int pass = 0; pass < 2; pass++) {      // first only counts
+        if (pass) { f->code = (uint32_t *)host_alloc(f->n * sizeof *f->code); }
+        f->n = 0;
+        for (int i = 0; i < s->n; i++) {
+            const AdapterTensor *t = &s->tensors[i];
+            int fused = is_fused(f, t), count = t->expert < 0 || fused ? 1 : f->E;
+            if (t->expert > f->first || (fused && strstr(t->name, ".w3."))) { continue; }
+            for (int e = 0; e < count; e++, f->n++) {
+                if (pass) { f->code[f->n] = (uint32_t)(i * f->E + e); }
+            }
+        }
+    }
+    sorting = f;
+    qsort(f->code, f->n, sizeof *f->code, roster_order);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 8 Saving together, loading alone
+//
+// An expert's adapter exists on one rank (of each replica group), so all ranks write one file: the
+// first its header, each its own tensors, at places that everybody can compute. In a fused tensor a
+// rank's experts are many short runs of columns; reading and writing are the same walk over these
+// runs. Every rank reads what is its own, however many ranks there were when it was written.
+
+typedef struct {                // a file of which runs are read or written
+    FILE *f;
+    int writing, type;          // DT_* of the elements in the file
+    size_t base, at;            // where the present tensor begins; where f is
+    int error;                  // the first errno; EDOM: an element that must be zero is not
+} Stream;
+
+static inline float float_from_f16(uint16_t h) {
+    int exponent = h >> 10 & 31, mantissa = h & 1023;
+    float x = exponent == 0 ? ldexpf((float)mantissa, -24)
+            : exponent < 31 ? ldexpf((float)(mantissa + 1024), exponent - 25)
+            : mantissa ? NAN : INFINITY;
+    return h >> 15 ? -x : x;
+}
+
+// A run: elements first .. first + n - 1 of the tensor in the file lie `stride` apart in memory.
+// Writes them from there, or reads them to there; values == NULL: they must be zero.
+static inline void stream_run(Stream *s, size_t first, real *values, size_t stride, size_t n) {
+    const size_t size = s->type == DT_F32 ? 4 : 2, at = s->base + first * size;
+    unsigned char bytes[4096];
+    if (s->error) { return; }
+    if (at != s->at && fseeko(s->f, (off_t)at, SEEK_SET) != 0) { s->error = errno; }
+    s->at = at + n * size;
+    for (size_t done = 0, part; done < n && !s->error; done += part) {
+        part = n - done < sizeof bytes / size ? n - done : sizeof bytes / size;
+        if (!s->writing && fread(bytes, size, part, s->f) != part) {
+            s->error = ferror(s->f) ? errno : ENODATA;
+        }
+        for (size_t i = 0; i < part; i++) {
+            real *value = values ? &values[(done + i) * stride] : NULL;
+            float x = s->writing ? (float)*value : 0;
+            uint16_t half;
+            if (s->writing) { memcpy(bytes + i * 4, &x, 4); continue; }
+            memcpy(&half, bytes + i * size, 2);
+            if (size == 4) { memcpy(&x, bytes + i * 4, 4); }
+            else { x = s->type == DT_F16 ? float_from_f16(half) : float_from_bf16((bf16){ half }); }
+            if (value) { *value = x; } else if (x != 0) { s->error = EDOM; }
+        }
+        if (s->writing && fwrite(bytes, size, part, s->f) != part) { s->error = errno; }
+    }
+}
+
+// The runs of this rank's part of a tensor, between the file and values, laid out as s->p.
+static inline void roster_move(Stream *s, const Roster *f, uint32_t code, real *values) {
+    const AdapterTensor *t = roster_tensor(f, code), *up = t;       // up: w3's, if t is w1's
+    const size_t rows = (size_t)t->rows, size = rows * (size_t)t->cols, R = (size_t)f->s->R;
+    const size_t E = (size_t)f->E, first = (size_t)f->first, local = (size_t)f->local;
+    if (!is_fused(f, t)) {
+        size_t e = t->expert < 0 ? 0 : (size_t)roster_expert(f, code) - first;
+        stream_run(s, 0, values + t->at + e * size, 1, size);
+        return;
+    }
+    char name[sizeof t->name], *w1;
+    memcpy(name, t->name, sizeof name);
+    const char factor = name[strlen(name) - 1];
+    if ((w1 = strstr(name, ".w1.")) != NULL) {
+        w1[2] = '3';
+        for (up = f->s->tensors; strcmp(up->name, name) != 0; up++) { }
+    }
+    const size_t halves = w1 ? 2 : 1;
+    for (size_t half = 0; half < halves; half++) {
+        real *own = values + (half ? up : t)->at;
+        for (size_t e = 0; e < local && factor == 'A'; e++) {       // (E, halves, R, cols)
+            stream_run(s, ((first + e) * halves + half) * size, own + e * size, 1, size);
+        }
+        for (size_t o = 0; o < rows && factor == 'B'; o++) {        // (halves, rows, halves, R, E)
+            size_t row = (half * rows + o) * halves * R * E, off = row + (1 - half) * R * E;
+            for (size_t r = 0; r < R; r++) {
+                stream_run(s, row + (half * R + r) * E + first, own + o * R + r, size, local);
+            }
+            // Off the diagonal are zeros; where nothing is written, a file has them.
+            if (halves == 2 && !s->writing) { stream_run(s, off, NULL, 0, R * E); }
+        }
+    }
+}
+
+// Whether this rank has something of the tensor; and when writing, whether it is the one to do it.
+static inline int roster_mine(const Roster *f, uint32_t code, int writing) {
+    const AdapterTensor *t = roster_tensor(f, code);
+    int e = roster_expert(f, code) - f->first;
+    if (writing && comm_rank() >= comm_ep()) { return 0; }          // a replica
+    if (t->expert < 0) { return !writing || comm_rank() == 0; }
+    return is_fused(f, t) || (e >= 0 && e < f->local);
+}
+
+// The files of a folder that is being saved.
+enum { FILE_CONFIG, FILE_ADAPTER, FILE_OPTIMIZER, FILE_STATE, FILES };
+static const char *const file_names[FILES] = {
+    "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json" };
+static const char *const weights[] = { ".weight" }, *const moments[] = { ".m", ".v" };
+
+typedef struct {
+    char dir[PATH_SIZE], temporary[PATH_SIZE];
+    int error;                  // the first errno on this rank; after it nothing is written
+} Save;
+
+// A file to be written; NULL after an error.
+static inline FILE *save_open(Save *v, const char *path, const char *mode) {
+    FILE *f = v->error ? NULL : fopen(path, mode);
+    if (f == NULL && !v->error) { v->error = errno; }
+    return f;
+}
+
+// Closes it, once its bytes are on the disk.
+static inline void save_close(Save *v, FILE *f) {
+    if (f == NULL) { return; }
+    int failed = ferror(f) || fflush(f) != 0 || (fsync(fileno(f)) != 0 && errno != EINVAL);
+    if (failed && !v->error) { v->error = errno ? errno : EIO; }
+    if (fclose(f) != 0 && !v->error) { v->error = errno; }
+}
+
+// Collective. After an error on any rank: the folder is removed, and all end with the same line.
+static inline void save_check(Save *v) {
+    int *errors = (int *)host_alloc(sizeof(int) * (size_t)comm_ranks()), failed = -1;
+    comm_gather_int(COMM_WORLD, errors, &v->error, 1, "save: errors");
+    for (int r = comm_ranks() - 1; r >= 0; r--) { failed = errors[r] ? r : failed; }
+    if (failed >= 0) {
+        if (comm_rank() == 0) { folder_remove(v->temporary); }
+        comm_barrier(COMM_WORLD, "save: removed");
+        refuse("rank %d cannot save %s: %s; what was saved before is untouched HINT: is the disk "
+               "full?", failed, v->dir, strerror(errors[failed]));
+    }
+    free(errors);
+}
+
+// Collective. Begins a folder that will be dir, under a temporary name.
+static inline void save_begin(Save *v, const char *dir) {
+    path_make(v->dir, dir, "", "");
+    path_make(v->temporary, dir, ".tmp", "");
+    v->error = 0;
+    if (comm_rank() == 0) {
+        folder_remove(v->temporary);
+        v->error = mkdir(v->temporary, 0777) == 0 ? 0 : errno;
+    }
+    save_check(v);
+}
+
+// Collective. The folder, complete, gets its name. One that has the name is replaced, and is called
+// .old for a moment.
+static inline void save_commit(Save *v) {
+    char old[PATH_SIZE], parent[PATH_SIZE];
+    save_check(v);
+    if (comm_rank() == 0) {
+        path_make(old, v->dir, ".old", "");
+        v->error = folder_sync(v->temporary);
+        if (!v->error && access(v->dir, F_OK) == 0) {
+            folder_remove(old);
+            v->error = rename(v->dir, old) == 0 ? 0 : errno;
+        }
+        if (!v->error && rename(v->temporary, v->dir) != 0) {
+            v->error = errno;
+            rename(old, v->dir);
+        }
+        if (!v->error) { v->error = folder_sync(path_make(parent, v->dir, "/..", "")); }
+        if (!v->error) { folder_remove(old); }
+    }
+    save_check(v);
+}
+
+// The header's part for the tensors of the list, one per suffix for each. Returns its length, and
+// the length of the data; writes it if out is not NULL. All are F32, so the order of the format's
+// library, by type and then by name, is by name; suffixes do not change it.
+static inline size_t roster_header(FILE *out, const Roster *f, int parts, const char *const *suffix,
+                                   size_t *data) {
+    char name[160], line[320];
+    size_t dim[2], length = 0, at = 0;
+    for (size_t i = 0; i < f->n * (size_t)parts; i++, at = *data) {
+        roster_name(name, dim, f, f->code[i / (size_t)parts], suffix[i % (size_t)parts]);
+        *data = at + dim[0] * dim[1] * 4;
+        length += (size_t)snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],"
+                                   "\"data_offsets\":[%zu,%zu]}", name, dim[0], dim[1], at, *data);
+        if (out) { fputs(line, out); }
+    }
+    return length;
+}
+
+// Collective. Writes one file: for each tensor of the list the matrices values[0 .. parts - 1].
+static inline void roster_write(Save *v, int file, const Roster *f, int parts,
+                                const char *const *suffix, real *const *values) {
+    static const char start[] = "{\"__metadata__\":{\"format\":\"pt\"}";
+    char name[160], path[PATH_SIZE];
+    size_t dim[2], data = 0, n = sizeof start + roster_header(NULL, f, parts, suffix, &data);
+    size_t padded = (n + 7) / 8 * 8;        // blanks align the data, as the format's library does
+    double begin = comm_clock(), last = begin;
+    path_make(path, v->temporary, "/", file_names[file]);
+    FILE *out = comm_rank() == 0 ? save_open(v, path, "wb") : NULL;
+    if (out) {
+        for (int i = 0; i < 8; i++) { fputc((int)(padded >> 8 * i & 0xFF), out); }
+        fputs(start, out);
+        roster_header(out, f, parts, suffix, &data);
+        fprintf(out, "}%*s", (int)(padded - n), "");
+        if (fflush(out) != 0 || ftruncate(fileno(out), (off_t)(8 + padded + data)) != 0) {
+            v->error = errno;
+        }
+        save_close(v, out);
+    }
+    save_check(v);
+    Stream s = { .f = save_open(v, path, "r+b"), .writing = 1, .type = DT_F32, .base = 8 + padded,
+                 .at = NOWHERE, .error = v->error };
+    for (size_t i = 0; i < f->n; i++) {
+        roster_name(name, dim, f, f->code[i], "");
+        for (int part = 0; part < parts; part++, s.base += dim[0] * dim[1] * 4) {
+            if (roster_mine(f, f->code[i], 1)) { roster_move(&s, f, f->code[i], values[part]); }
+            progress("save", s.base, data, begin, &last);
+        }
+    }
+    v->error = s.error;
+    save_close(v, s.f);
+}
+
+// Reads what belongs to this rank. Every tensor of the list must be in the file, and no other.
+static inline void roster_read(const char *dir, int file, const Roster *f, int parts,
+                               const char *const *suffix, real *const *values) {
+    char path[PATH_SIZE], name[160], have[120];
+    size_t dim[2];
+    Safetensors st;
+    safetensors_open(&st, path_make(path, dir, "/", file_names[file]), "not an adapter's folder?");
+    char *seen = (char *)host_calloc(st.n);
+    Stream s = { .f = fopen(path, "rb"), .at = NOWHERE, .error = 0 };
+    if (s.f == NULL) { refuse("cannot open %s: %s", path, strerror(errno)); }
+    for (size_t i = 0; i < f->n * (size_t)parts; i++) {
+        uint32_t code = f->code[i / (size_t)parts];
+        roster_name(name, dim, f, code, suffix[i % (size_t)parts]);
+        const Entry *e = safetensors_find(&st, name);
+        if (e == NULL) { refuse("%s: %s is missing %s", path, name, other_adapter); }
+        s.type = e->type;
+        s.base = st.data + e->begin;
+        if ((s.type != DT_F32 && s.type != DT_F16 && s.type != DT_BF16) || e->ndim != 2 ||
+            e->dim[0] != dim[0] || e->dim[1] != dim[1]) {
+            refuse("%s: %s is %s, expected F32, F16 or BF16 [%zu,%zu] %s", path, name,
+                   shape_text(have, e->dtype, e->ndim, e->dim), dim[0], dim[1], other_adapter);
+        }
+        seen[e - st.entry] = 1;
+        if (roster_mine(f, code, 0)) { roster_move(&s, f, code, values[i % (size_t)parts]); }
+        if (s.error) {
+            refuse("%s: %s %s", path, name, s.error != EDOM ? strerror(s.error) : "is not zero off "
+                   "its diagonal blocks: w1 and w3 share ranks in it, which this trainer cannot");
+        }
+    }
+    for (size_t i = 0; i < st.n; i++) {
+        if (!seen[i]) {
+            refuse("%s: %s is of no trained matrix %s", path, st.entry[i].name, other_adapter);
+        }
+    }
+    free(seen);
+    fclose(s.f);
+    safetensors_close(&st);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 9 Adapter folders
+//
+// What PEFT and vLLM load. target_modules is a pattern anchored at both ends: a bare "wkv" or
+// "q_b_proj" would also match the compressor's and the indexer's matrices, which were not trained,
+// and the loader would give them adapters of random numbers.
+
+// Writes the pattern of all modules that are trained; [] if only fused tensors are.
+static inline void write_target_modules(FILE *f, unsigned targets, int names) {
+    const char *before = names == NAMES_HF ? "\"^model\\\\.layers" : "\"^layers";
+    int count = 0;
+    if (names == NAMES_HF) { targets &= ~(unsigned)(GATE_UP | DOWN); }
+    for (int t = 0; t < TARGETS; t++) {
+        if (!(targets >> t & 1)) { continue; }
+        const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours;
+        fprintf(f, "%s%s", count ? "|" : before, count ? "" : "\\\\.\\\\d+\\\\.(");
+        for (count++; *c; c++) {
+            if (*c == '.' || *c == '#') { fputs(*c == '.' ? "\\\\." : "\\\\d+", f); }
+            else { fputc(*c, f); }
+        }
+    }
+    fputs(count ? ")$\"" : "[]", f);
+}
+
+static inline void write_adapter_config(FILE *f, const Adapters *s, int names, const char *base) {
+    const char *slash = strrchr(base, '/');     // the folder's name, not where it is on this machine
+    int gate_up = names == NAMES_HF && s->targets & GATE_UP;
+    int down = names == NAMES_HF && s->targets & DOWN;
+    fputs("{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n"
+          "  \"base_model_name_or_path\": ", f);
+    json_quote(f, slash ? slash + 1 : base);
+    fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"target_modules\": ", s->R, s->alpha);
+    write_target_modules(f, s->targets, names);
+    fputs(",\n  \"target_parameters\": ", f);
+    if (gate_up && down) { fprintf(f, "[\"%s\", \"%s\"]", gate_up_name, down_name); }
+    else if (gate_up || down) { fprintf(f, "[\"%s\"]", gate_up ? gate_up_name : down_name); }
+    else { fputs("null", f); }
+    fputs(",\n  \"rank_pattern\": {", f);
+    if (gate_up) { fprintf(f, "\"%s\": %d", gate_up_name, 2 * s->R); }
+    fputs("},\n  \"alpha_pattern\": {", f);
+    if (gate_up) { fprintf(f, "\"%s\": %.9g", gate_up_name, 2 * s->alpha); }
+    fputs("},\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n  \"use_rslora\": false,\n"
+          "  \"use_dora\": false,\n  \"fan_in_fan_out\": false,\n  \"init_lora_weights\": true,\n"
+          "  \"inference_mode\": true,\n  \"modules_to_save\": null\n}\n", f);
+}
+
+// Collective. Writes the two files of an adapter into a folder that is being saved.
+static inline void adapter_write(Save *v, const Adapters *s, const Config *c, int names,
+                                 const char *base_name) {
+    char path[PATH_SIZE];
+    Roster f;
+    path_make(path, v->temporary, "/", file_names[FILE_CONFIG]);
+    FILE *out = comm_rank() == 0 ? save_open(v, path, "wb") : NULL;
+    if (out) { write_adapter_config(out, s, names, base_name); }
+    save_close(v, out);
+    roster_make(&f, s, c, names);
+    roster_write(v, FILE_ADAPTER, &f, 1, weights, &s->p);
+    free(f.code);
+}
+
+// Collective. Saves the adapter as folder dir. base_name: the checkpoint's folder, for people.
+void adapter_save(const char *dir, const Adapters *s, const Config *c, int names,
+                  const char *base_name) {
+    Save v;
+    save_begin(&v, dir);
+    adapter_write(&v, s, c, names, base_name);
+    save_commit(&v);
+}
+
+// What kind of adapter is in dir: r and alpha from its config, the rest from its tensors' names,
+// which say exactly what patterns only say roughly.
+void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *targets, int *names) {
+    const size_t prefix = strlen("base_model.model.");
+    char path[PATH_SIZE], model[PATH_SIZE];
+    Json j;
+    Safetensors st;
+    json_load(&j, path_make(path, dir, "/", file_names[FILE_CONFIG]), "not an adapter's folder?");
+    size_t rank = json_size(&j, json_get(&j, 0, "r", '0'));
+    double scale = json_number(&j, json_get(&j, 0, "lora_alpha", '0'));
+    int rslora = json_find(&j, 0, "use_rslora"), fused = 0;
+    if (rank < 1 || rank > 1 << 16 || !(scale > 0) || (rslora >= 0 && *json_text(&j, rslora) == 't')) {
+        refuse("%s: expected r and lora_alpha above 0, and use_rslora false", path);
+    }
+    *r = (int)rank;
+    *alpha = (float)scale;
+    *targets = 0;
+    *names = -1;
+    safetensors_open(&st, path_make(model, dir, "/", file_names[FILE_ADAPTER]), "fetch it again");
+    for (size_t i = 0; i < st.n; i++) {
+        const char *name = st.entry[i].name, *rest;
+        int layer, ours = -1, hf = -1;
+        if (strncmp(name, "base_model.model.", prefix) == 0) {
+            ours = adapter_parse(name + prefix, NAMES_VLLM, &layer, &rest);
+            hf = strncmp(name + prefix, "model.", 6) ? -1
+               : adapter_parse(name + prefix + 6, NAMES_HF, &layer, &rest);
+        }
+        if ((ours < 0 && hf < 0) || (*names >= 0 && *names != (ours < 0 ? NAMES_HF : NAMES_VLLM))) {
+            refuse("%s: %s is of no matrix that this trainer can adapt", model, name);
+        }
+        *names = ours < 0 ? NAMES_HF : NAMES_VLLM;
+        *targets |= 1u << (ours < 0 ? hf : ours);
+    }
+    int list = json_find(&j, 0, "target_parameters");
+    if (*names == NAMES_HF) { *targets &= ~(unsigned)(GATE_UP | DOWN); }
+    for (int k = 0; list >= 0 && k < j.tok[list].size; k++) {       // null has no elements
+        const char *leaf = strrchr(json_text(&j, list + 1 + k), '.');
+        if (leaf && strcmp(leaf, ".gate_up_proj") == 0) { *targets |= GATE_UP; fused = 1; }
+        if (leaf && strcmp(leaf, ".down_proj") == 0) { *targets |= DOWN; }
+    }
+    // The fused tensor has twice the rank, which its shape will show, and twice the alpha.
+    int pattern = json_find(&j, 0, "alpha_pattern"), own = json_find(&j, pattern, gate_up_name);
+    if ((pattern >= 0 ? j.tok[pattern].size : 0) != fused ||
+        (fused && (own < 0 || json_number(&j, own) != 2 * scale))) {
+        refuse("%s: alpha_pattern says that not all matrices have the same alpha/r", path);
+    }
+    safetensors_close(&st);
+    json_free(&j);
+}
+
+// Reads the adapter in dir, of either naming, into s, whose r, alpha and targets must be its own.
+void adapter_load(const char *dir, Adapters *s, const Config *c) {
+    int r, names;
+    float alpha;
+    unsigned targets;
+    Roster f;
+    adapter_read_config(dir, &r, &alpha, &targets, &names);
+    if (r != s->R || alpha != s->alpha || targets != s->targets) {
+        refuse("%s has r %d, alpha %g and targets %#x, this run r %d, alpha %g and targets %#x "
+               "HINT: without --lora-r, --lora-alpha and --lora-targets the adapter's are taken",
+               dir, r, alpha, targets, s->R, s->alpha, s->targets);
+    }
+    roster_make(&f, s, c, names);
+    roster_read(dir, FILE_ADAPTER, &f, 1, weights, &s->p);
+    free(f.code);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 10 Training state
+//
+// OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
+// moments under the trainer's tensor names, and state.json: what the loop wants to know, and which
+// files with how many bytes make a whole. OUT/latest, one line of text, names the newest; it is
+// written last, and atomically, so whatever it names is complete.
+
+// Bytes that a checkpoint of these adapters takes, with room for the headers.
+size_t training_bytes(const Adapters *s) {
+    size_t n = s->n_dense + s->n_expert * (size_t)comm_ep();
+    return n * 3 * 4 + (size_t)s->n * (size_t)comm_ep() * 600 + 65536;
+}
+
+static inline int is_checkpoint(const struct dirent *e) {
+    return strncmp(e->d_name, "checkpoint-", 11) == 0;
+}
+
+// Removes what a newer checkpoint makes superfluous: leftovers of saves that did not end, and all
+// but the last `keep` checkpoints (0: none). The newest stays, whatever its number.
+static inline void training_prune(const char *out, const char *newest, int keep) {
+    char path[PATH_SIZE], trash[PATH_SIZE];
+    struct dirent **list;
+    int n = scandir(out, &list, is_checkpoint, alphasort), whole = 0;
+    for (int i = n - 1; i >= 0; i--) {
+        int leftover = strchr(list[i]->d_name, '.') != NULL;
+        int superfluous = !leftover && keep > 0 && ++whole > keep;
+        path_make(path, out, "/", list[i]->d_name);
+        if (superfluous && strcmp(list[i]->d_name, newest) != 0) {
+            rename(path, path_make(trash, path, ".tmp", ""));   // half removed it must not look whole
+            folder_remove(trash);
+        }
+        if (leftover) { folder_remove(path); }
+        free(list[i]);
+    }
+    if (n >= 0) { free(list); }
+}
+
+// Collective. Saves OUT/checkpoint-<step> and makes it the latest. state_json: an object.
+void training_save(const char *out, int step, int keep, const Adapters *s, const Config *c,
+                   int names, const char *base_name, const char *state_json) {
+    char name[32], dir[PATH_SIZE], path[PATH_SIZE], latest[PATH_SIZE];
+    Save v;
+    Roster f;
+    snprintf(name, sizeof name, "checkpoint-%06d", step);
+    save_begin(&v, path_make(dir, out, "/", name));
+    adapter_write(&v, s, c, names, base_name);
+    roster_make(&f, s, c, NAMES_OWN);
+    roster_write(&v, FILE_OPTIMIZER, &f, 2, moments, (real *const[]){ s->m, s->v });
+    free(f.code);
+    save_check(&v);
+
+    path_make(path, v.temporary, "/", file_names[FILE_STATE]);
+    path_make(latest, out, "/latest.tmp", "");
+    FILE *state = comm_rank() == 0 ? save_open(&v, path, "wb") : NULL;
+    if (state) {
+        fputs("{\"files\": {", state);
+        for (int k = 0; k < FILE_STATE; k++) {
+            struct stat info = {0};
+            stat(path_make(path, v.temporary, "/", file_names[k]), &info);
+            fprintf(state, "%s\"%s\": %zu", k ? ", " : "", file_names[k], (size_t)info.st_size);
+        }
+        const char *rest = strchr(state_json, '{') + 1;
+        rest += strspn(rest, " \t\r\n");
+        fprintf(state, "}%s%s", *rest == '}' ? "" : ",\n", rest);
+    }
+    save_close(&v, state);
+    // The line that will name it is on the disk before anything is renamed, and can still fail.
+    FILE *line = comm_rank() == 0 ? save_open(&v, latest, "wb") : NULL;
+    if (line) { fprintf(line, "%s\n", name); }
+    save_close(&v, line);
+    if (v.error) { unlink(latest); }
+    save_commit(&v);
+    if (comm_rank() == 0) {
+        v.error = rename(latest, path_make(path, out, "/latest", "")) ? errno : folder_sync(out);
+        if (!v.error) { training_prune(out, name, keep); }
+    }
+    save_check(&v);
+}
+
+// state.json's text; the caller frees it.
+char *training_state(const char *path) {
+    char file[PATH_SIZE];
+    size_t size;
+    path_make(file, path, "/", file_names[FILE_STATE]);
+    int fd = file_open(file, &size, "not a checkpoint of a training run?");
+    char *text = file_text(fd, file, size, 0);
+    close(fd);
+    return text;
+}
+
+// The files of a checkpoint must be those that state.json lists.
+static inline void training_verify(const char *path) {
+    char file[PATH_SIZE];
+    Json j;
+    struct stat info;
+    json_load(&j, path_make(file, path, "/", file_names[FILE_STATE]), "not a run's checkpoint?");
+    int files = json_get(&j, 0, "files", '{');
+    for (int k = 0; k < FILE_STATE; k++) {
+        size_t size = json_size(&j, json_get(&j, files, file_names[k], '0'));
+        path_make(file, path, "/", file_names[k]);
+        if (stat(file, &info) != 0 || (size_t)info.st_size != size) {
+            refuse("%s is missing or has not the %zu bytes that %s lists HINT: --resume another "
+                   "checkpoint", file, size, file_names[FILE_STATE]);
+        }
+    }
+    json_free(&j);
+}
+
+// The folder that OUT/latest names, verified, in path; 0 if there is none yet.
+int training_find(const char *out, char *path, size_t size) {
+    char file[PATH_SIZE], name[64] = "";
+    FILE *f = fopen(path_make(file, out, "/latest", ""), "rb");
+    if (f == NULL) { return 0; }
+    if (fscanf(f, "%63s", name) != 1 || strncmp(name, "checkpoint-", 11) || strchr(name, '/')) {
+        refuse("%s does not name a checkpoint HINT: write the newest one's name into it", file);
+    }
+    fclose(f);
+    path_make(file, out, "/", name);
+    // If a save over the same step was killed between its renames, the old one is still there.
+    if (access(file, F_OK) != 0) { strncat(file, ".old", sizeof file - strlen(file) - 1); }
+    training_verify(file);
+    require(snprintf(path, size, "%s", file) < (int)size);
+    return 1;
+}
+
+// Reads masters and moments of the checkpoint at path.
+void training_load(const char *path, Adapters *s, const Config *c) {
+    Roster f;
+    training_verify(path);
+    adapter_load(path, s, c);
+    roster_make(&f, s, c, NAMES_OWN);
+    roster_read(path, FILE_OPTIMIZER, &f, 2, moments, (real *const[]){ s->m, s->v });
+    free(f.code);
+}
+#endif // REFIT_C

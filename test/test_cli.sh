@@ -1,0 +1,277 @@
+#!/usr/bin/env bash
+# test_cli.sh: ./train from the outside, on the built-in tiny model: what it prints and writes, what
+# it refuses, that a broken run can be continued bit for bit, that ranks change nothing.
+# Runs in a folder of its own, with steps of 256 tokens.
+#   test/test_cli.sh [path of the program]
+set -um                                 # -m: a background run has a process group of its own
+root=$(realpath "$(dirname "$0")/..")
+train=$(realpath "${1:-$root/train}")
+if [ ! -x "$train" ]; then echo "test_cli: no ./train"; exit 1; fi
+dir=$(mktemp -d) && cd "$dir" || exit 1
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 skipped=0
+small=(--cpu -b 1 -t 64 -d 256 -v 0 -n 0 -s 0)
+
+# check MESSAGE COMMAND...: counts one check. A failure shows the end of the newest run's log.
+check() {
+    local message=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); return; fi
+    echo "FAIL $message"
+    failed=$((failed + 1))
+    tail -n 4 log | sed 's/^/    /'
+}
+
+skip() { echo "skip $*"; skipped=$((skipped + 1)); }
+
+# run CODE ARGUMENTS...: runs the program to its end, output in ./log, and checks its exit code.
+run() {
+    local want=$1 got
+    shift
+    "$train" "$@" > log 2>&1
+    got=$?
+    check "exit code $got, expected $want: ./train $*" [ $got = "$want" ]
+}
+
+# start ARGUMENTS...: runs the program in the background, as $pid.
+start() {
+    "$train" "$@" > log 2>&1 &
+    pid=$!
+}
+
+# until_true COMMAND...: waits until it succeeds; fails when the program ends first.
+until_true() {
+    until "$@"; do kill -0 "$pid" 2> /dev/null || return 1; done
+}
+
+# finish CODE: waits for that program, 15 seconds at most, and checks its exit code.
+finish() {
+    local tries=0 got
+    while kill -0 "$pid" 2> /dev/null && [ $((tries++)) -lt 300 ]; do sleep 0.05; done
+    kill -KILL -- "-$pid" 2> /dev/null
+    { wait "$pid"; } 2> /dev/null
+    got=$?
+    check "exit code $got within 15 s, expected $1" [ $got = "$1" ]
+}
+
+# One-line conditions: two texts are equal; a file has at least so many lines.
+same() { [ "$1" = "$2" ]; }
+lines() { sleep 0.02; [ -e "$1" ] && [ "$(wc -l < "$1")" -ge "$2" ]; }
+
+# value KEY OUT: that key of every step of training.jsonl, on one line.
+value() { sed -nE "s/.*\"$1\": *([-+0-9.e]+).*/\1/p" "$2/training.jsonl" | xargs; }
+
+# equal_runs MESSAGE OUT OUT: the same steps and the same adapter, bit for bit.
+equal_runs() {
+    local key
+    for key in step epoch loss grad_norm lr num_tokens_per_step num_label_tokens; do
+        check "$1: $key differs" same "$(value $key "$2")" "$(value $key "$3")"
+    done
+    check "$1: the adapters differ" cmp {"$2","$3"}/adapter/adapter_model.safetensors
+}
+
+# One whole run: what is printed, and what lies in OUT.
+test_fresh() {
+    run 0 --cpu -b 1 -t 64 -d 256 -x 16 -l 3e-3 -u 2 -v 8 --val-steps 2 -n 8 -s 8 -g 4 -o fresh
+    local word
+    for word in plan load data 'step +16/16' 'val +16' moe 'save +8' 'done'; do
+        check "no line begins with $word" grep -qE "^$word" log
+    done
+    check "the first lines do not say which path runs" grep -q CPU <(head -n 5 log)
+    check "training.jsonl: not one line per step" same "$(value step fresh)" "$(echo {1..16})"
+    check "training.jsonl: keys" same "$(sed -E 's/: *("[^"]*"|[^,}"]*)//g; s/[^a-z_]+/ /g' \
+        fresh/training.jsonl | sort -u | xargs)" "step epoch timestamp loss grad_norm lr mem tps$(
+        ) tps_per_gpu mfu num_tokens_per_step num_label_tokens"
+    check "validation.jsonl" grep -qE '"step": *16,.*"val_loss": *[0-9.]+' fresh/validation.jsonl
+    check "the loss does not fall from about log(264) = 5.58: $(value loss fresh)" awk '{
+        for (i = 1; i <= 4; i++) { first += $i / 4; last += $(12 + i) / 4 }
+        exit !(NF == 16 && $1 > 5 && $1 < 6.5 && last < first - 0.2) }' <(value loss fresh)
+    check "adapter_config.json" grep -q '"r": *8' fresh/adapter/adapter_config.json
+    check "adapter_model.safetensors" grep -q lora_A fresh/adapter/adapter_model.safetensors
+    check "latest names no checkpoint" [ -f "fresh/$(cat fresh/latest)/state.json" ]
+    if [ -e fresh/loss.png ] || ! grep -q libstb-dev log; then
+        check "loss.png is no PNG" grep -qa '^.PNG' <(head -c 8 fresh/loss.png)
+    else skip "loss.png: built without libstb-dev"; fi
+
+    run 0 "${small[@]}" -x 1 -o fresh
+    check "the old run is not in previous-1" lines fresh/previous-1/training.jsonl 16
+    check "nothing says that the old run was moved" grep -q previous-1 log
+    run 0 "${small[@]}" -x 1 -o fresh
+    check "the second run is not in previous-2" lines fresh/previous-2/training.jsonl 1
+    check "previous-1 is gone" lines fresh/previous-1/training.jsonl 16
+}
+
+# refused WANTED ARGUMENTS...: exit code 1, and one line on stderr, which holds WANTED.
+refused() {
+    local want=$1 got
+    shift
+    "$train" "$@" > log 2> err
+    got=$?
+    check "exit code $got, expected 1: ./train $*" [ $got = 1 ]
+    check "stderr has not one line: ./train $*" same "$(wc -l < err)" 1
+    check "no '$want' in: $(cat err)" grep -qE -- "$want" err
+}
+
+test_refused() {
+    refused '--steps' --stesp 3
+    refused '--lora-alpha' --lora-alhpa=3
+    refused 'steps' -x
+    refused 'steps.*many' -x many
+    refused 'fp8' "${small[@]}" --precision fp8
+    refused 'muon' "${small[@]}" --optimizer muon
+    refused 'lora-r' "${small[@]}" --lora-r 0
+    refused 'router' "${small[@]}" --lora-targets attn,router
+    refused '100' --cpu -b 1 -t 64 -d 100
+    refused 'no-such' "${small[@]}" -m no-such-folder -i text.txt
+    refused 'no-such' "${small[@]}" -i no-such-file.txt
+    echo '{"messages": [{"role": "user", "content": "?"}]}' > chat.jsonl
+    refused 'chat.jsonl' "${small[@]}" -i chat.jsonl
+    refused 'nothing|libjsmn-dev' "${small[@]}" -o nothing --resume
+    run 0 --help
+    check "--help does not name --lora-targets" grep -q -- --lora-targets log
+    run 0 --version
+}
+
+# --eval appends one line and trains nothing; --dry-run writes nothing; --config sets options.
+test_modes() {
+    run 0 "${small[@]}" -j text.txt --eval -o eval
+    run 0 "${small[@]}" -j text.txt --eval -o eval
+    check "--eval: not two equal lines for two runs" same 2 "$(grep -o '"val_loss".*' \
+        eval/validation.jsonl | uniq -c | awk '{ print $1 }')"
+    check "--eval trained" [ ! -e eval/training.jsonl ]
+    run 0 "${small[@]}" --dry-run -o dry
+    check "--dry-run prints no plan" grep -q '^plan' log
+    check "--dry-run trained" [ ! -e dry/training.jsonl ]
+    printf '# comment\nsteps = 2\nlora-r = 4\n' > options
+    run 0 "${small[@]}" --config options -o config
+    check "--config: steps" same "$(value step config)" "1 2"
+    check "--config: r" grep -q '"r": *4' config/adapter/adapter_config.json
+}
+
+# A run that is interrupted, or whose disk is full, goes on to the same adapter.
+test_resume() {
+    local options=(--cpu -b 1 -t 64 -d 256 -v 0 -s 0 -n 2 -x 12) out
+    run 0 "${options[@]}" -o whole
+    start "${options[@]}" -o cut
+    until_true lines cut/training.jsonl 3
+    kill -INT "$pid"
+    finish 130
+    check "interrupted too late" [ "$(wc -l < cut/training.jsonl)" -lt 12 ]
+    refused 'seq' --cpu -t 32 -o cut --resume
+
+    cp -r cut full                      # files end at 100 KiB there: the save fails
+    ( trap '' XFSZ; ulimit -f 100; exec "$train" "${options[@]}" -o full --resume > log 2>&1 )
+    check "a failed save goes unnoticed" [ $? != 0 ]
+    check "a failed save prints not one error" same "$(grep -c '^error' log)" 1
+    check "a failed save leaves something" same "$(echo full/*tmp*)" 'full/*tmp*'
+    for out in cut full; do
+        run 0 "${options[@]}" -o $out --resume
+        equal_runs "resumed in $out" whole $out
+    done
+}
+
+# kill -9 while a checkpoint is being written: its temporary is still there, and harms no one.
+test_killed_save() {
+    local options=(--cpu -b 1 -t 64 -d 256 -v 0 -s 0 -n 1 -x 12 -o killed) try
+    for try in 1 2 3 4 5; do
+        rm -rf killed
+        start "${options[@]}"
+        until_true lines killed/training.jsonl 2
+        until_true compgen -G 'killed/*tmp*' > /dev/null
+        kill -KILL "$pid" 2> /dev/null
+        { wait "$pid"; } 2> /dev/null
+        if compgen -G 'killed/*tmp*' > /dev/null; then break; fi
+    done
+    if [ "$(echo killed/*tmp*)" = 'killed/*tmp*' ]; then
+        skip "no save was hit by kill -9 in $try tries"
+        return
+    fi
+    check "latest names no checkpoint" [ -f "killed/$(cat killed/latest)/state.json" ]
+    run 0 "${options[@]}" --resume
+    equal_runs "killed while saving, resumed" whole killed
+    check "the temporary is still there" same "$(echo killed/*tmp*)" 'killed/*tmp*'
+}
+
+# children PID: the processes whose parent it is.
+children() {
+    local file parent
+    for file in /proc/[0-9]*/stat; do
+        read -r _ _ _ parent _ 2> /dev/null < "$file"
+        if [ "$parent" = "$1" ]; then basename "${file%/stat}"; fi
+    done
+}
+
+# close_traces OUT OUT: ten losses, the first within 1e-6 and all within 1e-5, relative.
+close_traces() {
+    echo "$(value loss "$1") $(value loss "$2")" | awk '{
+        for (i = 1; i <= 10; i++) {
+            d = ($i - $(10 + i)) / $i
+            if (d < 0) { d = -d }
+            if (!(d <= (i == 1 ? 1e-6 : 1e-5))) { exit 1 }
+        }
+        exit NF != 20 }'
+}
+
+# 37 rows of 64 tokens in steps of 4: ten steps, and in the last one all ranks but one are empty.
+test_ranks() {
+    local ranks
+    for ranks in 1 2 4; do
+        run 0 "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks $ranks -o ranks$ranks
+        check "not ten steps, the last of one row" awk '{ exit !($10 <= 64 && NF == 10) }' \
+            <(value num_tokens_per_step ranks$ranks)
+        check "1 and $ranks ranks: $(value loss ranks1) and $(value loss ranks$ranks)" \
+            close_traces ranks1 ranks$ranks
+    done
+}
+
+# Ctrl-C reaches every process of the group, as from a terminal.
+test_resume_ranks() {
+    start "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks 2 -o cut2
+    until_true lines cut2/training.jsonl 3
+    kill -INT -- "-$pid"
+    finish 130
+    run 0 "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks 2 -o cut2 --resume
+    equal_runs "2 ranks, interrupted and resumed" ranks2 cut2
+}
+
+test_killed_rank() {
+    local ranks
+    if [ ! -r /proc/self/stat ]; then skip "killed rank: no /proc"; return; fi
+    start "${small[@]}" -x 1000 --ranks 2 -o dead
+    until_true lines dead/training.jsonl 2
+    read -r -a ranks <<< "$(children "$pid" | xargs)"
+    check "not two ranks: ${ranks[*]}" same ${#ranks[@]} 2
+    kill -KILL "${ranks[1]}"
+    finish 137
+    for pid in "${ranks[@]}"; do check "rank $pid lives" [ ! -e "/proc/$pid" ]; done
+}
+
+# A checkpoint in the released layout, written by the oracle.
+test_checkpoint() {
+    if ! python3 -c 'import numpy' 2> /dev/null || [ ! -e "$root/dev/ref/write_checkpoint.py" ]; then
+        skip "-m: no python3 with numpy, or no dev/ref/write_checkpoint.py"
+        return
+    fi
+    python3 "$root/dev/ref/write_checkpoint.py" model > log 2>&1
+    check "write_checkpoint.py" [ -e model/config.json ]
+    run 0 "${small[@]}" -m model -i text.txt -x 2 -o loaded
+    check "no load line" grep -q '^load' log
+    run 0 "${small[@]}" -m model -i text.txt -x 2 -o loaded2 --ranks 2
+    run 0 -m model --inspect
+}
+
+# One document of 36.5 rows of 64 tokens, with BOS and EOS.
+awk 'BEGIN { while (n++ < 36 * 64 + 30) { printf "%c", 97 + n * n % 26 } }' > text.txt
+test_fresh
+test_refused
+test_modes
+test_ranks
+test_killed_rank
+if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
+    test_resume
+    test_killed_save
+    test_resume_ranks
+fi
+test_checkpoint
+echo "test_cli: $passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]

@@ -1,0 +1,719 @@
+// Tests of train.c's parts 9 to 12: packing and the order of rows, token files, options, logs, and
+// the loop end to end on the built-in model, in children that fork. Each was seen to fail on a
+// broken copy of what it tests:
+//   packing     a piece of t + 1 tokens; next-fit with >=; the last piece of an epoch dropped; the
+//               same order in every epoch; no shuffling; --pack off ignored; chat not truncated;
+//               a cut piece's first token counted as a label
+//   batches     row j to rank j / ranks; micro-batch m from row m * b; a target that crosses a
+//               document's end; the label bit ignored; micro-batches rounded down
+//   sequence    the end of the data not wrapped; data_seek one row late; half an epoch rounded down
+//   files       each check of a token file left out in turn; text without EOS; widened back to front
+//   options     strength of sources ignored; FILE over the command line; the first name instead of
+//               the nearest; -nvalue not split; d not checked; a COUNT of 0 accepted
+//   logs        %g for %.9g; keys swapped; rewind one step short; a last line cut short kept
+//   the loop    gradients not zeroed; loss not divided by all labels; step counted from 0 in
+//               AdamW; data not sought, or moments not loaded, on resume; the short last step as
+//               long as others; stop ignored; non-finite ignored; OUT not moved; OUT all moved
+//   cc -std=gnu11 -O2 -fopenmp -Wall -Wextra test/test_data.c -o test_data -lm && ./test_data
+#define TESTING
+#include "../train.c"
+#include "check.h"
+
+static char folder[PATH_SIZE];                  // of this test's files
+
+static char *in_folder(const char *name) {
+    static char path[8][PATH_SIZE];
+    static int at;
+    return path_make(path[at++ % 8], folder, "/", name);
+}
+
+static void write_file(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (f == NULL || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) { perror(path); exit(2); }
+}
+
+// The whole file with a 0 behind it; "" if there is none. Never freed.
+static char *read_file(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    char *text = calloc(1, 1 << 22);
+    *n = f ? fread(text, 1, (1 << 22) - 1, f) : 0;
+    if (f) { fclose(f); }
+    return text;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Packing and order. A token's id is its place in the file, so whatever becomes of it, it can be
+// told from all others.
+
+enum { MOST = 4000 };
+static uint32_t tokens[MOST];
+static int doc_of[MOST], doc_begin[MOST];       // of each token: its document, and where that begins
+
+// Documents of 1 to `longest` tokens, 3 of 4 of them labels.
+static size_t make_documents(int documents, int longest, uint64_t seed) {
+    size_t n = 0;
+    for (int d = 0; d < documents; d++) {
+        size_t begin = n, length = 1 + random_bits(seed, 2 * d) % longest;
+        for (; n < begin + length; n++) {
+            tokens[n] = (uint32_t)n | (n == begin ? TOKEN_FIRST
+                                       : random_bits(seed, 1000000 + n) % 4 ? TOKEN_LABEL : 0);
+            doc_of[n] = d;
+            doc_begin[n] = (int)begin;
+        }
+    }
+    return n;
+}
+
+static Data make_data(int t, int pack, int shuffle, int seed, size_t n, int kind) {
+    Data d = { .V = MOST, .t = t, .pack = pack, .shuffle = shuffle, .seed = (uint64_t)seed };
+    data_add_tokens(&d, "test", tokens, n, kind);
+    return d;
+}
+
+static Rows make_rows(int rows, int t) {
+    Rows s = { .rows = 0 };
+    rows_alloc(&s, rows, t);
+    return s;
+}
+
+// One epoch: every token exactly once, in pieces that lie in one document, in rows that are full.
+static void check_epoch(Data *d, int epoch, size_t n, int kind) {
+    Rows s = make_rows(1, d->t);
+    int seen[MOST] = { 0 }, used = d->t, wrong = 0;
+    size_t labels = 0, kept = 0;
+    data_plan(d, epoch);
+    for (size_t row = 0; row < d->rows; row++) {
+        data_take(d, &s, 1, 0);
+        int before = used;
+        used = 0;
+        for (int i = 0; i < s.first[1]; i++) {
+            const Piece *p = &s.piece[i];
+            size_t begin = (size_t)(p->token - tokens), into = begin - doc_begin[begin];
+            int own = 0;
+            for (int k = 0; k < p->length; k++) {
+                wrong += doc_of[begin + k] != doc_of[begin];
+                seen[begin + k]++;
+                own += k > 0 && tokens[begin + k] & TOKEN_LABEL;
+            }
+            wrong += own != p->labels || into % d->t != 0 || (kind == BIN_CHAT && into != 0);
+            if (i == 0) { wrong += row > 0 && d->pack && before + p->length <= d->t; }
+            used += p->length;
+            labels += p->labels;
+        }
+        wrong += used > d->t || (size_t)used != s.tokens || (!d->pack && s.first[1] != 1);
+    }
+    for (size_t i = 0; i < n; i++) {
+        int want = kind == BIN_TEXT || (int)i - doc_begin[i] < d->t;
+        wrong += seen[i] != want;
+        kept += want;
+    }
+    check(wrong == 0, "t %d pack %d shuffle %d kind %d epoch %d: %d pieces or tokens are wrong",
+          d->t, d->pack, d->shuffle, kind, epoch, wrong);
+    check(labels == d->labels && kept == d->tokens, "t %d kind %d: %zu of %zu labels, %zu of %zu "
+          "tokens", d->t, kind, labels, d->labels, kept, d->tokens);
+    data_take(d, &s, 1, 0);
+    check(s.rows == 0 && s.labels == 0, "there is a row behind the last one");
+}
+
+static void test_packing(void) {
+    size_t n = make_documents(100, 60, 7);
+    for (int mode = 0; mode < 8; mode++) {
+        int t = (int[]){ 2, 16, 59, 100 }[mode % 4], kind = mode / 4 ? BIN_CHAT : BIN_TEXT;
+        for (int pack = 0; pack < 2; pack++) {
+            Data d = make_data(t, pack, 1, 42, n, kind), still = make_data(t, pack, 0, 42, n, kind);
+            size_t long_ones = 0;
+            for (size_t i = 0; i < n; i++) { long_ones += i - doc_begin[i] == (size_t)t; }
+            check(d.documents == 100, "%zu documents", d.documents);
+            check(d.truncated == (kind == BIN_CHAT ? long_ones : 0), "%zu truncated", d.truncated);
+            for (int epoch = 0; epoch < 3; epoch++) { check_epoch(&d, epoch, n, kind); }
+            check_epoch(&still, 1, n, kind);
+            int sorted = 1;
+            for (size_t i = 1; i < still.pieces; i++) { sorted &= still.order[i - 1] < still.order[i]; }
+            check(sorted, "--no-shuffle changes the order");
+        }
+    }
+    Data a = make_data(16, 1, 1, 42, n, BIN_TEXT), b = make_data(16, 1, 1, 42, n, BIN_TEXT),
+         c = make_data(16, 1, 1, 43, n, BIN_TEXT);
+    size_t bytes = a.pieces * sizeof *a.order;
+    data_plan(&a, 0); data_plan(&b, 0); data_plan(&c, 0);
+    check(memcmp(a.order, b.order, bytes) == 0, "the same seed gives another order");
+    check(memcmp(a.order, c.order, bytes) != 0, "another seed gives the same order");
+    data_plan(&b, 1);
+    check(memcmp(a.order, b.order, bytes) != 0, "two epochs have the same order");
+    int moved = 0;
+    for (size_t i = 0; i < a.pieces; i++) { moved += a.order[i] != i; }
+    check(moved > (int)a.pieces * 9 / 10, "only %d of %zu pieces moved", moved, a.pieces);
+}
+
+// Rows of a step, dealt out to ranks and micro-batches: row j to rank j mod ranks, b at a time.
+static void test_batches(void) {
+    size_t n = make_documents(60, 25, 11);
+    Data d = make_data(32, 1, 1, 1, n, BIN_TEXT);
+    Rows s = make_rows(13, 32);
+    Batch x;
+    batch_alloc(&x, 4 * 32);
+    for (int mode = 0; mode < 24; mode++) {
+        int ranks = (int[]){ 1, 2, 4, 8 }[mode % 4], b = (int[]){ 1, 2, 4 }[mode / 4 % 3];
+        int rows = mode < 12 ? 13 : 8, wrong = 0, covered[16] = { 0 };
+        size_t labels = 0, T = 0;
+        data_seek(&d, 3);
+        data_take(&d, &s, rows, 1);
+        int micro = micro_batches(rows, b, ranks);
+        check(micro * b * ranks >= rows && (micro - 1) * b * ranks < rows, "%d micro-batches", micro);
+        for (int m = 0; m < micro; m++) {
+            for (int rank = 0; rank < ranks; rank++) {
+                batch_fill(&x, &s, m, b, rank, ranks);
+                int doc = 0;
+                for (int k = 0; k < b; k++) {
+                    int j = (m * b + k) * ranks + rank;     // the k-th row of this micro-batch
+                    if (j >= rows) { continue; }
+                    covered[j]++;
+                    for (int i = s.first[j]; i < s.first[j + 1]; i++, doc++) {
+                        const Piece *p = &s.piece[i];
+                        int at = x.doc_start[doc];
+                        wrong += x.doc_start[doc + 1] - at != p->length;
+                        for (int q = 0; q < p->length; q++) {
+                            uint32_t next = q + 1 < p->length ? p->token[q + 1] : 0;
+                            int want = next & TOKEN_LABEL ? (int)(next & TOKEN_ID) : -1;
+                            wrong += x.token[at + q] != (int)(p->token[q] & TOKEN_ID);
+                            wrong += x.target[at + q] != want;
+                            labels += x.target[at + q] >= 0;
+                        }
+                    }
+                }
+                wrong += doc != x.docs || x.doc_start[x.docs] != x.T;
+                T += x.T;
+            }
+        }
+        for (int j = 0; j < rows; j++) { wrong += covered[j] != 1; }
+        check(wrong == 0, "ranks %d, b %d, %d rows: %d wrong", ranks, b, rows, wrong);
+        check(labels == s.labels && T == s.tokens, "ranks %d, b %d: %zu of %zu labels, %zu of %zu "
+              "tokens", ranks, b, labels, s.labels, T, s.tokens);
+    }
+}
+
+// The sequence of rows runs through the epochs, and data_seek finds any of them again.
+static void test_sequence(void) {
+    enum { ROWS = 150 };
+    size_t n = make_documents(100, 20, 3);
+    Data d = make_data(32, 1, 1, 5, n, BIN_TEXT);
+    Rows s = make_rows(7, 32);
+    const uint32_t *begin[ROWS];
+    size_t length[ROWS], rows[3];
+    data_seek(&d, 0);
+    for (int r = 0; r < ROWS; r += 1) {
+        data_take(&d, &s, 1, 1);
+        begin[r] = s.piece[0].token;
+        length[r] = s.tokens;
+        if (d.epoch < 3) { rows[d.epoch] = d.rows; }
+    }
+    check(d.epoch >= 2, "%d rows end in epoch %d", ROWS, d.epoch);
+    for (int r = ROWS - 7; r >= 0; r -= 3) {
+        data_seek(&d, (size_t)r);
+        data_take(&d, &s, 7, 1);                // across the end of an epoch too
+        int wrong = s.rows != 7;
+        size_t sum = 0;
+        for (int k = 0; k < 7; k++) {
+            wrong += s.piece[s.first[k]].token != begin[r + k];
+            sum += length[r + k];
+        }
+        check(wrong == 0 && sum == s.tokens, "rows %d .. %d: %d are others", r, r + 6, wrong);
+        check(s.epoch == ((size_t)r >= rows[0]) + ((size_t)r >= rows[0] + rows[1]),
+              "row %d is in epoch %d", r, s.epoch);
+    }
+    check(data_rows(&d, 1) == rows[0] && data_rows(&d, 2) == rows[0] + rows[1], "rows of 1 and 2 "
+          "epochs: %zu, %zu", data_rows(&d, 1), data_rows(&d, 2));
+    check(data_rows(&d, 1.5) == rows[0] + (rows[1] + 1) / 2, "1.5 epochs: %zu", data_rows(&d, 1.5));
+    check(data_rows(&d, 1e-6) == 1, "a millionth of an epoch: %zu rows", data_rows(&d, 1e-6));
+}
+
+// -------------------------------------------------------------------------------------------------
+// Files
+
+// Adds the files that a pattern names to a Data of vocabulary 300.
+static void child_data(void *pattern) {
+    Data d = { .V = 300, .t = 8, .pack = 1 };
+    Config c = tiny_config;
+    data_add(&d, pattern, &c);
+    fprintf(stderr, "%zu documents %zu tokens %zu labels", d.documents, d.tokens, d.labels);
+}
+
+// The right token file with one word changed, or with another length, and what is said of it.
+static void test_bin(void) {
+    static const struct { int word; uint32_t value; int length; const char *want; } cases[] = {
+        {0, BIN_MAGIC, 0, "2 documents 5 tokens 3 labels"},
+        {5, BIN_CHAT, 0, "2 documents 5 tokens 3 labels"},
+        {0, 20240520, 0, "magic 20240520, version 1"}, {1, 2, 0, "version 2"},
+        {2, 129280, 0, "vocabulary of 129280, the model has 300"},
+        {3, 6, 0, "1044 bytes, but its header says 6 tokens, so 1048"},
+        {4, 1, 0, "says 2147483653 tokens"}, {3, 0xFFFFFFFB, 0, "header words 3, 4, 5 are -5"},
+        {5, 2, 0, "5 are 5, 0, 2"}, {0, BIN_MAGIC, 1040, "1040 bytes, but"},
+        {0, BIN_MAGIC, 100, "100 bytes, but a token file begins with a header of 1024"},
+        {256, 7, 0, "token 0 does not begin a document"},
+        {257, 300 | TOKEN_LABEL, 0, "token 1 has id 300, the vocabulary has 300"},
+        {258, 0x3FFFFFFF, 0, "token 2 has id 1073741823"},
+        {259, TOKEN_FIRST | TOKEN_LABEL | 5, 0, "token 3 begins a document and is a label"},
+    };
+    static const uint32_t right[5] = { TOKEN_FIRST | 1, TOKEN_LABEL | 299, TOKEN_LABEL | 0,
+                                       TOKEN_FIRST | 4, TOKEN_LABEL | 5 };
+    char text[2048], *path = in_folder("a.bin");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        uint32_t file[256 + 5] = { BIN_MAGIC, BIN_VERSION, 300, 5 };
+        memcpy(file + 256, right, sizeof right);
+        file[cases[i].word] = cases[i].value;
+        write_file(path, file, cases[i].length ? (size_t)cases[i].length : sizeof file);
+        int code = run_child(child_data, path, text, sizeof text);
+        check(strstr(text, cases[i].want) != NULL && code == (i >= 2), "case %zu: exit %d, '%s', "
+              "wanted '%s'", i, code, text, cases[i].want);
+        if (i >= 2) { check(strstr(text, "a.bin") != NULL, "'%s' does not name the file", text); }
+    }
+    uint32_t file[256 + 2] = { BIN_MAGIC, BIN_VERSION, 300, 2, [256] = TOKEN_FIRST, [257] = 9 };
+    write_file(path, file, sizeof file);
+    check(run_child(child_data, path, text, sizeof text) == 1 && strstr(text, "no labels"),
+          "no labels: '%s'", text);
+    check(run_child(child_data, in_folder("none*.bin"), text, sizeof text) == 1
+          && strstr(text, "no file matches"), "no file: '%s'", text);
+}
+
+static void test_text(void) {
+    char text[2048];
+    Config c = tiny_config;
+    size_t n;
+    unsigned char bytes[300];
+    for (int i = 0; i < 300; i++) { bytes[i] = (unsigned char)(i * 7); }
+    for (int size = 0; size < 300; size += 23) {
+        write_file(in_folder("t.txt"), bytes, (size_t)size);
+        uint32_t *token = text_tokens(in_folder("t.txt"), &c, &n);
+        int wrong = n != (size_t)size + 2 || token[0] != (256 | TOKEN_FIRST)
+                 || token[size + 1] != (257 | TOKEN_LABEL);
+        for (int i = 0; i < size; i++) { wrong += token[i + 1] != (bytes[i] | TOKEN_LABEL); }
+        check(wrong == 0, "a text of %d bytes: %d wrong", size, wrong);
+        free(token);
+    }
+    // Two files in the order of their names; one document each, cut into rows of 8.
+    write_file(in_folder("p2.txt"), "0123456789", 10);
+    write_file(in_folder("p1.txt"), "abc", 3);
+    Data d = { .V = 264, .t = 8, .pack = 0 };
+    data_add(&d, in_folder("p?.txt"), &c);
+    check(d.documents == 2 && d.pieces == 3 && d.tokens == 17 && d.labels == 4 + 10, "%zu "
+          "documents, %zu pieces, %zu tokens, %zu labels", d.documents, d.pieces, d.tokens, d.labels);
+    check((d.piece[0].token[1] & TOKEN_ID) == 'a' && (d.piece[2].token[0] & TOKEN_ID) == '7',
+          "the files are not in the order of their names");
+    write_file(in_folder("x.jsonl"), "{}\n", 3);
+    write_file(in_folder("x.csv"), "1\n", 2);
+    check(run_child(child_data, in_folder("x.jsonl"), text, sizeof text) == 1
+          && strstr(text, "does not have yet"), "jsonl: '%s'", text);
+    check(run_child(child_data, in_folder("x.csv"), text, sizeof text) == 1
+          && strstr(text, "neither"), "csv: '%s'", text);
+    const int ids[5] = { 'a', 0, 200, 257, '\n' };
+    char all[5 * TOKEN_TEXT] = "";
+    for (int i = 0; i < 5; i++) { token_text(all + strlen(all), ids[i], &c); }
+    check(strcmp(all, "a\\x00\\xc8<257>\n") == 0, "tokens as text: '%s'", all);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Options
+
+// Splits words at blanks; a word that is '' is empty.
+static int split(char **argv, char *words) {
+    int argc = 0;
+    argv[argc++] = "train";
+    for (char *w = strtok(words, " "); w; w = strtok(NULL, " ")) {
+        argv[argc++] = strcmp(w, "''") == 0 ? "" : w;
+    }
+    return argc;
+}
+
+// Reads the options in words and writes what all of them are.
+static void child_options(void *words) {
+    char copy[1024], *argv[64], checkpoint[PATH_SIZE];
+    Config c = tiny_config;
+    int argc = split(argv, strcpy(copy, words));
+    options_read(argc, argv, checkpoint);
+    options_derive(&c);
+    for EACH_OPTION(o) { fprintf(stderr, "%s=%s;", o->name, o->text); }
+    fprintf(stderr, "ep %d B %d lr %g cut %d", opt.ep, opt.batch, opt.lr, opt.no_shuffle);
+}
+
+static void test_options(void) {
+    static const struct { const char *words; int code; const char *want; } cases[] = {
+        {"", 0, "lr=3e-3;"}, {"", 0, "seq=256;"}, {"", 0, "tokens-per-step=1024;"},
+        {"-b 3 --lr=0.5", 0, "B 3 lr 0.5 cut 0"}, {"-b3", 0, "B 3"}, {"--lr 1 -l 2", 0, "lr=2;"},
+        {"--no-shuffle", 0, "cut 1"}, {"--no-shuffle=false", 0, "cut 0"}, {"-y --eval", 1, "no ch"},
+        {"--ranks 6", 0, "ep 2 "}, {"--ranks 8 --ep 4", 0, "ep 4 "}, {"--ranks 3", 0, "ep 1 "},
+        {"--ranks 6", 0, "tokens-per-step=1536;"}, {"-t 300", 0, "tokens-per-step=1200;"},
+        {"--epochs 2", 0, "steps=0;"}, {"-m x -i y.bin", 0, "lr=1e-4;"},
+        {"-m x/y// -i y.bin -t 4096", 0, "model=x/y;"}, {"-m x -i y", 0, "tokens-per-step=4096;"},
+        {"--learning-rat 1", 1, "unknown option --learning-rat HINT: did you mean --"},
+        {"--warmpu 1", 1, "did you mean --warmup?"}, {"--steps-per-token 1", 1, "unknown option"},
+        {"--lora_r 1", 1, "did you mean --lora-r?"}, {"--evaluate", 1, "did you mean --eval?"},
+        {"--tokens-per-stp=3", 1, "option --tokens-per-stp HINT: did you mean --tokens-per-step?"},
+        {"-w 1", 1, "unknown option -w HINT: did you mean --warmup?"}, {"-Z", 1, "mean --help?"},
+        {"file.txt", 1, "'file.txt' is not an option"}, {"-", 1, "not an option"},
+        {"--batch", 1, "--batch needs a value"}, {"-b", 1, "--batch needs a value"},
+        {"-b 0", 1, "--batch: '0' is not a whole number from 1"}, {"-b 2x", 1, "'2x' is not"},
+        {"-x -3", 1, "'-3' is not a whole number from 0"}, {"-x 2.5", 1, "'2.5' is not a whole"},
+        {"-x 3000000000", 1, "is not a whole"}, {"-b ''", 1, "'' is not"}, {"-x 1e2", 0, "steps=1e2"},
+        {"-l nan", 1, "--lr: 'nan'"}, {"-l inf", 1, "not a number"}, {"-l -1", 1, "not a number"},
+        {"-k linear", 1, "'linear' is none of cosine|constant"}, {"-k cos", 1, "none of"},
+        {"-k constant", 0, "schedule=constant;"}, {"--eval=maybe", 1, "neither true nor false"},
+        {"-u 0 -v 0 -n 0 -s 0", 0, "warmup=0;"}, {"--lora-r 0", 1, "--lora-r: '0'"},
+        {"--lora-targets attn,foo", 1, "'foo' is not a target"}, {"-t 1", 1, "a row has 2 to"},
+        {"--optimizer muon", 1, "--optimizer muon is not there yet"}, {"--gpus 1", 1, "not there"},
+        {"--precision fp8", 1, "--precision fp8"}, {"--recompute moe", 1, "--recompute moe"},
+        {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
+        {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
+        {"-d 512 --ranks 4", 1, "multiple"}, {"--ranks 2 --ep 4", 1, "HINT: --ep 2"},
+        {"--ranks 3 --ep 3", 1, "does not divide both"}, {"-m x", 1, "-m needs data"},
+        {"-m x --eval -j y.bin", 0, "val=y.bin;"}, {"-m x --dry-run", 0, "dry-run=1;"},
+        {"-x 3 --epochs 1", 1, "both say how long"}, {"--epochs 0", 1, "trains nothing"},
+        {"--beta2 1", 1, "below 1"}, {"--reset-optim", 1, "needs --resume"},
+        {"-y x --init-adapter y", 1, "begins a run"}, {"-y /nowhere", 1, "no checkpoint in /nowhere"},
+        {"--config /nowhere", 1, "cannot read /nowhere"}, {"--version", 0, ""},
+    };
+    char text[8192], words[PATH_SIZE];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        int code = run_child(child_options, (void *)cases[i].words, text, sizeof text);
+        check(code == cases[i].code && strstr(text, cases[i].want), "'%s': exit %d, '%s', wanted "
+              "'%s'", cases[i].words, code, text, cases[i].want);
+    }
+    static const struct { const char *file, *words; int code; const char *want; } files[] = {
+        {"# a comment\n\n lr = 0.25 \nprompt = a = b c\nno-shuffle = yes\n", "", 0, "lr=0.25;"},
+        {"prompt = a = b c\n", "", 0, "prompt=a = b c;"}, {"no-shuffle = yes", "", 0, "cut 1"},
+        {"lr = 0.25\n", "-l 0.5", 0, "lr=0.5;"}, {"seq = 32\n", "", 0, "seq=32;"},
+        {"lr = 1\nlr 2\n", "", 1, ":2: 'lr 2' is not `name = value`"},
+        {"\nwarmpu = 1\n", "", 1, ":2: unknown option warmpu HINT: did you mean --warmup?"},
+        {"batch = 0\n", "", 1, ":1: --batch: '0'"}, {"l = 3\n", "", 1, "unknown option l"},
+    };
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        write_file(in_folder("run.conf"), files[i].file, strlen(files[i].file));
+        // The file comes last, and still is weaker.
+        snprintf(words, sizeof words, "%s --config %.900s", files[i].words, in_folder("run.conf"));
+        int code = run_child(child_options, words, text, sizeof text);
+        check(code == files[i].code && strstr(text, files[i].want), "file %zu: exit %d, '%s', "
+              "wanted '%s'", i, code, text, files[i].want);
+    }
+    check(edit_distance("kitten", 6, "sitting") == 3 && edit_distance("", 0, "abc") == 3
+          && edit_distance("abcd", 4, "abcd") == 0 && edit_distance("ab", 2, "") == 2, "distances");
+}
+
+// -------------------------------------------------------------------------------------------------
+// Logs
+
+static void child_log(void *unused) {
+    (void)unused;
+    Report p = { .loss = 1.0 / 3, .norm = 2e-7, .lr = 1e-4, .seconds = 2, .tokens = 100,
+                 .labels = 90, .epoch = 1 };
+    opt.out = folder;
+    log_step(&p, 7, 9);
+    log_validation(7, 1, 2.0 / 3);
+}
+
+static void test_logs(void) {
+    char text[256];
+    size_t n;
+    check(run_child(child_log, NULL, text, sizeof text) == 0, "log: '%s'", text);
+    char *line = read_file(in_folder("training.jsonl"), &n), *time = strstr(line, "\"timestamp\": \"");
+    check(time && strspn(time + 14, "0123456789-:.TZ") == 24, "no timestamp in '%s'", line);
+    if (time) { memset(time + 14, 'x', 24); }
+    const char *want = "{\"step\": 7, \"epoch\": 1, \"timestamp\": \"xxxxxxxxxxxxxxxxxxxxxxxx\", "
+        "\"loss\": 0.333333333, \"grad_norm\": 2e-07, \"lr\": 0.0001, \"mem\": 0, \"tps\": 50, "
+        "\"tps_per_gpu\": 50, \"mfu\": null, \"num_tokens_per_step\": 100, "
+        "\"num_label_tokens\": 90}\n";
+    check(strcmp(line, want) == 0, "training.jsonl has\n%s, wanted\n%s", line, want);
+    line = read_file(in_folder("validation.jsonl"), &n);
+    check(strstr(line, "{\"step\": 7, \"epoch\": 1, \"timestamp\": \"2") == line
+          && strstr(line, "\", \"val_loss\": 0.666666667}\n") == line + n - 27, "validation: %s", line);
+
+    const char *log = "{\"step\": 1, \"loss\": 3}\n{\"step\": 2, \"loss\": 2}\n{\"step\": 3, "
+                      "\"loss\": 1}\n{\"step\": 4, \"lo";
+    opt.out = folder;
+    for (int step = 0; step < 6; step++) {
+        write_file(in_folder("r.jsonl"), log, strlen(log));
+        log_rewind("r.jsonl", "loss", step);
+        char *left = read_file(in_folder("r.jsonl"), &n);
+        int lines = step < 3 ? step : 3;
+        check(n == 24 * (size_t)lines && strncmp(left, log, n) == 0, "rewound to %d: '%s'", step, left);
+    }
+    log_rewind("there-is-none.jsonl", "loss", 3);
+
+    // The curve of what was logged, in the colours of the two curves and nothing else's.
+    unlink(in_folder("loss.png"));
+    int drawn = plot_loss(in_folder("loss.png"), in_folder("training.jsonl"), in_folder("none"));
+#ifdef HAVE_STB_IMAGE_WRITE
+    char *png = read_file(in_folder("loss.png"), &n);
+    check(drawn == 1 && n > 1000 && memcmp(png, "\x89PNG\r\n", 6) == 0, "loss.png: %d, %zu bytes",
+          drawn, n);
+#else
+    check(drawn == 0, "a plot without stb");
+    skip("loss.png: built without stb/stb_image_write.h");
+#endif
+    check(plot_loss(in_folder("no.png"), in_folder("none"), in_folder("none")) == -1, "empty plot");
+}
+
+static void test_draw(void) {
+    const float logits[4] = { -INFINITY, 1, 1 + 0.8f * 1.0986123f, -INFINITY };     // 1 : 3 at 0.8
+    int count[4] = { 0 };
+    for (int i = 0; i < 1000; i++) { count[draw(logits, 4, 0.8, i / 1000.0)]++; }
+    check(count[0] == 0 && count[3] == 0 && abs(count[1] - 250) <= 1, "drawn %d %d %d %d times",
+          count[0], count[1], count[2], count[3]);
+    check(draw(logits, 4, 0.8, 0) == 1 && draw(logits, 4, 0.8, 0.99999994) == 2, "ends");
+}
+
+// -------------------------------------------------------------------------------------------------
+// The loop, end to end: the built-in model on a small text, each run in a child
+
+static void child_trainer(void *words) {
+    char copy[2048], *argv[64];
+    int argc = split(argv, strcpy(copy, words));
+    exit(trainer(argc, argv));
+}
+static void child_stopped(void *words) { stop_signals = 1; child_trainer(words); }
+static void child_two_signals(void *unused) { (void)unused; on_stop_signal(2); on_stop_signal(2); }
+
+// Runs the trainer in folder/out with the text and further words; the error is in `said`.
+static char said[4096];
+static int run_trainer(void (*child)(void *), const char *out, const char *more) {
+    char words[2048];
+    snprintf(words, sizeof words, "-i %s -o %s -t 16 -u 0 -v 0 -s 0 %s", in_folder("e.txt"),
+             in_folder(out), more);
+    return run_child(child, words, said, sizeof said);
+}
+
+// A number from line k (from 0) of a log in folder/out; NAN if it is not there.
+static double logged(const char *out, const char *log, const char *key, int k) {
+    char name[256], line[1024];
+    double value = NAN;
+    int step;
+    snprintf(name, sizeof name, "%s/%s", out, log);
+    FILE *f = fopen(in_folder(name), "r");
+    for (int i = 0; f && fgets(line, sizeof line, f); i++) {
+        if (i == k && !log_parse(line, key, &step, &value)) { value = NAN; }
+    }
+    if (f) { fclose(f); }
+    return value;
+}
+
+static int same_adapter(const char *a, const char *b) {
+    char name[2][256];
+    size_t n[2];
+    snprintf(name[0], 256, "%s/adapter/adapter_model.safetensors", a);
+    snprintf(name[1], 256, "%s/adapter/adapter_model.safetensors", b);
+    char *x = read_file(in_folder(name[0]), &n[0]), *y = read_file(in_folder(name[1]), &n[1]);
+    int same = n[0] == n[1] && n[0] > 1000 && memcmp(x, y, n[0]) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+// Loss and norm of a step are those of the mean over its labels, whoever computed which row.
+static void test_steps(void) {
+    static const char *const how[] = { "-d 64 -x 2", "-d 64 -x 2 -b 2", "-d 64 -x 2 --ranks 2",
+                                       "-d 64 -x 2 --ranks 4 --ep 2", "-d 64 -x 2 --recompute full" };
+    for (int i = 0; i < 5; i++) {
+        char out[16];
+        snprintf(out, sizeof out, "how%d", i);
+        check(run_trainer(child_trainer, out, how[i]) == 0, "%s: '%s'", how[i], said);
+        // The first step sees the same numbers everywhere; later ones differ by roundings of bf16.
+        double loss = logged("how0", "training.jsonl", "loss", 0);
+        double norm = logged("how0", "training.jsonl", "grad_norm", 0);
+        check_close(how[i], 1, logged(out, "training.jsonl", "loss", 0), loss, 1e-6);
+        check_close(how[i], 1, logged(out, "training.jsonl", "grad_norm", 0), norm, 1e-4 * norm);
+        check_close(how[i], 2, logged(out, "training.jsonl", "loss", 1),
+                    logged("how0", "training.jsonl", "loss", 1), 0.05);
+        check_close(how[i], 2, logged(out, "training.jsonl", "num_label_tokens", 1),
+                    logged("how0", "training.jsonl", "num_label_tokens", 1), 0);
+    }
+    // The mean over the same rows: two steps of two rows, and one of four, before any update.
+    check(run_trainer(child_trainer, "frozen", "-d 32 -x 2 -l 0 --no-shuffle") == 0, "'%s'", said);
+    check(run_trainer(child_trainer, "whole", "-d 64 -x 1 -l 0 --no-shuffle") == 0, "'%s'", said);
+    double sum = 0, labels = 0;
+    for (int k = 0; k < 2; k++) {
+        double n = logged("frozen", "training.jsonl", "num_label_tokens", k);
+        sum += n * logged("frozen", "training.jsonl", "loss", k);
+        labels += n;
+    }
+    check_close("mean of the rows", 0, logged("whole", "training.jsonl", "loss", 0), sum / labels, 1e-6);
+
+    // 40 bytes, BOS and EOS are 3 rows of 16: the second step has one row, and one rank none.
+    write_file(in_folder("short.txt"), "0123456789012345678901234567890123456789", 40);
+    char words[1024];
+    snprintf(words, sizeof words, "-i %s -x 0 --epochs 1 -d 32 -l 0", in_folder("short.txt"));
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        char more[1100];
+        snprintf(more, sizeof more, "%s --ranks %d", words, ranks);
+        check(run_trainer(child_trainer, ranks == 1 ? "s1" : "s2", more) == 0, "'%s'", said);
+    }
+    check(isnan(logged("s1", "training.jsonl", "loss", 2)), "a third step");
+    sum = logged("s1", "training.jsonl", "num_label_tokens", 0)
+        + logged("s1", "training.jsonl", "num_label_tokens", 1);
+    check(sum == 41 - 2, "%g labels in two steps", sum);
+    check_close("empty batches", 2, logged("s2", "training.jsonl", "loss", 1),
+                logged("s1", "training.jsonl", "loss", 1), 1e-6);
+
+    // Learning: one batch forever is soon known by heart, at every step a little better.
+    check(run_trainer(child_trainer, "over", "-d 16 -x 6 --overfit") == 0, "'%s'", said);
+    double first = logged("over", "training.jsonl", "loss", 0);
+    check(logged("over", "training.jsonl", "loss", 5) < 0.2 * first, "six steps on one row: %g -> %g",
+          first, logged("over", "training.jsonl", "loss", 5));
+}
+
+// Adam's first step is lr times the sign of the gradient, whatever its size: a wrong count, or
+// gradients kept from the step before, would change how far parameters go.
+static void test_update(void) {
+    check(run_trainer(child_trainer, "u1", "-d 16 -x 1 -l 0.001 --clip 0") == 0, "'%s'", said);
+    check(run_trainer(child_trainer, "u2", "-d 16 -x 1 -l 0.001 --clip 0.01") == 0, "'%s'", said);
+    size_t n;
+    char *file = read_file(in_folder("u1/adapter/adapter_model.safetensors"), &n);
+    uint64_t header = 0;
+    memcpy(&header, file, 8);
+    double worst = 0, moved = 0;
+    char *at = strstr(file + 8, "layers.4.attn.wo_b.lora_B.weight");
+    unsigned long begin = 0, end = 0;
+    at = at ? strstr(at, "\"data_offsets\":[") : NULL;
+    check(at && sscanf(at + 16, "%lu,%lu", &begin, &end) == 2, "no wo_b in the adapter");
+    const float *b = (const float *)(file + 8 + header + begin);
+    for (unsigned long i = 0; i < (end - begin) / 4; i++) {
+        worst = fmax(worst, fabs(b[i]));
+        moved += b[i] != 0;
+    }
+    check(moved > 500 && fabs(worst - 0.001) < 1e-6, "after one step B is %g at most, %g elements "
+          "moved", worst, moved);
+    check(logged("u1", "training.jsonl", "grad_norm", 0) == logged("u2", "training.jsonl",
+          "grad_norm", 0), "grad_norm is logged after clipping");
+    free(file);
+}
+
+static void test_validation(void) {
+    static const char *const how[] = { "", "-b 2", "--ranks 2", "--ranks 4" };
+    for (int i = 0; i < 4; i++) {
+        char more[128], out[16];
+        snprintf(more, sizeof more, "--eval %s", how[i]);
+        snprintf(out, sizeof out, "eval%d", i);
+        check(run_trainer(child_trainer, out, more) == 0, "%s: '%s'", how[i], said);
+        check_close(how[i], 0, logged(out, "validation.jsonl", "val_loss", 0),
+                    logged("eval0", "validation.jsonl", "val_loss", 0), 1e-6);
+    }
+    check(run_trainer(child_trainer, "eval0", "--eval") == 0, "'%s'", said);
+    check(!isnan(logged("eval0", "validation.jsonl", "val_loss", 1)), "--eval does not append");
+    // During training: at both ends and every -v steps; the first is the base model's.
+    char more[1024];
+    snprintf(more, sizeof more, "-j %s -v 2 --val-steps 1000 -x 3 -d 16", in_folder("e.txt"));
+    check(run_trainer(child_trainer, "val", more) == 0, "'%s'", said);
+    check_close("base", 0, logged("val", "validation.jsonl", "val_loss", 0),
+                logged("eval0", "validation.jsonl", "val_loss", 0), 1e-6);
+    check(logged("val", "validation.jsonl", "step", 1) == 2
+          && logged("val", "validation.jsonl", "step", 2) == 3
+          && isnan(logged("val", "validation.jsonl", "step", 3)), "steps of validation");
+}
+
+static void test_resume(void) {
+#ifndef HAVE_JSMN
+    skip("--resume: built without jsmn.h");
+    return;
+#endif
+    char more[2048];
+    check(run_trainer(child_trainer, "a", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
+    check(run_trainer(child_trainer, "b", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
+    check(same_adapter("a", "b"), "the same run twice gives two adapters");
+    write_file(in_folder("b/latest"), "checkpoint-000002\n", 18);
+    folder_remove(in_folder("b/adapter"));
+    check(run_trainer(child_trainer, "b", "--resume") == 0, "'%s'", said);
+    check(same_adapter("a", "b"), "resumed at step 2, the run ends elsewhere");
+    for (int k = 0; k < 6; k++) {
+        double x = logged("a", "training.jsonl", "loss", k), y = logged("b", "training.jsonl", "loss", k);
+        check(x == y || (k == 5 && isnan(x) && isnan(y)), "line %d: loss %g, resumed %g", k, x, y);
+    }
+    // What may differ, and what may not.
+    write_file(in_folder("b/latest"), "checkpoint-000002\n", 18);
+    check(run_trainer(child_trainer, "b", "-y -l 1e-3") == 0, "'%s'", said);
+    check_close("new lr", 0, logged("b", "training.jsonl", "lr", 4) /
+                logged("a", "training.jsonl", "lr", 4), 1 / 3.0, 1e-6);
+    check(run_trainer(child_trainer, "a", "-y --beta2 0.9") == 1 && strstr(said, "--beta2 0.9, but")
+          && strstr(said, "has 0.95"), "'%s'", said);
+    check(run_trainer(child_trainer, "a", "-y -x 9") == 1 && strstr(said, "--steps 9"), "'%s'", said);
+    check(run_trainer(child_trainer, "a", "-y --lora-targets experts,shared,attn") == 0, "'%s'", said);
+    snprintf(more, sizeof more, "-y -i %s", in_folder("short.txt"));
+    check(run_trainer(child_trainer, "a", more) == 1 && strstr(said, "--train"), "'%s'", said);
+    write_file(in_folder("e.txt.keep"), "", 0);
+    // Without moments it is another run; on two ranks nearly the same one.
+    write_file(in_folder("b/latest"), "checkpoint-000002\n", 18);
+    check(run_trainer(child_trainer, "b", "-y --reset-optim -l 3e-3") == 1 || !same_adapter("a", "b"),
+          "--reset-optim changes nothing");
+    check(run_trainer(child_trainer, "c", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
+    write_file(in_folder("c/latest"), "checkpoint-000002\n", 18);
+    check(run_trainer(child_trainer, "c", "-y --ranks 2") == 0, "'%s'", said);
+    check_close("two ranks", 3, logged("c", "training.jsonl", "loss", 2),
+                logged("a", "training.jsonl", "loss", 2), 1e-6);
+    // A checkpoint given by its folder, its logs beside it; an adapter to begin with.
+    snprintf(more, sizeof more, "-i %s -t 16 -u 0 -v 0 -s 0 --resume %s", in_folder("e.txt"),
+             in_folder("c/checkpoint-000004/"));
+    check(run_child(child_trainer, more, said, sizeof said) == 0, "'%s'", said);
+    check(!isnan(logged("c", "training.jsonl", "loss", 4)), "the resumed folder's log is not used");
+    snprintf(more, sizeof more, "-d 32 -x 1 -l 0 --init-adapter %s", in_folder("a/adapter"));
+    check(run_trainer(child_trainer, "init", more) == 0 && same_adapter("a", "init"), "'%s'", said);
+    strcat(more, " --lora-r 4");
+    check(run_trainer(child_trainer, "init", more) == 1 && strstr(said, "--lora-r 4, but"), "'%s'", said);
+}
+
+static void test_ends(void) {
+    size_t n;
+    // Asked to stop: the step ends, is saved, and the adapter written.
+    check(run_trainer(child_stopped, "stop", "-d 16 -x 9") == 130, "stopped: '%s'", said);
+    read_file(in_folder("stop/checkpoint-000001/state.json"), &n);
+    check(n > 100 && isnan(logged("stop", "training.jsonl", "loss", 1)), "not saved at step 1");
+    check(run_child(child_two_signals, NULL, said, sizeof said) == 130, "two signals");
+    check(run_trainer(child_stopped, "stop2", "-d 32 -x 9 --ranks 2") == 130, "stopped: '%s'", said);
+    // A step that makes weights infinite: the next one has no finite loss, and says where.
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        char more[128];
+        snprintf(more, sizeof more, "-d 32 -x 9 -l 1e39 --clip 0 --ranks %d", ranks);
+        check(run_trainer(child_trainer, "nan", more) == 3 && strstr(said, "non-finite loss in")
+              && strstr(said, "layers.") && strstr(said, "at step 2"), "numerics: '%s'", said);
+        check(strstr(said, "error") && !strstr(strstr(said, "error") + 1, "error"), "'%s'", said);
+    }
+    check(!isnan(logged("nan", "training.jsonl", "loss", 0))
+          && isnan(logged("nan", "training.jsonl", "loss", 1)), "the broken step is logged");
+    // A new run moves what an older one left, and nothing else.
+    write_file(in_folder("stop/notes.md"), "mine", 4);
+    for (int i = 0; i < 2; i++) {
+        check(run_trainer(child_trainer, "stop", "-d 16 -x 1 -n 1") == 0, "'%s'", said);
+    }
+    static const char *const there[] = { "notes.md", "training.jsonl", "adapter", "latest",
+        "checkpoint-000001", "previous-1/training.jsonl", "previous-1/checkpoint-000001",
+        "previous-2/training.jsonl", "previous-2/adapter", "previous-2/latest" };
+    for (size_t i = 0; i < sizeof there / sizeof there[0]; i++) {
+        char name[256];
+        snprintf(name, sizeof name, "stop/%s", there[i]);
+        check(access(in_folder(name), F_OK) == 0, "%s is missing", name);
+    }
+    check(isnan(logged("stop", "training.jsonl", "loss", 1)), "a new run appends to an old log");
+    check(run_trainer(child_trainer, "dry/run", "--dry-run") == 0, "'%s'", said);
+    check(access(in_folder("dry"), F_OK) != 0, "--dry-run makes a folder");
+    check(run_trainer(child_trainer, "dry", "--bench 1 -d 16") == 0
+          && access(in_folder("dry"), F_OK) != 0, "--bench makes a folder: '%s'", said);
+    check(run_trainer(child_trainer, "smp", "-x 1 -d 16 -s 1 -g 3 --prompt abc") == 0, "'%s'", said);
+}
+
+int main(void) {
+    char text[1200];
+    strcpy(folder, "/tmp/test_data.XXXXXX");
+    if (mkdtemp(folder) == NULL) { perror("mkdtemp"); return 2; }
+    for (size_t i = 0; i < sizeof text; i++) { text[i] = "int main(void) { return 0; }\n"[i * i % 29]; }
+    write_file(in_folder("e.txt"), text, sizeof text);
+    test_packing();
+    test_batches();
+    test_sequence();
+    test_bin();
+    test_text();
+    test_options();
+    test_logs();
+    test_draw();
+    test_steps();
+    test_update();
+    test_validation();
+    test_resume();
+    test_ends();
+    folder_remove(folder);
+    return finish("test_data");
+}
