@@ -55,8 +55,20 @@ BASE := $(CPPFLAGS) -std=gnu11 $(OPTIMIZE) $(NATIVE) $(CFLAGS) $(if $(OPENMP),-f
     $(WARNINGS) $(INCLUDES)
 LIBS = $(LDFLAGS) $(LDLIBS) -lm
 
+# What nvcc can do: yes, or the reason why not. Asked once: it takes a second.
+NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; mkdir -p build; \
+    echo '__global__ void probe(void) { }' > build/probe.cu; \
+    $(NVCC) -arch=sm_$(CUDA_ARCH) -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && \
+    echo yes || echo broken)
+# ./train gets the kernels where nvcc works, unless another flavour is asked for: they store bf16.
+ifneq ($(NEEDS_CC),)
+  CUDA ?= $(if $(ACT)$(REAL)$(filter 1,$(SAN)),0,$(if $(filter yes,$(NVCC_WORKS)),1,0))
+  CUDA := $(CUDA)
+endif
+
 # The recorded flags are rewritten, and so everything is rebuilt, only when they differ.
-SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) jsmn=$(JSMN) stb=$(STB))
+SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) $(NVCC) $(CUDA_ARCH) cuda=$(CUDA) \
+    jsmn=$(JSMN) stb=$(STB))
 ifneq ($(NEEDS_CC),)
   ifneq ($(shell cat build/flags 2>/dev/null),$(SIGNATURE))
     build/flags: FORCE
@@ -66,28 +78,38 @@ build/flags:
 	@mkdir -p build && echo '$(SIGNATURE)' > $@
 
 # --------------------------------------------------------------------------------------------------
-# The trainer: train.c includes every other C file, so it is one compiler run.
+# The trainer: train.c includes every other C file, so it is one compiler run. kernels.cu is the
+# other translation unit; nvcc compiles it without a GPU, and ./train looks for one when it starts.
 
-train: $(wildcard *.c dev/*.c dev/data/*.c dev/data/tiny/*) kernels.cu build/flags
+MODULES := $(wildcard *.c dev/*.c dev/data/prep.c)
+train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.o)
 	@printf '%s\n' \
 	    "$(if $(OPENMP),✓ OpenMP found,✗ OpenMP not found -> one thread; clang needs libomp-dev)" \
 	    "$(if $(JSMN),✓ jsmn.h found,✗ jsmn.h not found -> no -m and no --resume; make deps)" \
 	    "$(if $(STB),✓ stb headers found,✗ stb headers not found -> no loss.png; make deps)" \
-	    "→ CPU only: kernels.cu has no device code yet, so nvcc and NCCL are not looked for"
+	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc; or ACT, REAL, SAN -> CPU only)"
 	@rm -f $@
+ifeq ($(CUDA),1)
+	$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF build/train.d -MT $@ -c train.c -o build/train.o
+	$(NVCC_LINK) build/train.o build/kernels.o -o $@ $(CUDA_LIBS)
+else
 	$(CC) $(BASE) $(FLAVOUR) -MMD -MP -MF build/train.d train.c -o $@ $(LIBS)
+endif
 
-# The device code, where there is an nvcc that works. No GPU is needed to compile.
+# 177: a helper of the contract that only C files use.
 NVCCFLAGS := -O3 -arch=sm_$(CUDA_ARCH) -Xcompiler -Wall,-Wextra -Werror all-warnings \
-    -diag-suppress 177   # 177: a helper of the contract that only C files use
+    -diag-suppress 177
+NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) \
+    -Xlinker -rpath=$(realpath $(dir $(shell command -v $(NVCC)))../lib64)
+CUDA_LIBS := -lcublas $(LIBS)
+build/kernels.o: kernels.cu build/flags
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+
 kernels.o cuda-check:
-	@mkdir -p build && echo '__global__ void probe(void) { }' > build/probe.cu
-	@if ! command -v $(NVCC) > /dev/null; then \
-	    echo "✗ nvcc not found -> kernels.cu is not compiled; CUDA toolkit, or NVCC=..."; \
-	elif ! $(NVCC) -arch=sm_$(CUDA_ARCH) -c build/probe.cu -o build/probe.o; then \
-	    echo "✗ nvcc cannot compile an empty kernel -> see above; CUDA_ARCH=$(CUDA_ARCH)?"; exit 1; \
-	else $(NVCC) $(NVCCFLAGS) -c kernels.cu -o build/kernels.o && \
-	    echo "✓ nvcc found: kernels.cu compiles for sm_$(CUDA_ARCH)"; fi
+	@case $(NVCC_WORKS) in \
+	yes) $(MAKE) build/kernels.o && echo "✓ nvcc found: kernels.cu compiles for sm_$(CUDA_ARCH)" ;; \
+	missing) echo "✗ nvcc not found -> kernels.cu is not compiled; CUDA toolkit, or NVCC=..." ;; \
+	*) cat build/probe.log; echo "✗ nvcc fails on an empty kernel -> see above"; exit 1 ;; esac
 
 # --------------------------------------------------------------------------------------------------
 # Packages: two Debian packages of headers are unpacked into .deps, which needs no root. Where the
@@ -114,13 +136,13 @@ deps:
 	echo "✓ jsmn.h and stb headers unpacked into .deps/usr/include"
 
 # --------------------------------------------------------------------------------------------------
-# Tests. Each program includes the module it tests; five are built once more in double, where
-# gradients can be checked, and the model once more in float, to be compared with PyTorch. A program
-# that does not build is counted as failed by test/run.sh, so -k goes on.
+# Tests. Each program includes the module it tests. Five are built once more in double, where
+# gradients can be checked, the model also in float; what is compared with PyTorch only in float. A
+# program that does not build is counted as failed by test/run.sh, so -k goes on.
 
 TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data) \
-    $(patsubst test/%.c,build/%,$(wildcard test/test_*.c)))
-TESTS += $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) train_float)
+    $(patsubst test/%.c,build/%,$(filter-out %_vectors.c,$(wildcard test/test_*.c)))) \
+    $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) train_float vectors_float)
 
 build/%_double: test/%.c build/flags
 	$(COMPILE_TEST) -DACT=double -DREAL=double $(LIBS)
@@ -128,21 +150,27 @@ build/%_float: test/%.c build/flags
 	$(COMPILE_TEST) -DACT=float $(LIBS)
 build/%: test/%.c build/flags
 	$(COMPILE_TEST) $(FLAVOUR) $(LIBS)
+build/train_float: train.c build/flags      # for test_cli.sh
+	$(COMPILE_TEST) -DACT=float $(LIBS)
 COMPILE_TEST = @echo "cc $(@F)"; rm -f $@; $(CC) $(BASE) -MMD -MP -MF $@.d $< -o $@
 -include $(wildcard build/*.d)
 
 test:
-	-@$(MAKE) -k train $(TESTS)
-	@bash test/run.sh $(GPU_NOTE) $(TESTS) test/test_cli.sh test/test_house.sh
+	-@$(MAKE) -k train build/train_float $(TESTS) $(GPU_TESTS)
+	@bash test/run.sh $(TESTS) $(GPU_TESTS) test/test_cli.sh test/test_house.sh
 
-test-gpu: GPU_NOTE = -s "GPU tests: kernels.cu has no kernels yet"
+# The twins against the C text. Without nvcc, build/test_kernels of the list above says skipped.
+build/test_kernels_gpu: test/test_kernels.c build/kernels.o build/flags
+	@echo "cc $(@F)"; rm -f $@
+	@$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF $@.d -MT $@ -c $< -o $@.o
+	@$(NVCC_LINK) $@.o build/kernels.o -o $@ $(CUDA_LIBS)
+test-gpu: GPU_TESTS = $(if $(filter yes,$(NVCC_WORKS)),build/test_kernels_gpu)
 test-gpu: test
 
 # --------------------------------------------------------------------------------------------------
 # Checks of the text itself: every module compiles alone and without a warning in every flavour, so
 # that no hidden dependency grows; the arguments of GPU(...) lines stand in the function's order.
 
-MODULES := $(wildcard *.c dev/*.c dev/data/prep.c)
 CHECKS := $(foreach m,$(MODULES),$(foreach f,bf16 float double serial,check/$(m).$(f)))
 .PHONY: $(CHECKS)
 FLAGS.bf16 := $(if $(OPENMP),-fopenmp)
@@ -166,7 +194,7 @@ help:
 	@echo "make              ./train; ACT=float, SAN=1; CC, CFLAGS, CPPFLAGS, NVCC, CUDA_ARCH"
 	@echo "make deps         jsmn.h and stb into .deps (Debian, no root): -m, --resume, loss.png"
 	@echo "make test         every test that needs no GPU; logs in build/*.log"
-	@echo "make test-gpu     the same and the kernels (there are none yet)"
+	@echo "make test-gpu     the same, and every kernel against its C text"
 	@echo "make check        every module alone without a warning, GPU() lines, kernels.cu with nvcc"
 	@echo "make kernels.o    build/kernels.o, where there is nvcc"
 	@echo "make clean        removes build/ and ./train"

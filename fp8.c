@@ -316,7 +316,7 @@ static inline int tile_rows(int T, int width) {
 // out (T,O) = inp (T,C) times the transpose of w (O,C), e4m3 with 128 x 128 scales.
 void linear_fp8_forward(act *out, const act *inp, const uint8_t *w, const uint8_t *scale, int T,
                         int C, int O) {
-    CPU_ONLY();
+    GPU(linear_fp8_forward_gpu(out, inp, w, scale, T, C, O))
     Frozen m = { w, scale, widen_fp8 };
     int tile = tile_rows(T, C + O);
     #pragma omp parallel for
@@ -330,6 +330,7 @@ void linear_fp8_forward(act *out, const act *inp, const uint8_t *w, const uint8_
         free(y);
     }
 }
+TWIN(linear_fp8_forward)
 
 // dinp (T,C) = dout (T,O) times w. Overwrites dinp.
 void linear_fp8_backward(act *dinp, const act *dout, const uint8_t *w, const uint8_t *scale, int T,
@@ -378,15 +379,17 @@ static inline void linear_real_backward(real *dinp, const real *dout, Frozen m, 
 
 // For a matrix w (O,C) in bf16, and below in float: out (T,O) = inp (T,C) times its transpose.
 void linear_bf16_forward(real *out, const act *inp, const bf16 *w, int T, int C, int O) {
-    CPU_ONLY();
+    GPU(linear_bf16_forward_gpu(out, inp, w, T, C, O))
     linear_real_forward(out, inp, (Frozen){ w, NULL, widen_bf16 }, T, C, O);
 }
+TWIN(linear_bf16_forward)
 
 // dinp (T,C) += dout (T,O) times w.
 void linear_bf16_backward(real *dinp, const real *dout, const bf16 *w, int T, int C, int O) {
-    CPU_ONLY();
+    GPU(linear_bf16_backward_gpu(dinp, dout, w, T, C, O))
     linear_real_backward(dinp, dout, (Frozen){ w, NULL, widen_bf16 }, T, C, O);
 }
+TWIN(linear_bf16_backward)
 
 void linear_f32_forward(real *out, const act *inp, const float *w, int T, int C, int O) {
     CPU_ONLY();
@@ -489,7 +492,7 @@ static inline real sigmoid(real x) { return 1 / (1 + exp(-x)); }
 // h (T,F) from g (T,F), v (T,F) and weight (T), or NULL for all ones. limit may be INFINITY.
 void swiglu_forward(act *h, const act *g, const act *v, const real *weight, float limit, int T,
                     int F) {
-    CPU_ONLY();
+    GPU(swiglu_forward_gpu(h, g, v, weight, limit, T, F))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
         real w = weight ? weight[t] : 1;
@@ -501,11 +504,12 @@ void swiglu_forward(act *h, const act *g, const act *v, const real *weight, floa
         }
     }
 }
+TWIN(swiglu_forward)
 
 // dg, dv (T,F) and dweight (T) from dh (T,F); all are overwritten. dweight may be NULL.
 void swiglu_backward(act *dg, act *dv, real *dweight, const real *dh, const act *g, const act *v,
                      const real *weight, float limit, int T, int F) {
-    CPU_ONLY();
+    GPU(swiglu_backward_gpu(dg, dv, dweight, dh, g, v, weight, limit, T, F))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
         real w = weight ? weight[t] : 1, dw = 0;
@@ -525,4 +529,5 @@ void swiglu_backward(act *dg, act *dv, real *dweight, const real *dh, const act 
         if (dweight) { dweight[t] = dw; }
     }
 }
+TWIN(swiglu_backward)
 #endif // FP8_C

@@ -381,6 +381,18 @@ static inline void zero(void *p, size_t bytes) {
     if (bytes) { memset(p, 0, bytes); }
 }
 
+// What lies at p in an arena, for the host to read; host_view_end gives it back. Not for hot paths.
+static inline const void *host_view(const void *p, size_t bytes) {
+    if (!ON_GPU) { return p; }
+    void *view = malloc(bytes ? bytes : 1);
+    if (view == NULL) { die(EXIT_FIT, "no memory for %zu bytes on the host", bytes); }
+    download(view, p, bytes);
+    return view;
+}
+static inline void host_view_end(const void *view, const void *p) {
+    if (view != p) { free((void *)view); }
+}
+
 // Starts the counting pass: forgets all sizes. The arenas must be empty.
 static inline void mem_count(void) {
     memset(&mem, 0, sizeof mem);
@@ -1280,19 +1292,19 @@ extern "C" void sum_squares_gpu(double *sum_h, const real *x, size_t n) {
     for (int i = 0; i < SUM_BLOCKS; i++) { *sum_h += part[i]; }
 }
 
-// AdamW over all adapters in one launch.
-//   bytes: 28 per element; 203 M elements per rank at r 8 (experts): 5.7 GB, 1.3 ms.
-__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n,
-                             float grad_scale, float lr, float beta1, float beta2, float eps,
-                             float decay, float correct1, float correct2) {
+// AdamW over all adapters in one launch; constants are made in double and rounded once, as in the C
+// text.
+//   bytes: 28 per element; 247 M elements per rank at r 8: 6.9 GB, 1.6 ms.
+__global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, float scale,
+                             float keep, float new1, float old2, float new2, float rate, float root,
+                             float eps) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) { return; }
-    const float grad = g[i] * grad_scale;
-    const float mean = beta1 * m[i] + (1 - beta1) * grad;
-    const float square = beta2 * v[i] + (1 - beta2) * grad * grad;
+    const float grad = g[i] * scale;
+    const float mean = m[i] + new1 * (grad - m[i]), square = old2 * v[i] + new2 * grad * grad;
     m[i] = mean;
     v[i] = square;
-    p[i] = p[i] * (1 - lr * decay) - lr / correct1 * mean / (sqrtf(square) / correct2 + eps);
+    p[i] = keep * p[i] - rate * mean / (sqrtf(square) / root + eps);
 }
 
 extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n,
@@ -1300,8 +1312,9 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
                                  double eps, double weight_decay, int step) {
     if (n == 0) { return; }
     adamw_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(
-        p, m, v, g, n, (float)grad_scale, (float)lr, (float)beta1, (float)beta2, (float)eps,
-        (float)weight_decay, (float)(1 - pow(beta1, step)), (float)sqrt(1 - pow(beta2, step)));
+        p, m, v, g, n, (float)grad_scale, (float)(1 - lr * weight_decay), (float)(1 - beta1),
+        (float)beta2, (float)(1 - beta2), (float)(lr / (1 - pow(beta1, step))),
+        (float)sqrt(1 - pow(beta2, step)), (float)eps);
     cudaCheck(cudaGetLastError());
 }
 

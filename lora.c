@@ -255,41 +255,46 @@ static inline void lora_backward(real *dinp, real *da, real *db, const act *dout
 // a == NULL or R == 0: no adapter, out = W x, and u may be NULL.
 void lora_linear_forward(act *out, real *u, const act *inp, const uint8_t *w, const uint8_t *scale,
                          const real *a, const real *b, float s, int T, int C, int O, int R) {
-    CPU_ONLY();
+    GPU(lora_linear_forward_gpu(out, u, inp, w, scale, a, b, s, T, C, O, R))
     int offset[2] = {0, T};
     Frozen m = {w, scale, widen_fp8};
     lora_forward(out, u, inp, offset, m, a, b, (real)s, 1, C, O, R);
 }
+TWIN(lora_linear_forward)
 
 // dinp (T,C), da (R,C), db (O,R) += the gradients, from dout (T,O), and inp and u of the forward.
 void lora_linear_backward(real *dinp, real *da, real *db, const act *dout, const act *inp,
                           const real *u, const uint8_t *w, const uint8_t *scale, const real *a,
                           const real *b, float s, int T, int C, int O, int R) {
-    CPU_ONLY();
+    GPU(lora_linear_backward_gpu(dinp, da, db, dout, inp, u, w, scale, a, b, s, T, C, O, R))
     int offset[2] = {0, T};
     Frozen m = {w, scale, widen_fp8};
     lora_backward(dinp, da, db, dout, inp, u, offset, m, a, b, (real)s, 1, C, O, R);
 }
+TWIN(lora_linear_backward)
 
 // The same for E experts: rows offset[e] .. offset[e+1]-1 of inp (T,C), out (T,O) and u (T,R) are
 // expert e's. w (E,O,C/2) packed e2m1 with scale (E,O,C/32), a (E,R,C), b (E,O,R).
 void lora_experts_forward(act *out, real *u, const act *inp, const int *offset, const uint8_t *w,
                           const uint8_t *scale, const real *a, const real *b, float s, int E,
                           int C, int O, int R) {
-    CPU_ONLY();
+    GPU(lora_experts_forward_gpu(out, u, inp, offset, w, scale, a, b, s, E, C, O, R))
     Frozen m = {w, scale, widen_fp4};
     lora_forward(out, u, inp, offset, m, a, b, (real)s, E, C, O, R);
 }
+TWIN(lora_experts_forward)
 
 // dinp (T,C), da (E,R,C), db (E,O,R) += the gradients. An expert without rows adds nothing.
 void lora_experts_backward(real *dinp, real *da, real *db, const act *dout, const act *inp,
                            const real *u, const int *offset, const uint8_t *w,
                            const uint8_t *scale, const real *a, const real *b, float s, int E,
                            int C, int O, int R) {
-    CPU_ONLY();
+    GPU(lora_experts_backward_gpu(dinp, da, db, dout, inp, u, offset, w, scale, a, b, s, E, C, O,
+                                  R))
     Frozen m = {w, scale, widen_fp4};
     lora_backward(dinp, da, db, dout, inp, u, offset, m, a, b, (real)s, E, C, O, R);
 }
+TWIN(lora_experts_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 3 Which matrices get an adapter
@@ -459,7 +464,6 @@ void adapters_alloc(Adapters *s, int training) {
 // First values, as PEFT's: A uniform in +-1/sqrt(in), B zero. An element depends on the seed, the
 // tensor's name and its index, so every rank that has a tensor draws the same one.
 void adapters_init(Adapters *s, uint64_t seed) {
-    CPU_ONLY();
     require(s->cursor_dense == s->n_dense && s->cursor_expert == s->n_expert);
     #pragma omp parallel for schedule(dynamic)
     for (int k = 0; k < s->n; k++) {
@@ -468,9 +472,39 @@ void adapters_init(Adapters *s, uint64_t seed) {
         int is_a = t->name[strlen(t->name) - 1] == 'A';
         double bound = is_a ? 1 / sqrt((double)t->cols) : 0;
         uint64_t key = random_key(seed, t->name);
+        real *values = (real *)host_alloc(n * sizeof *values);
         for (size_t i = 0; i < n; i++) {
-            s->p[t->at + i] = is_a ? (real)(bound * (2.0 * random_uniform(key, i) - 1)) : 0;
+            values[i] = is_a ? (real)(bound * (2.0 * random_uniform(key, i) - 1)) : 0;
         }
+        upload(s->p + t->at, values, n * sizeof *values);
+        free(values);
+    }
+}
+
+// s with p, m and v where the host can read and write them: s itself on the CPU, a copy beside a
+// GPU. adapters_host_end brings it back if it was written, and frees it.
+static inline Adapters adapters_host(const Adapters *s) {
+    const size_t bytes = sizeof(real) * (s->n_dense + s->n_expert);
+    Adapters host = *s;
+    if (!ON_GPU) { return host; }
+    real **const to[3] = { &host.p, &host.m, &host.v };
+    for (int k = 0; k < 3; k++) {
+        const real *from = *to[k];
+        if (from == NULL) { continue; }
+        *to[k] = (real *)malloc(bytes);         // between steps: no rule about memory holds
+        if (*to[k] == NULL) { die(EXIT_FIT, "no host memory for %zu bytes of adapters", bytes); }
+        download(*to[k], from, bytes);
+    }
+    return host;
+}
+
+static inline void adapters_host_end(Adapters *host, const Adapters *s, int written) {
+    const size_t bytes = sizeof(real) * (s->n_dense + s->n_expert);
+    if (!ON_GPU) { return; }
+    real *const from[3] = { host->p, host->m, host->v }, *const to[3] = { s->p, s->m, s->v };
+    for (int k = 0; k < 3; k++) {
+        if (written && to[k]) { upload(to[k], from[k], bytes); }
+        free(from[k]);
     }
 }
 
@@ -485,10 +519,20 @@ void adapters_init(Adapters *s, uint64_t seed) {
 
 enum { SUM_PARTS = 256 };
 
+// The kernel's answer: a twin is void, so the number comes through a pointer.
+static inline double sum_squares_device(const real *g, size_t n) {
+    double sum = 0;
+    (void)g, (void)n;
+#ifdef USE_CUDA
+    sum_squares_gpu(&sum, g, n);
+#endif
+    return sum;
+}
+
 // sum of g[i]^2 over n elements. The parts depend on n alone, and are added in their order.
 double sum_squares(const real *g, size_t n) {
-    CPU_ONLY();
     double parts[SUM_PARTS], total = 0;
+    if (ON_GPU) { return sum_squares_device(g, n); }
     size_t length = n / SUM_PARTS + 1;
     #pragma omp parallel for
     for (int k = 0; k < SUM_PARTS; k++) {
@@ -506,13 +550,9 @@ double sum_squares(const real *g, size_t n) {
 // The name of the first tensor that has a NaN or an infinity among values (n_dense + n_expert),
 // which has the layout of p; NULL if there is none.
 const char *adapters_first_nonfinite(const Adapters *s, const real *values) {
-    CPU_ONLY();
     for (int k = 0; k < s->n; k++) {
         const AdapterTensor *t = &s->tensors[k];
-        size_t n = (size_t)t->rows * t->cols;
-        for (size_t i = 0; i < n; i++) {
-            if (!isfinite(values[t->at + i])) { return t->name; }
-        }
+        if (!isfinite(sum_squares(values + t->at, (size_t)t->rows * t->cols))) { return t->name; }
     }
     return NULL;
 }
@@ -544,7 +584,7 @@ enum { ADAMW_BLOCK = 4096 };    // elements that a thread takes at a time
 // per element, which is what bounds it.
 void adamw_update(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double lr,
                   double beta1, double beta2, double eps, double weight_decay, int step) {
-    CPU_ONLY();
+    GPU(adamw_update_gpu(p, m, v, g, n, grad_scale, lr, beta1, beta2, eps, weight_decay, step))
     // Constants are made in double and rounded once, as torch does.
     real scale = (real)grad_scale, keep = (real)(1 - lr * weight_decay), eps_ = (real)eps;
     real old2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2);
@@ -564,6 +604,7 @@ void adamw_update(real *p, real *m, real *v, const real *g, size_t n, double gra
         }
     }
 }
+TWIN(adamw_update)
 
 // -------------------------------------------------------------------------------------------------
 // 7 The learning rate over time

@@ -321,9 +321,9 @@ void comm_max_double(int which, double *values_h, int n, const char *phase) {
 
 // values (n): gradients, replaced by their sum over all members.
 void comm_sum_real(int which, real *values, size_t n, const char *phase) {
-    CPU_ONLY();
     const size_t most = COMM_BOX / sizeof(real);
     if (comm_size(which) == 1) { return; }
+    CPU_ONLY();
     for (size_t at = 0; at < n; at += most) {
         size_t part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values + at, part * sizeof(real));
@@ -423,8 +423,10 @@ typedef struct {
     int T, capacity;            // most tokens of a call; rows this rank works off per round
     real *logits;               // (T,E) router logits of all experts
     // The trip (section 6).
+    // Planned on the host (_h, and offset): only the choice of experts comes from the device.
     int *counts, *starts;       // (ep,E) rows of each source for each expert, and their places
     int *next;                  // (E)
+    int *ids_h, *row_slot_h, *slot_row_h;       // (T*K)
     int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
@@ -458,12 +460,18 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     x->T = T;
     x->capacity = capacity;
     x->logits = MEM(real, MEM_SCRATCH, (size_t)T * d->E);
-    x->counts = MEM(int, MEM_SCRATCH, group);
-    x->starts = MEM(int, MEM_SCRATCH, group);
-    x->next = MEM(int, MEM_SCRATCH, d->E);
+    if (!mem.counting) {        // the plan of a trip: host memory, for as long as the process lives
+        int *plan = (int *)host_alloc(sizeof(int) * (2 * group + d->E + 3 * slots + d->local + 1));
+        x->counts = plan;
+        x->starts = x->counts + group;
+        x->next = x->starts + group;
+        x->ids_h = x->next + d->E;
+        x->row_slot_h = x->ids_h + slots;
+        x->slot_row_h = x->row_slot_h + slots;
+        x->offset = x->slot_row_h + slots;
+    }
     x->row_slot = MEM(int, MEM_SCRATCH, slots);
     x->slot_row = MEM(int, MEM_SCRATCH, slots);
-    x->offset = MEM(int, MEM_SCRATCH, d->local + 1);
     x->home_x = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
@@ -499,8 +507,7 @@ void moe_alloc_scratch(MoeScratch *s, const MoeDims *d, int T, int training) {
 //
 // A router is a choice (ids) and a weighting. Two choices exist: a table by token id in the first
 // layers, and the K largest of score + bias. The bias was tuned in pre-training to spread the load;
-// it must never reach the weights. A new router is a new route_* function and a line in
-// router_forward.
+// it must never reach the weights.
 
 // s = sqrt(softplus(v)). log1p keeps what exp(v) would lose next to 1; below -20 the root of
 // softplus is exp(v/2) to 1e-9, and stays above zero long after softplus has underflowed in fp32.
@@ -525,49 +532,47 @@ static inline void route_topk(int *ids, const real *choice, int E, int K) {
     }
 }
 
-// weights (K) from the logits (K) of the selected experts.
-static inline void route_weights(real *weights, const real *logits, const MoeDims *d) {
-    real sum = (real)1e-20;
-    for (int k = 0; k < d->K; k++) { sum += weights[k] = route_score_of(logits[k]); }
-    for (int k = 0; k < d->K; k++) {
-        weights[k] = d->route_scale * weights[k] / (d->norm_topk ? sum : 1);
-    }
-}
-
-// ids, weights, logits (T,K) of MoeSaved from inp (T,C); all (T,E): scratch for all logits.
-// tokens (T): ids of the vocabulary, read by hash-routed layers only.
-void router_forward(MoeSaved *s, real *all, const act *inp, const int *tokens, const MoeWeights *w,
-                    const MoeDims *d, int T) {
-    CPU_ONLY();
-    const int E = d->E, K = d->K;
-    linear_bf16_forward(all, inp, w->gate, T, d->C, E);
+// ids, weights, logits (T,K) from all (T,E), the router's logits. tid2eid (V,K) and tokens (T):
+// hash-routed; else NULL, and bias (E) is added for the choice. norm: weights are divided by their
+// sum.
+void route_forward(int *ids, real *weights, real *logits, const real *all, const float *bias,
+                   const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
+                   int K) {
+    GPU(route_forward_gpu(ids, weights, logits, all, bias, tid2eid, tokens, scale, norm, T, E, K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
-        real *all_t = all + (size_t)t * E, *logits_t = s->logits + (size_t)t * K;
-        int *ids_t = s->ids + (size_t)t * K;
-        if (w->tid2eid) {
-            memcpy(ids_t, w->tid2eid + (size_t)tokens[t] * K, K * sizeof(int));
+        const real *all_t = all + (size_t)t * E;
+        real *logits_t = logits + (size_t)t * K, *weights_t = weights + (size_t)t * K;
+        int *ids_t = ids + (size_t)t * K;
+        if (tid2eid) {
+            memcpy(ids_t, tid2eid + (size_t)tokens[t] * K, K * sizeof(int));
         } else {
             real choice[E];
-            for (int e = 0; e < E; e++) { choice[e] = route_score_of(all_t[e]) + w->bias[e]; }
+            for (int e = 0; e < E; e++) { choice[e] = route_score_of(all_t[e]) + bias[e]; }
             route_topk(ids_t, choice, E, K);
         }
-        for (int k = 0; k < K; k++) { logits_t[k] = all_t[ids_t[k]]; }
-        route_weights(s->weights + (size_t)t * K, logits_t, d);
+        real sum = (real)1e-20;
+        for (int k = 0; k < K; k++) {
+            logits_t[k] = all_t[ids_t[k]];
+            sum += weights_t[k] = route_score_of(logits_t[k]);
+        }
+        for (int k = 0; k < K; k++) { weights_t[k] = scale * weights_t[k] / (norm ? sum : 1); }
     }
 }
+TWIN(route_forward)
 
 // dinp (T,C) += what the routing weights pass back to the router's input. dweights: gradient of
 // each travelling row's weight; slot_row (T*K) says which row is whose. Only selected experts get a
 // gradient: computing it for all of them is what makes NaN in implementations by autograd.
-void router_backward(real *dinp, const real *dweights, const int *slot_row, const MoeSaved *s,
-                     const bf16 *gate, const MoeDims *d, int T) {
-    CPU_ONLY();
-    const int C = d->C, K = d->K;
+void route_backward(real *dinp, const real *dweights, const int *slot_row, const int *ids,
+                    const real *weights, const real *logits, const bf16 *gate, float scale,
+                    int norm, int T, int C, int K) {
+    GPU(route_backward_gpu(dinp, dweights, slot_row, ids, weights, logits, gate, scale, norm, T, C,
+                           K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
         const int *row_t = slot_row + (size_t)t * K;
-        const real *w_t = s->weights + (size_t)t * K, *logits_t = s->logits + (size_t)t * K;
+        const real *w_t = weights + (size_t)t * K, *logits_t = logits + (size_t)t * K;
         real sum = (real)1e-20, dot = 0;
         for (int k = 0; k < K; k++) {
             sum += route_score_of(logits_t[k]);
@@ -576,17 +581,18 @@ void router_backward(real *dinp, const real *dweights, const int *slot_row, cons
         for (int k = 0; k < K; k++) {
             // forward: w_k = scale s_k / S with S = sum_j s_j, so
             // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division ds_k = scale dw_k
-            real ds = d->route_scale * dweights[row_t[k]];
-            if (d->norm_topk) { ds = (ds - dot) / sum; }
+            real ds = scale * dweights[row_t[k]];
+            if (norm) { ds = (ds - dot) / sum; }
             // forward: s = sqrt(softplus(v)), v = gate[e] . x
             real dv = ds * route_slope(logits_t[k], route_score_of(logits_t[k]));
-            const bf16 *gate_e = gate + (size_t)s->ids[(size_t)t * K + k] * C;
+            const bf16 *gate_e = gate + (size_t)ids[(size_t)t * K + k] * C;
             real *dinp_t = dinp + (size_t)t * C;
             #pragma omp simd
             for (int c = 0; c < C; c++) { dinp_t[c] += dv * (real)float_from_bf16(gate_e[c]); }
         }
     }
 }
+TWIN(route_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 6 The trip: which row goes where, in which round
@@ -624,6 +630,8 @@ static inline void trip_begin(MoeScratch *x, const MoeDims *d, const int *ids, i
     int *mine = x->counts + (size_t)me * E, place;
     require(T <= x->T && d->first == moe_first(d, me)
             && d->first + d->local == moe_first(d, me + 1));
+    download(x->ids_h, ids, sizeof(int) * (size_t)slots);
+    ids = x->ids_h;
     memset(mine, 0, E * sizeof(int));
     for (int i = 0; i < slots; i++) { mine[ids[i]]++; }
     comm_gather_int(COMM_EP, x->counts, mine, E, "moe counts");
@@ -642,19 +650,21 @@ static inline void trip_begin(MoeScratch *x, const MoeDims *d, const int *ids, i
     }
 
     // Sort my slots by expert, keeping their order (a counting sort), then cut by round.
-    int *sorted = x->slot_row, row = 0;         // a loan: slot_row is filled last
+    int *sorted = x->slot_row_h, row = 0;         // a loan: slot_row is filled last
     for (int e = 0, sum = 0; e < E; e++) { x->next[e] = sum; sum += mine[e]; }
     for (int i = 0; i < slots; i++) { sorted[x->next[ids[i]]++] = i; }
     for (int e = 0; e < E; e++) { x->next[e] -= mine[e]; }
     for (int round = 0; round < x->rounds; round++) {
         for (int e = 0; e < E; e++) {
             for (int n = trip_rows(x, d, me, e, round, &place); n > 0; n--) {
-                x->row_slot[row++] = sorted[x->next[e]++];
+                x->row_slot_h[row++] = sorted[x->next[e]++];
             }
         }
     }
     require(row == slots);
-    for (row = 0; row < slots; row++) { x->slot_row[x->row_slot[row]] = row; }
+    for (row = 0; row < slots; row++) { x->slot_row_h[x->row_slot_h[row]] = row; }
+    upload(x->row_slot, x->row_slot_h, sizeof(int) * (size_t)slots);
+    upload(x->slot_row, x->slot_row_h, sizeof(int) * (size_t)slots);
 }
 
 // Turns to that round (in order, from 0): whom this rank sends how much, and what it will hold.
@@ -680,14 +690,21 @@ static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
 }
 
 // home[row] = inp (T,C) of the token that row belongs to: the only copy a row needs on one rank.
-static inline void trip_pack(act *home, const act *inp, const MoeScratch *x, const MoeDims *d,
-                             int T) {
-    const size_t bytes = d->C * sizeof(act);
+void pack_rows(act *home, const act *inp, const int *row_slot, int T, int K, int C) {
+    GPU(pack_rows_gpu(home, inp, row_slot, T, K, C))
     #pragma omp parallel for schedule(static)
-    for (int row = 0; row < T * d->K; row++) {
-        memcpy(home + (size_t)row * d->C, inp + (size_t)(x->row_slot[row] / d->K) * d->C, bytes);
+    for (int row = 0; row < T * K; row++) {
+        memcpy(home + (size_t)row * C, inp + (size_t)(row_slot[row] / K) * C, C * sizeof(act));
     }
 }
+TWIN(pack_rows)
+
+// home[row] = weights[its slot], n rows.
+void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
+    GPU(pack_weights_gpu(home, weights, row_slot, n))
+    for (int row = 0; row < n; row++) { home[row] = weights[row_slot[row]]; }
+}
+TWIN(pack_weights)
 
 enum { BY_EXPERT, BY_SOURCE };
 
@@ -770,8 +787,9 @@ static inline void shared_hidden(MoeScratch *x, const act *inp, const MoeWeights
 
 // u (n,R) = A_e h: what the backward of w2 needs of its forward, without w2's large product.
 // h (n,F) by expert, offset (E+1), a (E,R,F) or NULL.
-static inline void experts_down(real *u, const act *h, const int *offset, const real *a, int E,
-                                int F, int R) {
+void lora_experts_down(real *u, const act *h, const int *offset, const real *a, int E, int F,
+                       int R) {
+    GPU(lora_experts_down_gpu(u, h, offset, a, E, F, R))
     if (a == NULL || R == 0) { return; }
     int count;
     ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], F));
@@ -785,6 +803,14 @@ static inline void experts_down(real *u, const act *h, const int *offset, const 
     }
     free(list);
 }
+TWIN(lora_experts_down)
+
+// out (n) = inp (n), rounded to storage.
+void narrow(act *out, const real *inp, size_t n) {
+    GPU(narrow_gpu(out, inp, n))
+    store_rows(out, inp, n);
+}
+TWIN(narrow)
 
 // Gradients of the rows (n,C) that arrived, from dy (n,C): dx (n,C) as act, overwriting dy, and
 // dweight (n). Adapter gradients +=.
@@ -793,24 +819,24 @@ static inline void experts_backward(act *dy, real *dweight, const act *rows, con
     const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
     const float s = d->lora_scale;
     experts_hidden(x, rows, weight, w, d);
-    experts_down(x->u2, x->h, x->offset, w->e2.a, E, F, R);
+    lora_experts_down(x->u2, x->h, x->offset, w->e2.a, E, F, R);
 
     // forward: y = w2 h
-    memset(x->dh, 0, (size_t)n * F * sizeof(real));
+    zero(x->dh, (size_t)n * F * sizeof(real));
     lora_experts_backward(x->dh, w->e2.da, w->e2.db, dy, x->h, x->u2, x->offset, w->w2, w->s2,
                           w->e2.a, w->e2.b, s, E, F, C, R);
     // forward: h = weight silu(min(g, L)) clamp(v, -L, L)
     act *dg = x->h, *dv = x->dv;            // h has done its work
     swiglu_backward(dg, dv, dweight, x->dh, x->g, x->v, weight, d->limit, n, F);
     // forward: g = w1 x, v = w3 x
-    memset(x->dx, 0, (size_t)n * C * sizeof(real));
+    zero(x->dx, (size_t)n * C * sizeof(real));
     lora_experts_backward(x->dx, w->e1.da, w->e1.db, dg, rows, x->u1, x->offset, w->w1, w->s1,
                           w->e1.a, w->e1.b, s, E, C, F, R);
     lora_experts_backward(x->dx, w->e3.da, w->e3.db, dv, rows, x->u3, x->offset, w->w3, w->s3,
                           w->e3.a, w->e3.b, s, E, C, F, R);
     // A gradient travels in the same width as an activation. It is rounded at home too, so that
     // bits do not depend on the number of ranks.
-    store_rows(dy, x->dx, (size_t)n * C);
+    narrow(dy, x->dx, (size_t)n * C);
 }
 
 // dinp (T,C) += gradient through the shared expert. Adapter gradients +=.
@@ -819,10 +845,10 @@ static inline void shared_backward(real *dinp, const act *dout, const act *inp,
     const int C = d->C, F = d->F, R = d->R, all[2] = { 0, T };
     const float s = d->lora_scale;
     shared_hidden(x, inp, w, d, T);
-    experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
+    lora_experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
 
     // forward: y = w2 h
-    memset(x->dh, 0, (size_t)T * F * sizeof(real));
+    zero(x->dh, (size_t)T * F * sizeof(real));
     lora_linear_backward(x->dh, w->l2.da, w->l2.db, dout, x->h, x->u2, w->sh_w2, w->sh_s2,
                          w->l2.a, w->l2.b, s, T, F, C, R);
     // forward: h = silu(min(g, L)) clamp(v, -L, L)
@@ -851,7 +877,7 @@ static inline void combine_rows(real *sum, const act *home, const int *slot_row,
 
 // out (T,C) = sum_k y_k + out, where out holds the shared expert's output. Rounded once.
 void combine_forward(act *out, const act *home_y, const int *slot_row, int T, int K, int C) {
-    CPU_ONLY();
+    GPU(combine_forward_gpu(out, home_y, slot_row, T, K, C))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
         real sum[COMBINE_TILE];
@@ -863,10 +889,11 @@ void combine_forward(act *out, const act *home_y, const int *slot_row, int T, in
         }
     }
 }
+TWIN(combine_forward)
 
 // dinp (T,C) += sum_k dx_k: the token was copied to its K rows, so their gradients add up.
 void dispatch_backward(real *dinp, const act *home_dx, const int *slot_row, int T, int K, int C) {
-    CPU_ONLY();
+    GPU(dispatch_backward_gpu(dinp, home_dx, slot_row, T, K, C))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
         real sum[COMBINE_TILE];
@@ -878,6 +905,7 @@ void dispatch_backward(real *dinp, const act *home_dx, const int *slot_row, int 
         }
     }
 }
+TWIN(dispatch_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 8 The layer
@@ -890,15 +918,16 @@ void dispatch_backward(real *dinp, const act *home_dx, const int *slot_row, int 
 // layers. Fills s. count_h (E), if given, += this rank's rows for each expert.
 void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const MoeWeights *w,
                  const MoeDims *d, MoeScratch *x, long *count_h, int T) {
-    CPU_ONLY();
     const int C = d->C, F = d->F, R = d->R, slots = T * d->K;
     const size_t row = C * sizeof(act);
-    router_forward(s, x->logits, inp, tokens, w, d, T);
+    linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
+    route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
+                  d->route_scale, d->norm_topk, T, d->E, d->K);
     trip_begin(x, d, s->ids, T);
-    for (int i = 0; count_h && i < slots; i++) { count_h[s->ids[i]]++; }
+    for (int i = 0; count_h && i < slots; i++) { count_h[x->ids_h[i]]++; }
 
-    trip_pack(x->home_x, inp, x, d, T);
-    for (int i = 0; i < slots; i++) { x->home_w[i] = s->weights[x->row_slot[i]]; }
+    pack_rows(x->home_x, inp, x->row_slot, T, d->K, d->C);
+    pack_weights(x->home_w, s->weights, x->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
         const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x");
@@ -919,15 +948,14 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
 // adapter gradients +=. dout (T,C); s and inp (T,C) as in the forward.
 void moe_backward(real *dinp, const act *dout, const MoeSaved *s, const act *inp,
                   const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
-    CPU_ONLY();
     const int slots = T * d->K;
     const size_t row = d->C * sizeof(act);
     require(x->dx != NULL || x->T == 0);    // scratch of a training run
     trip_begin(x, d, s->ids, T);
-    trip_pack(x->home_x, inp, x, d, T);
+    pack_rows(x->home_x, inp, x->row_slot, T, d->K, d->C);
     // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
-    trip_pack(x->home_y, dout, x, d, T);
-    for (int i = 0; i < slots; i++) { x->home_w[i] = s->weights[x->row_slot[i]]; }
+    pack_rows(x->home_y, dout, x->row_slot, T, d->K, d->C);
+    pack_weights(x->home_w, s->weights, x->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
         const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x again");
@@ -939,7 +967,8 @@ void moe_backward(real *dinp, const act *dout, const MoeSaved *s, const act *inp
         trip_back(x->home_y, dy, row, round, x, d, "moe dx");       // in place of the dy it sent
         trip_back(x->home_dw, dweight, sizeof(real), round, x, d, "moe dw");
     }
-    router_backward(dinp, x->home_dw, x->slot_row, s, w->gate, d, T);
+    route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, w->gate,
+                   d->route_scale, d->norm_topk, T, d->C, d->K);
     dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, d->C);
     shared_backward(dinp, dout, inp, w, d, x, T);
 }

@@ -125,7 +125,7 @@ static inline ExpertTile *expert_tiles(int *count, const int *offset, int E, int
 // (E,O,C/32). Rows offset[e] .. offset[e+1]-1 are expert e's; offset (E+1) starts at 0.
 void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint8_t *w,
                          const uint8_t *scale, int E, int C, int O) {
-    CPU_ONLY();
+    GPU(experts_fp4_forward_gpu(out, inp, offset, w, scale, E, C, O))
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -142,11 +142,12 @@ void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint
     }
     free(list);
 }
+TWIN(experts_fp4_forward)
 
 // dinp (rows,C) += dout (rows,O) times the expert's matrix.
 void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const uint8_t *w,
                           const uint8_t *scale, int E, int C, int O) {
-    CPU_ONLY();
+    GPU(experts_fp4_backward_gpu(dinp, dout, offset, w, scale, E, C, O))
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -163,4 +164,5 @@ void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const 
     }
     free(list);
 }
+TWIN(experts_fp4_backward)
 #endif // MXFP4_C

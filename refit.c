@@ -39,6 +39,7 @@ enum { PATH_SIZE = 1024, TEXT_MOST = 100000000 };   // the longest JSON text, in
 #define NOWHERE SIZE_MAX
 static const char damaged[] = "HINT: the file is damaged, fetch it again";
 static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
+static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
 // Bad input: this file ends the process a lot.
@@ -74,13 +75,14 @@ static inline int file_open(const char *path, size_t *size, const char *hint) {
     return fd;
 }
 
-// n bytes of a file from position `at`, with a 0 behind them. The caller frees them.
-static inline char *file_text(int fd, const char *path, size_t n, size_t at) {
-    if (n > TEXT_MOST) { refuse("%s: a text of %zu bytes is not one of ours", path, n); }
-    char *text = (char *)host_alloc(n + 1);
-    int error = file_pread(fd, text, n, at);
-    if (error) { refuse("cannot read %s: %s %s", path, strerror(error), damaged); }
-    text[n] = 0;
+// The whole file, with a 0 behind it. The caller frees it.
+static inline char *file_read(const char *path, size_t *size, const char *hint) {
+    int fd = file_open(path, size, hint), error = *size > TEXT_MOST ? EFBIG : 0;
+    char *text = (char *)host_alloc(error ? 0 : *size + 1);
+    error = error ? error : file_pread(fd, text, *size, 0);
+    if (error) { refuse("cannot read %s: %s", path, strerror(error)); }
+    text[*size] = 0;
+    close(fd);
     return text;
 }
 
@@ -115,8 +117,8 @@ static inline void progress(const char *what, size_t done, size_t total, double 
     double now = comm_clock();
     if (comm_rank() != 0 || now - *last < 2) { return; }
     *last = now;
-    printf("%-6s %.1f of %.1f GB | %.0f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
-           now - start, done / 1e9 / (now - start));
+    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
+           now - start, done / 1e9 / fmax(now - start, 1e-9));
     fflush(stdout);
 }
 
@@ -124,8 +126,8 @@ static inline void progress(const char *what, size_t done, size_t total, double 
 // 2 JSON
 //
 // jsmn cuts a text into tokens: where each value begins and ends, and how many children it has. It
-// forgives much ({"a" "b"}, {,}, 1.2.3, text behind the end), so one walk holds the tokens against
-// the grammar. After that strings are unescaped in place and ended with a 0: a token's text is a C
+// forgives much ({"a" "b"}, {,}, 1.2.3, text behind the end), so json_skip holds the text against
+// the grammar first. Strings are then unescaped in place and ended with a 0: a token's text is a C
 // string. A key that is there twice is refused, because two readers may pick different ones.
 
 #if defined(__has_include)
@@ -138,12 +140,9 @@ static inline void progress(const char *what, size_t done, size_t total, double 
 #define JSMN_STRICT
 #define JSMN_PARENT_LINKS       // without them a header of 70,000 tensors takes seconds
 #include <jsmn.h>               // Debian: libjsmn-dev
-#else                           // the same names, so that everything compiles
+#else                           // enough for everything to compile
 typedef struct { int type, start, end, size; } jsmntok_t;
-typedef struct { unsigned pos; } jsmn_parser;
 enum { JSMN_OBJECT = 1, JSMN_ARRAY, JSMN_STRING, JSMN_PRIMITIVE };
-static inline void jsmn_init(jsmn_parser *parser) { parser->pos = 0; }
-#define jsmn_parse(parser, text, length, tok, n) ((void)(tok), 0)
 #endif
 
 typedef struct {
@@ -153,50 +152,38 @@ typedef struct {
     jsmntok_t *tok;             // (n) in the order of the text; token 0 is the whole value
 } Json;
 
-enum { JSON_TOKENS = 1 << 24, JSON_DEPTH = 64 };    // more is not one of our files
+enum { JSON_DEPTH = 64 };       // deeper is not one of our files
 
-// Behind character c, which must be the next one that is not a blank.
-static inline size_t json_mark(const char *text, size_t at, char c) {
-    if (at == NOWHERE) { return at; }
-    at += strspn(text + at, " \t\r\n");
-    return text[at] == c ? at + 1 : NOWHERE;
-}
+static inline const char *json_blanks(const char *s) { return s + strspn(s, " \t\r\n"); }
 
-// true, false, null, or a number.
-static inline int json_literal(const char *s, int length) {
-    char *end;
-    if (length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0)) { return 1; }
-    if (length == 5 && memcmp(s, "false", 5) == 0) { return 1; }
-    strtod(s, &end);
-    return (int)strspn(s, "0123456789+-.eE") == length && end == s + length;
-}
-
-// Holds value *i, whose text must begin at `at`, against the grammar. Moves *i behind its tokens
-// and returns where its text ends.
-static inline size_t json_verify(const Json *j, int *i, size_t at, int depth) {
-    if (at == NOWHERE || *i >= j->n || depth > JSON_DEPTH) { return NOWHERE; }
-    const jsmntok_t *t = &j->tok[(*i)++];
-    at += strspn(j->text + at, " \t\r\n");
-    if ((size_t)t->start != at + (t->type == JSMN_STRING)) { return NOWHERE; }
-    if (t->type == JSMN_PRIMITIVE) {
-        return json_literal(j->text + at, t->end - t->start) ? (size_t)t->end : NOWHERE;
-    }
-    if (t->type == JSMN_STRING) {
-        for (int k = t->start; k < t->end; k++) {
-            if ((unsigned char)j->text[k] < ' ') { return NOWHERE; }
+// Behind the value that begins at s, blanks included; NULL if there is none.
+static inline const char *json_skip(const char *s, int depth) {
+    s = json_blanks(s);
+    const char *end = s + strcspn(s, ",:]} \t\r\n"), close = (char)(*s + 2);
+    const size_t length = (size_t)(end - s);
+    if (*s == '"') {
+        for (s++; *s != '"'; s++) {
+            if ((unsigned char)*s < ' ' || (*s == '\\' && (unsigned char)*++s < ' ')) { return NULL; }
         }
-        return json_mark(j->text, (size_t)t->end, '"');
+        return json_blanks(s + 1);
     }
-    at++;
-    for (int k = 0; k < t->size; k++) {
-        if (k > 0) { at = json_mark(j->text, at, ','); }
-        if (t->type == JSMN_OBJECT) {
-            if (*i >= j->n || j->tok[*i].type != JSMN_STRING) { return NOWHERE; }
-            at = json_mark(j->text, json_verify(j, i, at, depth + 1), ':');
+    if (*s != '{' && *s != '[') {
+        char *number;
+        strtod(s, &number);         // it also knows inf, nan and 0x10
+        int good = length > 0 && number == end && strspn(s, "0123456789+-.eE") >= length;
+        good |= length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0);
+        return good || (length == 5 && memcmp(s, "false", 5) == 0) ? json_blanks(end) : NULL;
+    }
+    s = json_blanks(s + 1);
+    for (int more = 0; s && *s != close; more = 1) {        // '{' + 2 is '}', '[' + 2 is ']'
+        if (depth == JSON_DEPTH || (more && *s++ != ',')) { return NULL; }
+        if (close == '}') {
+            s = *json_blanks(s) == '"' ? json_skip(s, depth) : NULL;
+            if (s == NULL || *s++ != ':') { return NULL; }
         }
-        at = json_verify(j, i, at, depth + 1);
+        s = json_skip(s, depth + 1);
     }
-    return json_mark(j->text, at, t->type == JSMN_OBJECT ? '}' : ']');
+    return s ? json_blanks(s + 1) : NULL;
 }
 
 // Replaces one-letter escapes, in place, and ends the string with a 0. \u escapes stay as they are:
@@ -215,37 +202,29 @@ static inline void json_unescape(char *s, jsmntok_t *t) {
 
 // Parses text (length bytes and a 0), which j owns from here on.
 static inline void json_parse(Json *j, const char *file, char *text, size_t length) {
-    jsmn_parser parser;
-    int i = 0;
-    size_t end = NOWHERE;
-#ifndef HAVE_JSMN
-    refuse("cannot read %s: built without jsmn.h HINT: make deps, or install the package "
-           "libjsmn-dev; then make again", file);
-#endif
     *j = (Json){ .file = file, .text = text };
-    jsmn_init(&parser);
-    j->n = jsmn_parse(&parser, text, length, (jsmntok_t *)NULL, 0);     // counts
-    if (j->n > JSON_TOKENS) { refuse("%s: more than %d values", file, JSON_TOKENS); }
-    if (j->n > 0) {
-        j->tok = (jsmntok_t *)host_alloc(sizeof(jsmntok_t) * (size_t)j->n);
+#ifdef HAVE_JSMN
+    jsmn_parser parser;
+    int good = json_skip(text, 0) == text + length;
+    for (int pass = 0; pass < 2 && good && j->n >= pass; pass++) {      // the first only counts
+        if (pass) { j->tok = (jsmntok_t *)host_alloc(sizeof(jsmntok_t) * (size_t)j->n); }
         jsmn_init(&parser);
         j->n = jsmn_parse(&parser, text, length, j->tok, (unsigned)j->n);
-        end = json_verify(j, &i, 0, 0);
     }
-    if (end == NOWHERE || i != j->n || end + strspn(text + end, " \t\r\n") != length) {
-        refuse("%s is not valid JSON (near byte %u) %s", file,
-               j->n <= 0 ? parser.pos : (unsigned)j->tok[i > 0 ? i - 1 : 0].start, damaged);
-    }
-    for (i = 0; i < j->n; i++) {
+#else
+    refuse("cannot read %s (%zu bytes): built without jsmn.h HINT: make deps, or install the "
+           "package libjsmn-dev; then make again", file, length);
+#endif
+    if (j->n <= 0) { refuse("%s is not valid JSON %s", file, damaged); }
+    for (int i = 0; i < j->n; i++) {
         if (j->tok[i].type == JSMN_STRING) { json_unescape(text, &j->tok[i]); }
     }
 }
 
 static inline void json_load(Json *j, const char *path, const char *hint) {
     size_t size;
-    int fd = file_open(path, &size, hint);
-    json_parse(j, path, file_text(fd, path, size, 0), size);
-    close(fd);
+    char *text = file_read(path, &size, hint);
+    json_parse(j, path, text, size);
 }
 
 static inline void json_free(Json *j) { free(j->text); free(j->tok); }
@@ -363,8 +342,9 @@ static inline int entry_by_begin(const void *a, const void *b) {
     return (x->end > y->end) - (x->end < y->end);
 }
 
-static inline int entry_by_name(const void *a, const void *b) {
-    return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name);
+// Of anything that begins with its name.
+static inline int by_name(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
 // Reads the header's part of the tensor with key token `key`.
@@ -410,7 +390,7 @@ static inline void safetensors_tile(Safetensors *s, size_t n) {
         refuse("%s is %s: it has %zu bytes of data, its header describes %zu %s", s->path,
                n < at ? "truncated" : "too long", n, at, damaged);
     }
-    qsort(s->entry, s->n, sizeof(Entry), entry_by_name);
+    qsort(s->entry, s->n, sizeof(Entry), by_name);
     for (size_t i = 1; i < s->n; i++) {
         if (strcmp(s->entry[i - 1].name, s->entry[i].name) == 0) {
             refuse("%s: %s is there twice %s", s->path, s->entry[i].name, damaged);
@@ -430,7 +410,8 @@ static inline void safetensors_open(Safetensors *s, const char *path, const char
         refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
                "or no safetensors file", path, n, size, TEXT_MOST);
     }
-    char *text = file_text(s->fd, path, n, 8);
+    char *text = (char *)host_calloc(n + 1);
+    file_pread(s->fd, text, n, 8);
     json_parse(&s->header, s->path, text, n);
     const jsmntok_t *root = s->header.tok;
     if (text[0] != '{') { refuse("%s: its header does not begin with { %s", path, damaged); }
@@ -453,7 +434,7 @@ static inline void safetensors_close(Safetensors *s) {
 // The tensor of that name, or NULL.
 static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
     Entry key = { .name = name };
-    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, entry_by_name);
+    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, by_name);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -473,19 +454,15 @@ typedef struct {                // config.json, or the built-in tiny model's
     int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
 } Config;
 
-// A number between low and high; positive if they are 0 and 0.
-static inline double config_real(const Json *j, int object, const char *key) {
+// A number from low to high, and a multiple of `multiple` (0: any; fp8 matrices have blocks of 128).
+static inline double config_number(const Json *j, int object, const char *key, double low,
+                                   double high, int multiple) {
     double value = json_number(j, json_get(j, object, key, '0'));
-    if (value > 0 && value <= 1e9) { return value; }
-    refuse("%s: %s is %g, expected a positive number", j->file, key, value);
-}
-
-// A whole number from low to high, and a multiple of `multiple`: fp8 matrices are cut into blocks.
-static inline int config_int(const Json *j, const char *key, int low, int high, int multiple) {
-    double value = json_number(j, json_get(j, 0, key, '0'));
-    if (value >= low && value <= high && fmod(value, (double)multiple) == 0) { return (int)value; }
-    refuse("%s: %s is %.12g, expected %d to %d, a multiple of %d", j->file, key, value, low,
-        high, multiple);
+    if (value >= low && value <= high && (multiple == 0 || fmod(value, (double)multiple) == 0)) {
+        return value;
+    }
+    refuse("%s: %s is %.12g, expected %.12g to %.12g, a multiple of %d", j->file, key, value, low,
+           high, multiple);
 }
 
 // A key with one legal value. object: -1 if the key may be missing.
@@ -499,25 +476,12 @@ static inline void config_fixed(const Json *j, int object, const char *key, cons
     }
 }
 
-// How keys must fit each other.
-static inline const char *config_contradiction(const Config *c) {
-    return c->K > c->E ? "num_experts_per_tok is above n_routed_experts"
-        : c->H % c->G != 0 ? "num_attention_heads is not a multiple of o_groups"
-        : c->rope_dim >= c->D ? "qk_rope_head_dim is not below head_dim"
-        : c->rope_dim > c->index_dim ? "qk_rope_head_dim is above index_head_dim"
-        : c->hash_layers > c->layers ? "num_hash_layers is above num_hidden_layers"
-        : c->bos >= c->V ? "bos_token_id is not below vocab_size"
-        : c->eos >= c->V ? "eos_token_id is not below vocab_size"
-        : c->yarn_factor < 1 ? "factor of rope_scaling is below 1"
-        : c->beta_fast <= c->beta_slow ? "beta_fast is not above beta_slow" : NULL;
-}
-
 // Reads dir/config.json. Ends the process on anything but the model this trainer knows.
 void config_load(Config *c, const char *dir) {
     const int many = 1 << 20;
     char path[PATH_SIZE];
     Json j;
-    json_load(&j, path_make(path, dir, "/", "config.json"), "-m wants a checkpoint's folder");
+    json_load(&j, path_make(path, dir, "/", "config.json"), not_a_folder);
     config_fixed(&j, 0, "model_type", "deepseek_v4");
     int experts = json_find(&j, 0, "expert_dtype");
     if (experts < 0 || strcmp(json_text(&j, experts), "fp4") != 0) {
@@ -526,46 +490,37 @@ void config_load(Config *c, const char *dir) {
             experts < 0 ? "missing" : json_text(&j, experts));
     }
     *c = (Config){ .model_type = "deepseek_v4" };
-    c->V = config_int(&j, "vocab_size", 2, 1 << 30, 1);
-    c->C = config_int(&j, "hidden_size", 128, many, 128);
-    c->layers = config_int(&j, "num_hidden_layers", 1, 128, 1);
-    c->H = config_int(&j, "num_attention_heads", 1, many, 1);
-    c->D = config_int(&j, "head_dim", 128, many, 128);
-    c->rope_dim = config_int(&j, "qk_rope_head_dim", 2, many, 2);
-    c->Q = config_int(&j, "q_lora_rank", 128, many, 128);
-    c->G = config_int(&j, "o_groups", 1, many, 1);
-    c->O = config_int(&j, "o_lora_rank", 128, many, 128);
-    c->E = config_int(&j, "n_routed_experts", 1, many, 1);
-    c->K = config_int(&j, "num_experts_per_tok", 1, many, 1);
-    c->F = config_int(&j, "moe_intermediate_size", 128, many, 128);
-    c->n_shared = config_int(&j, "n_shared_experts", 1, 1, 1);
-    c->hash_layers = config_int(&j, "num_hash_layers", 0, 128, 1);
-    c->window = config_int(&j, "sliding_window", 1, many, 1);
-    c->index_heads = config_int(&j, "index_n_heads", 1, many, 1);
-    c->index_dim = config_int(&j, "index_head_dim", 128, many, 128);
-    c->index_topk = config_int(&j, "index_topk", 1, many, 1);
-    c->hc_iters = config_int(&j, "hc_sinkhorn_iters", 1, 64, 1);
-    c->max_positions = config_int(&j, "max_position_embeddings", 1, 1 << 30, 1);
-    c->bos = config_int(&j, "bos_token_id", 0, 1 << 30, 1);
-    c->eos = config_int(&j, "eos_token_id", 0, 1 << 30, 1);
+    // A table in two columns: the file's key, our field, and for whole numbers range and multiple.
+    #define INT(key, field, low, high, multiple) \
+        c->field = (int)config_number(&j, 0, #key, low, high, multiple);
+    #define NUMBER(key, field) \
+        c->field = (__typeof__(c->field))config_number(&j, 0, #key, 1e-30, 1e9, 0);
+    INT(vocab_size, V, 2, 1 << 30, 1)               INT(hidden_size, C, 128, many, 128)
+    INT(num_hidden_layers, layers, 1, 128, 1)       INT(o_groups, G, 1, many, 1)
+    INT(num_attention_heads, H, 1, many, c->G)      INT(head_dim, D, 128, many, 128)
+    INT(q_lora_rank, Q, 128, many, 128)             INT(o_lora_rank, O, 128, many, 128)
+    INT(n_routed_experts, E, 1, many, 1)            INT(num_experts_per_tok, K, 1, c->E, 1)
+    INT(moe_intermediate_size, F, 128, many, 128)   INT(n_shared_experts, n_shared, 1, 1, 1)
+    INT(num_hash_layers, hash_layers, 0, c->layers, 1)
+    INT(sliding_window, window, 1, many, 1)         INT(index_n_heads, index_heads, 1, many, 1)
+    INT(index_head_dim, index_dim, 128, many, 128)  INT(index_topk, index_topk, 1, many, 1)
+    INT(qk_rope_head_dim, rope_dim, 2, min_int(c->D - 2, c->index_dim), 2)
+    INT(hc_sinkhorn_iters, hc_iters, 1, 64, 1)
+    INT(max_position_embeddings, max_positions, 1, 1 << 30, 1)
+    INT(bos_token_id, bos, 0, c->V - 1, 1)          INT(eos_token_id, eos, 0, c->V - 1, 1)
+    NUMBER(routed_scaling_factor, route_scale)       NUMBER(swiglu_limit, swiglu_limit)
+    NUMBER(rms_norm_eps, norm_eps)                   NUMBER(hc_eps, hc_eps)
+    NUMBER(rope_theta, rope_theta)                   NUMBER(compress_rope_theta, compress_theta)
     c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
-    c->route_scale = (float)config_real(&j, 0, "routed_scaling_factor");
-    c->swiglu_limit = (float)config_real(&j, 0, "swiglu_limit");
-    c->norm_eps = (float)config_real(&j, 0, "rms_norm_eps");
-    c->hc_eps = (float)config_real(&j, 0, "hc_eps");
-    c->rope_theta = config_real(&j, 0, "rope_theta");
-    c->compress_theta = config_real(&j, 0, "compress_rope_theta");
     int yarn = json_get(&j, 0, "rope_scaling", '{');
-    c->yarn_factor = config_real(&j, yarn, "factor");
-    c->beta_fast = config_real(&j, yarn, "beta_fast");
-    c->beta_slow = config_real(&j, yarn, "beta_slow");
-    c->original_positions = config_real(&j, yarn, "original_max_position_embeddings");
-    config_fixed(&j, yarn, "type", "yarn");
-    config_fixed(&j, 0, "hc_mult", "4");
+    c->yarn_factor = config_number(&j, yarn, "factor", 1, 1e9, 0);
+    c->beta_slow = config_number(&j, yarn, "beta_slow", 1e-30, 1e9, 0);
+    c->beta_fast = config_number(&j, yarn, "beta_fast", 1.01 * c->beta_slow, 1e9, 0);
+    c->original_positions = config_number(&j, yarn, "original_max_position_embeddings", 1, 1e9, 1);
+    config_fixed(&j, yarn, "type", "yarn");         config_fixed(&j, 0, "hc_mult", "4");
     config_fixed(&j, 0, "num_key_value_heads", "1");
     config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
-    config_fixed(&j, 0, "topk_method", "noaux_tc");
-    config_fixed(&j, -1, "hidden_act", "silu");
+    config_fixed(&j, 0, "topk_method", "noaux_tc"); config_fixed(&j, -1, "hidden_act", "silu");
     config_fixed(&j, -1, "tie_word_embeddings", "false");
     config_fixed(&j, -1, "attention_bias", "false");
     int quantization = json_get(&j, 0, "quantization_config", '{');
@@ -587,8 +542,6 @@ void config_load(Config *c, const char *dir) {
         }
         c->ratio[l] = (int)ratio;
     }
-    const char *contradiction = config_contradiction(c);
-    if (contradiction) { refuse("%s: %s", path, contradiction); }
     json_free(&j);
 }
 
@@ -616,10 +569,6 @@ typedef struct {                // what all three say about one tensor
     const Entry *entry;
 } Want;
 
-static inline int want_by_name(const void *a, const void *b) {
-    return strcmp(((const Want *)a)->name, ((const Want *)b)->name);
-}
-
 static inline int want_by_position(const void *a, const void *b) {
     const Want *x = (const Want *)a, *y = (const Want *)b;
     if (x->shard != y->shard) { return x->shard < y->shard ? -1 : 1; }
@@ -630,30 +579,26 @@ static inline int want_by_position(const void *a, const void *b) {
 static inline Want *wants_sorted(const Tensor *t, size_t n) {
     Want *want = (Want *)host_calloc(n * sizeof *want);
     for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
-    qsort(want, n, sizeof *want, want_by_name);
+    qsort(want, n, sizeof *want, by_name);
     return want;
 }
 
 static inline Want *wants_find(Want *want, size_t n, const char *name) {
     Want key = { .name = name };
-    return (Want *)bsearch(&key, want, n, sizeof key, want_by_name);
+    return (Want *)bsearch(&key, want, n, sizeof key, by_name);
 }
-
-static inline int is_drafter(const char *name) { return strncmp(name, "mtp.", 4) == 0; }
 
 // Takes the file of every tensor from the index, whose texts j keeps.
 static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
-    json_load(j, path, "a checkpoint's folder has an index beside its shards");
+    json_load(j, path, not_a_folder);
     int map = json_get(j, 0, "weight_map", '{');
     for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
         const char *name = json_text(j, i), *file = json_text(j, i + 1);
         Want *w = wants_find(want, n, name);
-        if (is_drafter(name)) { continue; }
-        if (w == NULL || w->file) {
-            refuse("%s: %s is %s %s", path, name, w ? "there twice" : "not in the model", mixed);
-        }
-        if (json_kind(j, i + 1) != '"' || strchr(file, '/') || *file == '.' || *file == 0) {
-            refuse("%s: %s is not in a file of this folder %s", path, name, mixed);
+        if (strncmp(name, "mtp.", 4) == 0) { continue; }
+        if (w == NULL || w->file || json_kind(j, i + 1) != '"') {
+            refuse("%s: %s is %s %s", path, name, w == NULL ? "not in the model" : w->file
+                   ? "there twice" : "in no file", mixed);
         }
         w->file = file;
     }
@@ -662,43 +607,35 @@ static inline void wants_place(Want *want, size_t n, Json *j, const char *path) 
     }
 }
 
-// Type and shape of one tensor. int32 tables are as good as int64 ones.
-static inline void want_check(const Want *w) {
-    const Tensor *t = w->t;
-    const Entry *e = w->entry;
-    char have[120], need[120];
-    int same = e->type == t->type || (t->type == DT_I64 && e->type == DT_I32), dtype = DTYPES;
-    same &= e->ndim == t->ndim;
-    for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
-    while (dtypes[--dtype].type != t->type) { }
-    if (!same) {
-        refuse("%s: %s is %s, expected %s %s", w->shard->path, t->name,
-               shape_text(have, e->dtype, e->ndim, e->dim),
-               shape_text(need, dtype, t->ndim, t->dim), mixed);
-    }
-}
-
 // Opens the files and finds every tensor in its own, and no other tensor in any.
 static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
     Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
-    char path[PATH_SIZE];
+    char path[PATH_SIZE], have[120], need[120];
     *shards = 0;
     for (size_t i = 0; i < n; i++) {
         int s = 0;
         path_make(path, dir, "/", want[i].file);
         while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
-        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, "fetch the missing shard"); }
+        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, not_a_folder); }
+        const Tensor *t = want[i].t;
+        const Entry *e = safetensors_find(&shard[s], t->name);
         want[i].shard = &shard[s];
-        want[i].entry = safetensors_find(&shard[s], want[i].name);
-        if (want[i].entry == NULL) {
-            refuse("%s: %s is not in this file, the index says it is %s", path, want[i].name, mixed);
+        want[i].entry = e;
+        if (e == NULL) { refuse("%s: %s is not in this file, as the index says %s", path, t->name, mixed); }
+        int same = e->ndim == t->ndim, dtype = DTYPES - 1;
+        for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
+        same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
+        while (dtypes[dtype].type != t->type) { dtype--; }
+        if (!same) {
+            refuse("%s: %s is %s, expected %s %s", path, t->name,
+                   shape_text(have, e->dtype, e->ndim, e->dim),
+                   shape_text(need, dtype, t->ndim, t->dim), mixed);
         }
-        want_check(&want[i]);
     }
     for (int s = 0; s < *shards; s++) {
         for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
             const Want *w = wants_find(want, n, e->name);
-            if (!is_drafter(e->name) && (w == NULL || w->shard != &shard[s])) {
+            if ((w == NULL && strncmp(e->name, "mtp.", 4)) || (w && w->shard != &shard[s])) {
                 refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
                        w ? "names another for it" : "does not know it", mixed);
             }
@@ -707,60 +644,44 @@ static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int
     return shard;
 }
 
-// Reads one tensor. Returns 0, an errno, or BAD_*: what is wrong with its values.
-enum { BAD_SCALE = -1, BAD_INDEX = -2 };
-static inline int want_read(const Want *w) {
+// Reads one tensor, where it is wanted. Returns NULL, or what is wrong.
+static inline const char *want_read(const Want *w) {
     const size_t at = w->shard->data + w->entry->begin, n = w->entry->end - w->entry->begin;
-    if (w->entry->type != DT_I64) {
-        int error = file_pread(w->shard->fd, w->t->data, n, at);
-        if (error || w->t->type != DT_E8M0) { return error; }
-        return memchr(w->t->data, 255, n) ? BAD_SCALE : 0;      // 255 is e8m0's NaN
+    const int narrow = w->entry->type == DT_I64;        // int64 in the file, int32 in memory
+    if (w->t->data == NULL) { return NULL; }
+    int64_t *wide = (int64_t *)(narrow ? host_alloc(n) : w->t->data);
+    int error = file_pread(w->shard->fd, wide, n, at);
+    if (error) { return strerror(error); }
+    if (w->t->type == DT_E8M0 && memchr(wide, 255, n)) { return "holds the e8m0 byte 255, a NaN"; }
+    for (size_t k = 0; k < n / 8 && narrow; k++) {
+        ((int32_t *)w->t->data)[k] = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
     }
-    int64_t wide[1024];
-    int32_t *out = (int32_t *)w->t->data;
-    for (size_t done = 0; done < n; done += sizeof wide) {
-        size_t part = n - done < sizeof wide ? n - done : sizeof wide;
-        int error = file_pread(w->shard->fd, wide, part, at + done);
-        if (error) { return error; }
-        for (size_t k = 0; k < part / 8; k++) {
-            if (wide[k] < 0 || wide[k] > INT32_MAX) { return BAD_INDEX; }
-            *out++ = (int32_t)wide[k];
-        }
-    }
-    return 0;
+    if (narrow) { free(wide); }
+    return NULL;
 }
 
 // Reads all tensors that have a pointer. Of several that fail, the first in file order is reported.
 static inline void wants_read(Want *want, size_t n) {
     double start = comm_clock(), last = start;
     size_t total = 0, done = 0, bad = n;
-    int error = 0;
+    const char *error = NULL;
     qsort(want, n, sizeof *want, want_by_position);
     for (size_t i = 0; i < n; i++) {
-        if (want[i].t->data) { total += want[i].entry->end - want[i].entry->begin; }
+        total += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
     }
     #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n; i++) {
-        if (want[i].t->data == NULL) { continue; }
-        int failed = want_read(&want[i]);
+        const char *failed = want_read(&want[i]);
         #pragma omp critical
         {
             if (failed && i < bad) { bad = i; error = failed; }
-            done += want[i].entry->end - want[i].entry->begin;
+            done += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
             progress("load", done, total, start, &last);
         }
     }
-    if (error) {
-        refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error == BAD_SCALE
-               ? "holds the e8m0 byte 255, which is no number" : error == BAD_INDEX
-               ? "holds a value that is no expert's number" : strerror(error), damaged);
-    }
-    double seconds = fmax(comm_clock() - start, 1e-9);
-    if (comm_rank() == 0 && total > 0) {
-        printf("load   %.2f GB on this rank | %.1f s | %.2f GB/s\n", total / 1e9, seconds,
-               total / 1e9 / seconds);
-        fflush(stdout);
-    }
+    if (error) { refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error, damaged); }
+    last = 0;
+    if (total > 0) { progress("load", total, total, start, &last); }
 }
 
 // The experts of each token in a hash table (V,K): all of them below E, no two the same.
@@ -787,7 +708,7 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
     wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
     Safetensors *shard = wants_open(want, n, dir, &shards);
     wants_read(want, n);
-    qsort(want, n, sizeof *want, want_by_name);
+    qsort(want, n, sizeof *want, by_name);
     for (size_t i = 0; i < n; i++) {
         const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
         if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
@@ -807,22 +728,16 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
 // its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
 // is then in the hundreds, where 0.8 is usual. Several loaders have done that without a word.
 
-enum { SCALE_ROWS = 32 };       // looked at per matrix, spread evenly
+enum { SCALE_ROWS = 16 };       // looked at per matrix, spread evenly
 
-// Columns of a quantised matrix that was loaded; 0 for other tensors.
-static inline int quantised_columns(const Tensor *t) {
-    int quantised = t->data && t->ndim == 2 && (t->type == DT_FP8 || t->type == DT_FP4);
-    return quantised ? (int)t->dim[1] * (t->type == DT_FP4 ? 2 : 1) : 0;
-}
-
-// mean |w| of a matrix with C columns.
+// mean |w| of a quantised matrix with C columns.
 static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
-    const int O = (int)w->dim[0], rows = min_int(O, SCALE_ROWS);
+    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS;
     real *row = (real *)host_alloc((size_t)C * sizeof(real));
+    Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
     double sum = 0;
-    for (int i = 0; i < rows; i++) {
-        size_t o = (size_t)O * (size_t)i / (size_t)rows;
-        (w->type == DT_FP4 ? widen_fp4 : widen_fp8)(row, w->data, (const uint8_t *)scale, o, C);
+    for (size_t i = 0; i < rows; i++) {
+        widen(row, w->data, (const uint8_t *)scale, O * i / rows, C);
         for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
     }
     free(row);
@@ -830,37 +745,31 @@ static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
 }
 
 // Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
-// 0 prints the smallest and the largest of each type: DT_FP8 are dense matrices, DT_FP4 experts.
+// 0 prints the range of each type: fp8 are the dense matrices, fp4 the experts.
 void check_scales(const Tensor *t, size_t n) {
     Want *want = wants_sorted(t, n);
-    double *mean = (double *)host_calloc(n * sizeof *mean);
-    #pragma omp parallel for schedule(dynamic)
+    double low[2] = {INFINITY, INFINITY}, high[2] = {0, 0};
+    int count[2] = {0, 0};
     for (size_t i = 0; i < n; i++) {
         char name[104];
-        if (quantised_columns(&t[i]) == 0) { continue; }
+        int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
+        if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
         snprintf(name, sizeof name, "%.*sscale", (int)strlen(t[i].name) - 6, t[i].name);
         const Want *scale = wants_find(want, n, name);      // x.weight has its scales in x.scale
-        require(scale != NULL && scale->t->data != NULL);
-        mean[i] = mean_magnitude(&t[i], scale->t->data, quantised_columns(&t[i]));
-    }
-    for (int type = 0; type <= DT_FP4; type++) {
-        size_t count = 0, low = 0, high = 0;
-        for (size_t i = 0; i < n; i++) {
-            if (t[i].type != type || quantised_columns(&t[i]) == 0) { continue; }
-            double relative = mean[i] * sqrt((double)quantised_columns(&t[i]));
-            if (!(relative >= 0.05 && relative <= 20)) {
-                refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
-                       "scales are not those it was quantised with", t[i].name, mean[i], relative);
-            }
-            if (count == 0 || mean[i] < mean[low]) { low = i; }
-            if (count == 0 || mean[i] > mean[high]) { high = i; }
-            count++;
+        require(scale != NULL && scale->t->data != NULL && t[i].ndim == 2);
+        double mean = mean_magnitude(&t[i], scale->t->data, C), relative = mean * sqrt((double)C);
+        if (!(relative >= 0.05 && relative <= 20)) {
+            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its scales "
+                   "are not those it was quantised with", t[i].name, mean, relative);
         }
-        if (count == 0 || comm_rank() != 0) { continue; }
-        printf("scales %s: %zu matrices, mean |w| %.4f (%s) to %.4f (%s)\n", type == DT_FP4 ? "fp4"
-               : "fp8", count, mean[low], t[low].name, mean[high], t[high].name);
+        low[fp4] = fmin(low[fp4], mean);
+        high[fp4] = fmax(high[fp4], mean);
+        if (count[fp4]++ < 3 && comm_rank() == 0) { printf("scales %s mean |w| %.4f\n", t[i].name, mean); }
     }
-    free(mean);
+    for (int k = 0; k < 2 && comm_rank() == 0; k++) {
+        if (count[k] == 0) { continue; }
+        printf("scales %d %s matrices, mean |w| %.4f to %.4f\n", count[k], k ? "fp4" : "fp8", low[k], high[k]);
+    }
     free(want);
 }
 
@@ -876,9 +785,9 @@ void check_scales(const Tensor *t, size_t n) {
 //
 // Two matrices that are fused need twice the rank: an expert's rows of A are w1's r and then w3's,
 // B is block diagonal (w1's rows use the first r ranks, w3's the others), and alpha is doubled, so
-// that alpha/r stays. The optimizer's file uses the trainer's names, whatever the adapter's are.
+// that alpha/r stays. All this was measured with peft 0.21 on transformers 5.17.
 
-enum { NAMES_VLLM, NAMES_HF, NAMES_OWN };
+enum { NAMES_VLLM, NAMES_HF };
 
 static const struct { const char *ours, *hf; } adapter_modules[TARGETS] = {
     [TARGET_WQ_A]       = {"attn.wq_a",             "self_attn.q_a_proj"},
@@ -888,13 +797,13 @@ static const struct { const char *ours, *hf; } adapter_modules[TARGETS] = {
     [TARGET_SHARED_W1]  = {"ffn.shared_experts.w1", "mlp.shared_experts.gate_proj"},
     [TARGET_SHARED_W2]  = {"ffn.shared_experts.w2", "mlp.shared_experts.down_proj"},
     [TARGET_SHARED_W3]  = {"ffn.shared_experts.w3", "mlp.shared_experts.up_proj"},
-    [TARGET_EXPERTS_W1] = {"ffn.experts.#.w1",      "mlp.experts"},     // # is a number; in hf
-    [TARGET_EXPERTS_W2] = {"ffn.experts.#.w2",      "mlp.experts"},     // which of a layer's two
-    [TARGET_EXPERTS_W3] = {"ffn.experts.#.w3",      "mlp.experts"},     // tensors, roster_name says
+    [TARGET_EXPERTS_W1] = {"ffn.experts.#.w1",      "mlp.experts"},     // # stands for a number; in
+    [TARGET_EXPERTS_W2] = {"ffn.experts.#.w2",      "mlp.experts"},     // hf this is the module of
+    [TARGET_EXPERTS_W3] = {"ffn.experts.#.w3",      "mlp.experts"},     // two fused tensors:
 };
-enum { DOWN = 1u << TARGET_EXPERTS_W2,
-       GATE_UP = 1u << TARGET_EXPERTS_W1 | 1u << TARGET_EXPERTS_W3 };
-static const char gate_up_name[] = "mlp.experts.gate_up_proj", down_name[] = "mlp.experts.down_proj";
+static const char gate_up[] = "mlp.experts.gate_up_proj";
+enum { GATE_UP = 1u << TARGET_EXPERTS_W1 | 1u << TARGET_EXPERTS_W3,
+       DOWN = 1u << TARGET_EXPERTS_W2 };
 
 // Which module "layers.3.ffn.experts.17.w1.lora_A" is of. Returns its target, or -1, and the layer
 // and the text behind the module, ".lora_A".
@@ -903,74 +812,15 @@ static inline int adapter_parse(const char *name, int names, int *layer, const c
     *rest = name;
     if (sscanf(name, "layers.%d.%n", layer, &used) != 1 || used == 0) { return -1; }
     for (int t = 0; t < TARGETS; t++) {
-        const char *at = name + used, *c = names == NAMES_HF ? adapter_modules[t].hf
-                                                             : adapter_modules[t].ours;
-        for (size_t match = 1; *c && match; c++, at += match) {
-            match = *c == '#' ? strspn(at, "0123456789") : *at == *c;
-            if (!match) { at = ""; }
+        const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours;
+        *rest = name + used;
+        for (size_t match = 1; *c && match; c++, *rest += match) {
+            match = *c == '#' ? strspn(*rest, "0123456789") : **rest == *c;
+            if (!match) { *rest = ""; }
         }
-        *rest = at;
-        if (*at == '.') { return t; }
+        if (**rest == '.') { return t; }
     }
     return -1;
-}
-
-typedef struct {                // the tensors of one file
-    const Adapters *s;
-    int names, E, first, local; // NAMES_*; experts, of which this rank owns first .. first+local-1
-    size_t n;
-    uint32_t *code;             // (n) in the order of their names: place in s->tensors * E + expert;
-} Roster;                       // an expert's place is that of this rank's first expert
-
-static inline const AdapterTensor *roster_tensor(const Roster *f, uint32_t code) {
-    return &f->s->tensors[code / (uint32_t)f->E];
-}
-
-static inline int roster_expert(const Roster *f, uint32_t code) {
-    return (int)(code % (uint32_t)f->E);
-}
-
-static inline int is_fused(const Roster *f, const AdapterTensor *t) {
-    return f->names == NAMES_HF && t->expert >= 0;
-}
-
-// Name (160) and shape of a tensor of the file. suffix: ".weight", or a moment's ".m", ".v".
-static inline void roster_name(char *name, size_t *dim, const Roster *f, uint32_t code,
-                               const char *suffix) {
-    const AdapterTensor *t = roster_tensor(f, code);
-    const char *number = t->expert < 0 ? NULL : strstr(t->name, ".experts."), *rest;
-    const char *prefix = f->names == NAMES_OWN ? "" : "base_model.model.";
-    dim[0] = (size_t)t->rows;
-    dim[1] = (size_t)t->cols;
-    if (f->names == NAMES_HF) {
-        int layer = 0, target = adapter_parse(t->name, NAMES_VLLM, &layer, &rest), inner = 0;
-        require(target >= 0);
-        if (is_fused(f, t)) {
-            size_t halves = target == TARGET_EXPERTS_W2 ? 1 : 2;
-            dim[0] *= rest[6] == 'A' ? (size_t)f->E * halves : halves;          // ".lora_A"
-            dim[1] *= rest[6] == 'A' ? 1 : (size_t)f->E * halves;
-            // PEFT wraps a module once per tensor, the alphabetically first (down_proj) outermost.
-            inner = halves == 2 && f->s->targets & DOWN;
-        }
-        snprintf(name, 160, "%smodel.layers.%d.%s%s%s%s", prefix, layer, adapter_modules[target].hf,
-                 inner ? ".base_layer" : "", rest, suffix);
-    } else if (number == NULL) {
-        snprintf(name, 160, "%s%s%s", prefix, t->name, suffix);
-    } else {
-        number += strlen(".experts.");
-        rest = number + strspn(number, "0123456789");
-        snprintf(name, 160, "%s%.*s%d%s%s", prefix, (int)(number - t->name), t->name,
-                 roster_expert(f, code), rest, suffix);
-    }
-}
-
-static const Roster *sorting;       // qsort has no argument for it
-static inline int roster_order(const void *a, const void *b) {
-    char x[160], y[160];
-    size_t dim[2];
-    roster_name(x, dim, sorting, *(const uint32_t *)a, "");
-    roster_name(y, dim, sorting, *(const uint32_t *)b, "");
-    return strcmp(x, y);
 }
 
 // hf has one tensor for the experts' w1 and w3, so either both are trained or none. For the start
@@ -982,27 +832,98 @@ void adapter_check_names(unsigned targets, int names) {
     }
 }
 
-// Lists the tensors of a file with the adapters of all ranks, in the order they are stored: by
-// name. Small (4 bytes per tensor), since saving during training must not allocate more than 1 MiB.
-static inline void roster_make(Roster *f, const Adapters *s, const Config *c, int names) {
+// The files of a folder that is being saved.
+enum { FILE_CONFIG, FILE_ADAPTER, FILE_OPTIMIZER, FILE_STATE, FILES };
+static const char *const file_names[FILES] = {
+    "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json" };
+
+// The tensors of FILE_ADAPTER, or of FILE_OPTIMIZER: the moments, under the adapter tensors' names
+// with .m and .v, in pairs. Both are stored by name. The list has all ranks' tensors and is small,
+// 4 bytes for each, since a save during training must not allocate more than 1 MiB.
+typedef struct {
+    const Adapters *s;
+    int file, names, E, first, local;   // this rank owns experts first .. first+local-1 of E
+    size_t n;
+    uint32_t *code;                     // (n) place in s->tensors * E + expert; an expert's place is
+} Roster;                               // that of this rank's first expert
+
+typedef struct {                // one of them
+    char name[160];
+    size_t dim[2];
+    const AdapterTensor *t;
+    int expert, halves;         // halves: of a fused tensor; 0 if it is none
+    real *values;               // where t->at counts from
+} Item;
+
+// Tensor i of the file.
+static inline Item roster_item(const Roster *f, size_t i) {
+    const int moment = f->file == FILE_OPTIMIZER ? 1 + (int)(i % 2) : 0;
+    const uint32_t code = f->code[moment ? i / 2 : i], E = (uint32_t)f->E;
+    const AdapterTensor *t = &f->s->tensors[code / E];
+    const char *suffix = moment == 0 ? ".weight" : moment == 1 ? ".weight.m" : ".weight.v", *rest;
+    Item it = { .dim = { (size_t)t->rows, (size_t)t->cols }, .t = t, .expert = (int)(code % E),
+                .values = moment == 0 ? f->s->p : moment == 1 ? f->s->m : f->s->v };
+    if (f->names == NAMES_HF) {
+        int layer = 0, target = adapter_parse(t->name, NAMES_VLLM, &layer, &rest);
+        it.halves = t->expert < 0 ? 0 : target == TARGET_EXPERTS_W2 ? 1 : 2;
+        if (it.halves) {
+            it.dim[0] *= (size_t)it.halves * (rest[6] == 'A' ? E : 1);          // ".lora_A"
+            it.dim[1] *= rest[6] == 'A' ? 1 : (size_t)it.halves * E;
+        }
+        // PEFT wraps a module once per tensor, the alphabetically first (down_proj) outermost.
+        const char *inner = it.halves == 2 && f->s->targets & DOWN ? ".base_layer" : "";
+        snprintf(it.name, sizeof it.name, "base_model.model.model.layers.%d.%s%s%s%s", layer,
+                 adapter_modules[target].hf, inner, rest, suffix);
+        return it;
+    }
+    const char *number = t->expert < 0 ? "" : strstr(t->name, ".experts.") + 9;
+    int before = *number ? (int)(number - t->name) : (int)strlen(t->name);
+    char digits[12] = "";
+    if (*number) { sprintf(digits, "%d", it.expert); }
+    snprintf(it.name, sizeof it.name, "base_model.model.%.*s%s%s%s", before, t->name, digits,
+             number + strspn(number, "0123456789"), suffix);
+    return it;
+}
+
+static const Roster *sorting;       // qsort has no argument for it
+static inline int roster_order(const void *a, const void *b) {
+    uint32_t code[2] = { *(const uint32_t *)a, *(const uint32_t *)b };
+    Roster two = *sorting;
+    two.code = code;
+    Item x = roster_item(&two, 0), y = roster_item(&two, 1);
+    return strcmp(x.name, y.name);
+}
+
+// Lists the tensors of all ranks' adapters, sorted by name.
+static inline Roster roster_make(const Adapters *s, const Config *c, int names) {
+    const int local = c->E / comm_ep();
+    Roster f = { .s = s, .file = FILE_ADAPTER, .names = names, .E = c->E, .local = local,
+                 .first = comm_ep_rank() * local };
     adapter_check_names(s->targets, names);
     require(c->E % comm_ep() == 0);
-    *f = (Roster){ .s = s, .names = names, .E = c->E, .local = c->E / comm_ep() };
-    f->first = comm_ep_rank() * f->local;
     for (int pass = 0; pass < 2; pass++) {      // first only counts
-        if (pass) { f->code = (uint32_t *)host_alloc(f->n * sizeof *f->code); }
-        f->n = 0;
+        if (pass) { f.code = (uint32_t *)host_alloc(f.n * sizeof *f.code); }
+        f.n = 0;
         for (int i = 0; i < s->n; i++) {
             const AdapterTensor *t = &s->tensors[i];
-            int fused = is_fused(f, t), count = t->expert < 0 || fused ? 1 : f->E;
-            if (t->expert > f->first || (fused && strstr(t->name, ".w3."))) { continue; }
-            for (int e = 0; e < count; e++, f->n++) {
-                if (pass) { f->code[f->n] = (uint32_t)(i * f->E + e); }
+            int fused = names == NAMES_HF && t->expert >= 0, count = t->expert < 0 || fused ? 1 : f.E;
+            if (t->expert > f.first || (fused && strstr(t->name, ".w3."))) { continue; }
+            for (int e = 0; e < count; e++, f.n++) {
+                if (pass) { f.code[f.n] = (uint32_t)(i * f.E + e); }
             }
         }
     }
-    sorting = f;
-    qsort(f->code, f->n, sizeof *f->code, roster_order);
+    sorting = &f;
+    qsort(f.code, f.n, sizeof *f.code, roster_order);
+    return f;
+}
+
+// Whether this rank has something of the tensor; and when writing, whether it is the one to do it.
+static inline int roster_mine(const Roster *f, const Item *it, int writing) {
+    int e = it->expert - f->first;
+    if (writing && comm_rank() >= comm_ep()) { return 0; }          // a replica
+    if (it->t->expert < 0) { return !writing || comm_rank() == 0; }
+    return it->halves > 0 || (e >= 0 && e < f->local);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1020,12 +941,11 @@ typedef struct {                // a file of which runs are read or written
     int error;                  // the first errno; EDOM: an element that must be zero is not
 } Stream;
 
+// Half precision: its bits, moved to float's places, are 2^112 too small; inf and NaN are special.
 static inline float float_from_f16(uint16_t h) {
-    int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 0 ? ldexpf((float)mantissa, -24)
-            : exponent < 31 ? ldexpf((float)(mantissa + 1024), exponent - 25)
-            : mantissa ? NAN : INFINITY;
-    return h >> 15 ? -x : x;
+    uint32_t bits = bits_from_float(float_from_bits((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f);
+    bits |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
+    return float_from_bits(bits | (uint32_t)(h & 0x8000) << 16);
 }
 
 // A run: elements first .. first + n - 1 of the tensor in the file lie `stride` apart in memory.
@@ -1055,30 +975,30 @@ static inline void stream_run(Stream *s, size_t first, real *values, size_t stri
     }
 }
 
-// The runs of this rank's part of a tensor, between the file and values, laid out as s->p.
-static inline void roster_move(Stream *s, const Roster *f, uint32_t code, real *values) {
-    const AdapterTensor *t = roster_tensor(f, code), *up = t;       // up: w3's, if t is w1's
+// The runs of this rank's part of a tensor, between file and memory.
+static inline void roster_move(Stream *s, const Roster *f, const Item *it) {
+    const AdapterTensor *t = it->t, *up = t;        // up: w3's, if t is w1's
     const size_t rows = (size_t)t->rows, size = rows * (size_t)t->cols, R = (size_t)f->s->R;
     const size_t E = (size_t)f->E, first = (size_t)f->first, local = (size_t)f->local;
-    if (!is_fused(f, t)) {
-        size_t e = t->expert < 0 ? 0 : (size_t)roster_expert(f, code) - first;
-        stream_run(s, 0, values + t->at + e * size, 1, size);
+    const size_t halves = (size_t)it->halves;
+    if (halves == 0) {
+        size_t e = t->expert < 0 ? 0 : (size_t)it->expert - first;
+        stream_run(s, 0, it->values + t->at + e * size, 1, size);
         return;
     }
-    char name[sizeof t->name], *w1;
+    char name[sizeof t->name];
     memcpy(name, t->name, sizeof name);
-    const char factor = name[strlen(name) - 1];
-    if ((w1 = strstr(name, ".w1.")) != NULL) {
-        w1[2] = '3';
+    const int is_a = name[strlen(name) - 1] == 'A';
+    if (halves == 2) {
+        strstr(name, ".w1.")[2] = '3';
         for (up = f->s->tensors; strcmp(up->name, name) != 0; up++) { }
     }
-    const size_t halves = w1 ? 2 : 1;
     for (size_t half = 0; half < halves; half++) {
-        real *own = values + (half ? up : t)->at;
-        for (size_t e = 0; e < local && factor == 'A'; e++) {       // (E, halves, R, cols)
+        real *own = it->values + (half ? up : t)->at;
+        for (size_t e = 0; e < local && is_a; e++) {        // (E, halves, R, cols)
             stream_run(s, ((first + e) * halves + half) * size, own + e * size, 1, size);
         }
-        for (size_t o = 0; o < rows && factor == 'B'; o++) {        // (halves, rows, halves, R, E)
+        for (size_t o = 0; o < rows && !is_a; o++) {        // (halves, rows, halves, R, E)
             size_t row = (half * rows + o) * halves * R * E, off = row + (1 - half) * R * E;
             for (size_t r = 0; r < R; r++) {
                 stream_run(s, row + (half * R + r) * E + first, own + o * R + r, size, local);
@@ -1089,29 +1009,15 @@ static inline void roster_move(Stream *s, const Roster *f, uint32_t code, real *
     }
 }
 
-// Whether this rank has something of the tensor; and when writing, whether it is the one to do it.
-static inline int roster_mine(const Roster *f, uint32_t code, int writing) {
-    const AdapterTensor *t = roster_tensor(f, code);
-    int e = roster_expert(f, code) - f->first;
-    if (writing && comm_rank() >= comm_ep()) { return 0; }          // a replica
-    if (t->expert < 0) { return !writing || comm_rank() == 0; }
-    return is_fused(f, t) || (e >= 0 && e < f->local);
-}
-
-// The files of a folder that is being saved.
-enum { FILE_CONFIG, FILE_ADAPTER, FILE_OPTIMIZER, FILE_STATE, FILES };
-static const char *const file_names[FILES] = {
-    "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json" };
-static const char *const weights[] = { ".weight" }, *const moments[] = { ".m", ".v" };
-
-typedef struct {
+typedef struct {                // a folder that is being saved
     char dir[PATH_SIZE], temporary[PATH_SIZE];
     int error;                  // the first errno on this rank; after it nothing is written
 } Save;
 
-// A file to be written; NULL after an error.
-static inline FILE *save_open(Save *v, const char *path, const char *mode) {
-    FILE *f = v->error ? NULL : fopen(path, mode);
+// A file to be written, for rank 0; NULL after an error.
+static inline FILE *save_open(Save *v, const char *dir, const char *name, const char *mode) {
+    char path[PATH_SIZE];
+    FILE *f = v->error ? NULL : fopen(path_make(path, dir, "/", name), mode);
     if (f == NULL && !v->error) { v->error = errno; }
     return f;
 }
@@ -1172,37 +1078,35 @@ static inline void save_commit(Save *v) {
     save_check(v);
 }
 
-// The header's part for the tensors of the list, one per suffix for each. Returns its length, and
-// the length of the data; writes it if out is not NULL. All are F32, so the order of the format's
-// library, by type and then by name, is by name; suffixes do not change it.
-static inline size_t roster_header(FILE *out, const Roster *f, int parts, const char *const *suffix,
-                                   size_t *data) {
-    char name[160], line[320];
-    size_t dim[2], length = 0, at = 0;
-    for (size_t i = 0; i < f->n * (size_t)parts; i++, at = *data) {
-        roster_name(name, dim, f, f->code[i / (size_t)parts], suffix[i % (size_t)parts]);
-        *data = at + dim[0] * dim[1] * 4;
+// The header's part for all tensors of the file. Returns its length, and that of the data; writes
+// it if out is not NULL. All are F32, so the order of the format's library, by type and then by
+// name, is by name; the moments' suffixes do not change it.
+static inline size_t roster_header(FILE *out, const Roster *f, size_t tensors, size_t *data) {
+    size_t length = 0, at = 0;
+    for (size_t i = 0; i < tensors; i++, at = *data) {
+        char line[320];
+        Item it = roster_item(f, i);
+        *data = at + it.dim[0] * it.dim[1] * 4;
         length += (size_t)snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],"
-                                   "\"data_offsets\":[%zu,%zu]}", name, dim[0], dim[1], at, *data);
+                                   "\"data_offsets\":[%zu,%zu]}", it.name, it.dim[0], it.dim[1], at, *data);
         if (out) { fputs(line, out); }
     }
     return length;
 }
 
-// Collective. Writes one file: for each tensor of the list the matrices values[0 .. parts - 1].
-static inline void roster_write(Save *v, int file, const Roster *f, int parts,
-                                const char *const *suffix, real *const *values) {
+// Collective. Writes the file of the list.
+static inline void roster_write(Save *v, const Roster *f) {
     static const char start[] = "{\"__metadata__\":{\"format\":\"pt\"}";
-    char name[160], path[PATH_SIZE];
-    size_t dim[2], data = 0, n = sizeof start + roster_header(NULL, f, parts, suffix, &data);
+    const size_t tensors = f->file == FILE_OPTIMIZER ? 2 * f->n : f->n;
+    size_t data = 0, n = sizeof start + roster_header(NULL, f, tensors, &data);
     size_t padded = (n + 7) / 8 * 8;        // blanks align the data, as the format's library does
     double begin = comm_clock(), last = begin;
-    path_make(path, v->temporary, "/", file_names[file]);
-    FILE *out = comm_rank() == 0 ? save_open(v, path, "wb") : NULL;
+    const char *name = file_names[f->file];
+    FILE *out = comm_rank() == 0 ? save_open(v, v->temporary, name, "wb") : NULL;
     if (out) {
         for (int i = 0; i < 8; i++) { fputc((int)(padded >> 8 * i & 0xFF), out); }
         fputs(start, out);
-        roster_header(out, f, parts, suffix, &data);
+        roster_header(out, f, tensors, &data);
         fprintf(out, "}%*s", (int)(padded - n), "");
         if (fflush(out) != 0 || ftruncate(fileno(out), (off_t)(8 + padded + data)) != 0) {
             v->error = errno;
@@ -1210,46 +1114,43 @@ static inline void roster_write(Save *v, int file, const Roster *f, int parts,
         save_close(v, out);
     }
     save_check(v);
-    Stream s = { .f = save_open(v, path, "r+b"), .writing = 1, .type = DT_F32, .base = 8 + padded,
-                 .at = NOWHERE, .error = v->error };
-    for (size_t i = 0; i < f->n; i++) {
-        roster_name(name, dim, f, f->code[i], "");
-        for (int part = 0; part < parts; part++, s.base += dim[0] * dim[1] * 4) {
-            if (roster_mine(f, f->code[i], 1)) { roster_move(&s, f, f->code[i], values[part]); }
-            progress("save", s.base, data, begin, &last);
-        }
+    Stream s = { .f = save_open(v, v->temporary, name, "r+b"), .writing = 1, .type = DT_F32,
+                 .base = 8 + padded, .at = NOWHERE, .error = v->error };
+    for (size_t i = 0; i < tensors; i++) {
+        Item it = roster_item(f, i);
+        if (roster_mine(f, &it, 1)) { roster_move(&s, f, &it); }
+        s.base += it.dim[0] * it.dim[1] * 4;
+        progress("save", s.base, data, begin, &last);
     }
     v->error = s.error;
     save_close(v, s.f);
 }
 
 // Reads what belongs to this rank. Every tensor of the list must be in the file, and no other.
-static inline void roster_read(const char *dir, int file, const Roster *f, int parts,
-                               const char *const *suffix, real *const *values) {
-    char path[PATH_SIZE], name[160], have[120];
-    size_t dim[2];
+static inline void roster_read(const char *dir, const Roster *f) {
+    const size_t tensors = f->file == FILE_OPTIMIZER ? 2 * f->n : f->n;
+    char path[PATH_SIZE], have[120];
     Safetensors st;
-    safetensors_open(&st, path_make(path, dir, "/", file_names[file]), "not an adapter's folder?");
+    safetensors_open(&st, path_make(path, dir, "/", file_names[f->file]), not_a_folder);
     char *seen = (char *)host_calloc(st.n);
-    Stream s = { .f = fopen(path, "rb"), .at = NOWHERE, .error = 0 };
+    Stream s = { .f = fopen(path, "rb"), .at = NOWHERE };
     if (s.f == NULL) { refuse("cannot open %s: %s", path, strerror(errno)); }
-    for (size_t i = 0; i < f->n * (size_t)parts; i++) {
-        uint32_t code = f->code[i / (size_t)parts];
-        roster_name(name, dim, f, code, suffix[i % (size_t)parts]);
-        const Entry *e = safetensors_find(&st, name);
-        if (e == NULL) { refuse("%s: %s is missing %s", path, name, other_adapter); }
-        s.type = e->type;
-        s.base = st.data + e->begin;
-        if ((s.type != DT_F32 && s.type != DT_F16 && s.type != DT_BF16) || e->ndim != 2 ||
-            e->dim[0] != dim[0] || e->dim[1] != dim[1]) {
-            refuse("%s: %s is %s, expected F32, F16 or BF16 [%zu,%zu] %s", path, name,
-                   shape_text(have, e->dtype, e->ndim, e->dim), dim[0], dim[1], other_adapter);
+    for (size_t i = 0; i < tensors; i++) {
+        Item it = roster_item(f, i);
+        const Entry *e = safetensors_find(&st, it.name);
+        if (e == NULL || (e->type != DT_F32 && e->type != DT_F16 && e->type != DT_BF16) ||
+            e->ndim != 2 || e->dim[0] != it.dim[0] || e->dim[1] != it.dim[1]) {
+            refuse("%s: %s is %s, expected F32, F16 or BF16 [%zu,%zu] %s", path, it.name, e
+                   ? shape_text(have, e->dtype, e->ndim, e->dim) : "missing", it.dim[0], it.dim[1],
+                   other_adapter);
         }
         seen[e - st.entry] = 1;
-        if (roster_mine(f, code, 0)) { roster_move(&s, f, code, values[i % (size_t)parts]); }
+        s.type = e->type;
+        s.base = st.data + e->begin;
+        if (roster_mine(f, &it, 0)) { roster_move(&s, f, &it); }
         if (s.error) {
-            refuse("%s: %s %s", path, name, s.error != EDOM ? strerror(s.error) : "is not zero off "
-                   "its diagonal blocks: w1 and w3 share ranks in it, which this trainer cannot");
+            refuse("%s: %s %s", path, it.name, s.error != EDOM ? strerror(s.error) : "is not zero "
+                   "off its diagonal blocks: w1 and w3 share ranks in it, which this trainer cannot");
         }
     }
     for (size_t i = 0; i < st.n; i++) {
@@ -1271,54 +1172,53 @@ static inline void roster_read(const char *dir, int file, const Roster *f, int p
 
 // Writes the pattern of all modules that are trained; [] if only fused tensors are.
 static inline void write_target_modules(FILE *f, unsigned targets, int names) {
-    const char *before = names == NAMES_HF ? "\"^model\\\\.layers" : "\"^layers";
-    int count = 0;
+    const char *before = names == NAMES_HF ? "\"^model\\\\.layers\\\\.\\\\d+\\\\.("
+                                           : "\"^layers\\\\.\\\\d+\\\\.(";
+    const char *between = before;
     if (names == NAMES_HF) { targets &= ~(unsigned)(GATE_UP | DOWN); }
     for (int t = 0; t < TARGETS; t++) {
         if (!(targets >> t & 1)) { continue; }
-        const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours;
-        fprintf(f, "%s%s", count ? "|" : before, count ? "" : "\\\\.\\\\d+\\\\.(");
-        for (count++; *c; c++) {
-            if (*c == '.' || *c == '#') { fputs(*c == '.' ? "\\\\." : "\\\\d+", f); }
-            else { fputc(*c, f); }
+        fputs(between, f);
+        between = "|";
+        for (const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours; *c; c++) {
+            fprintf(f, *c == '.' ? "\\\\." : *c == '#' ? "\\\\d+" : "%c", *c);
         }
     }
-    fputs(count ? ")$\"" : "[]", f);
+    fputs(targets ? ")$\"" : "[]", f);
 }
 
 static inline void write_adapter_config(FILE *f, const Adapters *s, int names, const char *base) {
-    const char *slash = strrchr(base, '/');     // the folder's name, not where it is on this machine
-    int gate_up = names == NAMES_HF && s->targets & GATE_UP;
-    int down = names == NAMES_HF && s->targets & DOWN;
+    const char *slash = strrchr(base, '/');     // a folder's name, not where it is on this machine
+    const int fused = names == NAMES_HF && s->targets & GATE_UP;
+    const int two = names == NAMES_HF && s->targets & DOWN;
+    static const char *const parameters[] = {
+        "null", "[\"mlp.experts.gate_up_proj\"]", "[\"mlp.experts.down_proj\"]",
+        "[\"mlp.experts.gate_up_proj\", \"mlp.experts.down_proj\"]" };
     fputs("{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n"
           "  \"base_model_name_or_path\": ", f);
     json_quote(f, slash ? slash + 1 : base);
     fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"target_modules\": ", s->R, s->alpha);
     write_target_modules(f, s->targets, names);
-    fputs(",\n  \"target_parameters\": ", f);
-    if (gate_up && down) { fprintf(f, "[\"%s\", \"%s\"]", gate_up_name, down_name); }
-    else if (gate_up || down) { fprintf(f, "[\"%s\"]", gate_up ? gate_up_name : down_name); }
-    else { fputs("null", f); }
+    fprintf(f, ",\n  \"target_parameters\": %s", parameters[fused + 2 * two]);
     fputs(",\n  \"rank_pattern\": {", f);
-    if (gate_up) { fprintf(f, "\"%s\": %d", gate_up_name, 2 * s->R); }
+    if (fused) { fprintf(f, "\"%s\": %d", gate_up, 2 * s->R); }
     fputs("},\n  \"alpha_pattern\": {", f);
-    if (gate_up) { fprintf(f, "\"%s\": %.9g", gate_up_name, 2 * s->alpha); }
+    if (fused) { fprintf(f, "\"%s\": %.9g", gate_up, 2 * s->alpha); }
     fputs("},\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n  \"use_rslora\": false,\n"
           "  \"use_dora\": false,\n  \"fan_in_fan_out\": false,\n  \"init_lora_weights\": true,\n"
           "  \"inference_mode\": true,\n  \"modules_to_save\": null\n}\n", f);
 }
 
-// Collective. Writes the two files of an adapter into a folder that is being saved.
-static inline void adapter_write(Save *v, const Adapters *s, const Config *c, int names,
-                                 const char *base_name) {
-    char path[PATH_SIZE];
-    Roster f;
-    path_make(path, v->temporary, "/", file_names[FILE_CONFIG]);
-    FILE *out = comm_rank() == 0 ? save_open(v, path, "wb") : NULL;
+// Collective. Writes the files of an adapter into a folder that is being saved.
+static inline void save_adapter(Save *v, const Adapters *s, const Config *c, int names,
+                                const char *base_name, int with_moments) {
+    FILE *out = comm_rank() ? NULL : save_open(v, v->temporary, file_names[FILE_CONFIG], "wb");
     if (out) { write_adapter_config(out, s, names, base_name); }
     save_close(v, out);
-    roster_make(&f, s, c, names);
-    roster_write(v, FILE_ADAPTER, &f, 1, weights, &s->p);
+    Roster f = roster_make(s, c, names);
+    roster_write(v, &f);
+    f.file = FILE_OPTIMIZER;
+    if (with_moments) { roster_write(v, &f); }
     free(f.code);
 }
 
@@ -1327,42 +1227,37 @@ void adapter_save(const char *dir, const Adapters *s, const Config *c, int names
                   const char *base_name) {
     Save v;
     save_begin(&v, dir);
-    adapter_write(&v, s, c, names, base_name);
+    save_adapter(&v, s, c, names, base_name, 0);
     save_commit(&v);
 }
 
 // What kind of adapter is in dir: r and alpha from its config, the rest from its tensors' names,
 // which say exactly what patterns only say roughly.
 void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *targets, int *names) {
-    const size_t prefix = strlen("base_model.model.");
     char path[PATH_SIZE], model[PATH_SIZE];
     Json j;
     Safetensors st;
-    json_load(&j, path_make(path, dir, "/", file_names[FILE_CONFIG]), "not an adapter's folder?");
+    json_load(&j, path_make(path, dir, "/", file_names[FILE_CONFIG]), not_a_folder);
     size_t rank = json_size(&j, json_get(&j, 0, "r", '0'));
     double scale = json_number(&j, json_get(&j, 0, "lora_alpha", '0'));
     int rslora = json_find(&j, 0, "use_rslora"), fused = 0;
-    if (rank < 1 || rank > 1 << 16 || !(scale > 0) || (rslora >= 0 && *json_text(&j, rslora) == 't')) {
+    if (rank - 1 >= 1 << 16 || !(scale > 0) || (rslora >= 0 && *json_text(&j, rslora) == 't')) {
         refuse("%s: expected r and lora_alpha above 0, and use_rslora false", path);
     }
     *r = (int)rank;
     *alpha = (float)scale;
     *targets = 0;
-    *names = -1;
-    safetensors_open(&st, path_make(model, dir, "/", file_names[FILE_ADAPTER]), "fetch it again");
+    *names = NAMES_VLLM;
+    safetensors_open(&st, path_make(model, dir, "/", file_names[FILE_ADAPTER]), not_a_folder);
     for (size_t i = 0; i < st.n; i++) {
         const char *name = st.entry[i].name, *rest;
-        int layer, ours = -1, hf = -1;
-        if (strncmp(name, "base_model.model.", prefix) == 0) {
-            ours = adapter_parse(name + prefix, NAMES_VLLM, &layer, &rest);
-            hf = strncmp(name + prefix, "model.", 6) ? -1
-               : adapter_parse(name + prefix + 6, NAMES_HF, &layer, &rest);
+        int layer, target = -1;
+        if (i == 0) { *names = strncmp(name, "base_model.model.model.", 23) ? NAMES_VLLM : NAMES_HF; }
+        if (strncmp(name, "base_model.model.", 17) == 0) {
+            target = adapter_parse(name + (*names == NAMES_HF ? 23 : 17), *names, &layer, &rest);
         }
-        if ((ours < 0 && hf < 0) || (*names >= 0 && *names != (ours < 0 ? NAMES_HF : NAMES_VLLM))) {
-            refuse("%s: %s is of no matrix that this trainer can adapt", model, name);
-        }
-        *names = ours < 0 ? NAMES_HF : NAMES_VLLM;
-        *targets |= 1u << (ours < 0 ? hf : ours);
+        if (target < 0) { refuse("%s: %s is of no matrix that can be trained here", model, name); }
+        *targets |= 1u << target;
     }
     int list = json_find(&j, 0, "target_parameters");
     if (*names == NAMES_HF) { *targets &= ~(unsigned)(GATE_UP | DOWN); }
@@ -1372,7 +1267,7 @@ void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *target
         if (leaf && strcmp(leaf, ".down_proj") == 0) { *targets |= DOWN; }
     }
     // The fused tensor has twice the rank, which its shape will show, and twice the alpha.
-    int pattern = json_find(&j, 0, "alpha_pattern"), own = json_find(&j, pattern, gate_up_name);
+    int pattern = json_find(&j, 0, "alpha_pattern"), own = json_find(&j, pattern, gate_up);
     if ((pattern >= 0 ? j.tok[pattern].size : 0) != fused ||
         (fused && (own < 0 || json_number(&j, own) != 2 * scale))) {
         refuse("%s: alpha_pattern says that not all matrices have the same alpha/r", path);
@@ -1381,30 +1276,34 @@ void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *target
     json_free(&j);
 }
 
-// Reads the adapter in dir, of either naming, into s, whose r, alpha and targets must be its own.
-void adapter_load(const char *dir, Adapters *s, const Config *c) {
+// Reads the files of an adapter folder into s, whose r, alpha and targets must be the adapter's.
+static inline void load_adapter(const char *dir, Adapters *s, const Config *c, int with_moments) {
     int r, names;
     float alpha;
     unsigned targets;
-    Roster f;
     adapter_read_config(dir, &r, &alpha, &targets, &names);
     if (r != s->R || alpha != s->alpha || targets != s->targets) {
         refuse("%s has r %d, alpha %g and targets %#x, this run r %d, alpha %g and targets %#x "
                "HINT: without --lora-r, --lora-alpha and --lora-targets the adapter's are taken",
                dir, r, alpha, targets, s->R, s->alpha, s->targets);
     }
-    roster_make(&f, s, c, names);
-    roster_read(dir, FILE_ADAPTER, &f, 1, weights, &s->p);
+    Roster f = roster_make(s, c, names);
+    roster_read(dir, &f);
+    f.file = FILE_OPTIMIZER;
+    if (with_moments) { roster_read(dir, &f); }
     free(f.code);
 }
+
+// Reads the adapter in dir, of either naming.
+void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(dir, s, c, 0); }
 
 // -------------------------------------------------------------------------------------------------
 // 10 Training state
 //
 // OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
-// moments under the trainer's tensor names, and state.json: what the loop wants to know, and which
-// files with how many bytes make a whole. OUT/latest, one line of text, names the newest; it is
-// written last, and atomically, so whatever it names is complete.
+// moments and state.json: what the loop wants to know, and which files with how many bytes make a
+// whole. OUT/latest, one line of text, names the newest; it is written last, and atomically, so
+// whatever it names is complete.
 
 // Bytes that a checkpoint of these adapters takes, with room for the headers.
 size_t training_bytes(const Adapters *s) {
@@ -1424,11 +1323,11 @@ static inline void training_prune(const char *out, const char *newest, int keep)
     int n = scandir(out, &list, is_checkpoint, alphasort), whole = 0;
     for (int i = n - 1; i >= 0; i--) {
         int leftover = strchr(list[i]->d_name, '.') != NULL;
-        int superfluous = !leftover && keep > 0 && ++whole > keep;
         path_make(path, out, "/", list[i]->d_name);
-        if (superfluous && strcmp(list[i]->d_name, newest) != 0) {
-            rename(path, path_make(trash, path, ".tmp", ""));   // half removed it must not look whole
-            folder_remove(trash);
+        if (!leftover && ++whole > keep && keep > 0 && strcmp(list[i]->d_name, newest) != 0) {
+            path_make(trash, path, ".tmp", "");         // half removed, it must not look whole
+            leftover = rename(path, trash) == 0;
+            strcpy(path, trash);
         }
         if (leftover) { folder_remove(path); }
         free(list[i]);
@@ -1440,35 +1339,28 @@ static inline void training_prune(const char *out, const char *newest, int keep)
 void training_save(const char *out, int step, int keep, const Adapters *s, const Config *c,
                    int names, const char *base_name, const char *state_json) {
     char name[32], dir[PATH_SIZE], path[PATH_SIZE], latest[PATH_SIZE];
+    struct stat info = {0};
     Save v;
-    Roster f;
     snprintf(name, sizeof name, "checkpoint-%06d", step);
     save_begin(&v, path_make(dir, out, "/", name));
-    adapter_write(&v, s, c, names, base_name);
-    roster_make(&f, s, c, NAMES_OWN);
-    roster_write(&v, FILE_OPTIMIZER, &f, 2, moments, (real *const[]){ s->m, s->v });
-    free(f.code);
+    save_adapter(&v, s, c, names, base_name, 1);
     save_check(&v);
-
-    path_make(path, v.temporary, "/", file_names[FILE_STATE]);
-    path_make(latest, out, "/latest.tmp", "");
-    FILE *state = comm_rank() == 0 ? save_open(&v, path, "wb") : NULL;
+    FILE *state = comm_rank() ? NULL : save_open(&v, v.temporary, file_names[FILE_STATE], "wb");
+    for (int k = 0; k < FILE_STATE && state; k++) {
+        stat(path_make(path, v.temporary, "/", file_names[k]), &info);
+        fprintf(state, "%s\"%s\": %zu", k ? ", " : "{\"files\": {", file_names[k], (size_t)info.st_size);
+    }
     if (state) {
-        fputs("{\"files\": {", state);
-        for (int k = 0; k < FILE_STATE; k++) {
-            struct stat info = {0};
-            stat(path_make(path, v.temporary, "/", file_names[k]), &info);
-            fprintf(state, "%s\"%s\": %zu", k ? ", " : "", file_names[k], (size_t)info.st_size);
-        }
         const char *rest = strchr(state_json, '{') + 1;
         rest += strspn(rest, " \t\r\n");
         fprintf(state, "}%s%s", *rest == '}' ? "" : ",\n", rest);
     }
     save_close(&v, state);
     // The line that will name it is on the disk before anything is renamed, and can still fail.
-    FILE *line = comm_rank() == 0 ? save_open(&v, latest, "wb") : NULL;
+    FILE *line = comm_rank() ? NULL : save_open(&v, out, "latest.tmp", "wb");
     if (line) { fprintf(line, "%s\n", name); }
     save_close(&v, line);
+    path_make(latest, out, "/latest.tmp", "");
     if (v.error) { unlink(latest); }
     save_commit(&v);
     if (comm_rank() == 0) {
@@ -1482,26 +1374,22 @@ void training_save(const char *out, int step, int keep, const Adapters *s, const
 char *training_state(const char *path) {
     char file[PATH_SIZE];
     size_t size;
-    path_make(file, path, "/", file_names[FILE_STATE]);
-    int fd = file_open(file, &size, "not a checkpoint of a training run?");
-    char *text = file_text(fd, file, size, 0);
-    close(fd);
-    return text;
+    return file_read(path_make(file, path, "/", file_names[FILE_STATE]), &size, not_a_folder);
 }
 
 // The files of a checkpoint must be those that state.json lists.
 static inline void training_verify(const char *path) {
-    char file[PATH_SIZE];
+    char file[PATH_SIZE], state[PATH_SIZE];
     Json j;
     struct stat info;
-    json_load(&j, path_make(file, path, "/", file_names[FILE_STATE]), "not a run's checkpoint?");
+    json_load(&j, path_make(state, path, "/", file_names[FILE_STATE]), not_a_folder);
     int files = json_get(&j, 0, "files", '{');
     for (int k = 0; k < FILE_STATE; k++) {
         size_t size = json_size(&j, json_get(&j, files, file_names[k], '0'));
         path_make(file, path, "/", file_names[k]);
         if (stat(file, &info) != 0 || (size_t)info.st_size != size) {
             refuse("%s is missing or has not the %zu bytes that %s lists HINT: --resume another "
-                   "checkpoint", file, size, file_names[FILE_STATE]);
+                   "checkpoint", file, size, state);
         }
     }
     json_free(&j);
@@ -1526,11 +1414,7 @@ int training_find(const char *out, char *path, size_t size) {
 
 // Reads masters and moments of the checkpoint at path.
 void training_load(const char *path, Adapters *s, const Config *c) {
-    Roster f;
     training_verify(path);
-    adapter_load(path, s, c);
-    roster_make(&f, s, c, NAMES_OWN);
-    roster_read(path, FILE_OPTIMIZER, &f, 2, moments, (real *const[]){ s->m, s->v });
-    free(f.code);
+    load_adapter(path, s, c, 1);
 }
 #endif // REFIT_C

@@ -1802,6 +1802,23 @@ static void saved_alloc(Model *m, size_t T) {
     m->X_out = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
 }
 
+// Bytes that kernels use inside themselves: the largest of a layer's experts widened to bf16, a
+// chunk of logits and their gradients, a chunk of index scores, a dense matrix beside a gradient.
+static size_t workspace_bytes(const Config *c, int local, size_t T) {
+    size_t experts = 2 * (size_t)local * c->F * c->C;
+    size_t head = 6 * (T < 512 ? T : 512) * (size_t)c->V;
+    size_t index = 4 * 256 * (T / 4) * (size_t)(c->index_heads + 1);
+    size_t wide = (size_t)c->H * c->D * c->Q, joined = (size_t)c->C * c->G * c->O;
+    size_t groups = (size_t)c->H * c->D * c->O;
+    if (joined > wide) { wide = joined; }
+    if (groups > wide) { wide = groups; }
+    size_t dense = 2 * wide + 4 * T * (size_t)(c->G * c->O), most = experts;
+    if (head > most) { most = head; }
+    if (index > most) { most = index; }
+    if (dense > most) { most = dense; }
+    return most + (96 << 20);           // cuBLAS takes 32 MiB, adapters' partial sums the rest
+}
+
 // Places everything the model needs into the arenas. Called twice: while counting (contract, 1.4)
 // and for real. m is zero before the first call.
 void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
@@ -1860,6 +1877,15 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
         gradients_alloc(&m->grad, c, T);
     }
+#ifdef USE_CUDA
+    if (on_gpu) {
+        size_t bytes = workspace_bytes(c, m->moe.local, T);
+        void *base = mem_alloc(MEM_SCRATCH, bytes);
+        if (base) { gpu_workspace(base, bytes); }
+    }
+#else
+    (void)workspace_bytes;
+#endif
 }
 
 // The host's lists; the arenas are the caller's.
@@ -1961,5 +1987,1220 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
     snprintf(name, size, "the head");
 }
 
-#include "train_loop.inc"
+// -------------------------------------------------------------------------------------------------
+// Part 9: data: which rows a rank takes
+//
+// dev/data/prep.c makes rows out of files. Step s takes the next d/t rows of their one global
+// sequence and row j of the step goes to rank j mod ranks, so what a step learns from does not
+// depend on the number of ranks. Every rank holds the whole plan, with the number of labels of each
+// piece: the loss is divided by the labels of all ranks, and no one has to ask for them.
+#include "dev/data/prep.c"  // defines: Data, Rows, data_*, text_tokens, prompt_tokens, token_text
+#include "dev/plot.c"       // defines: log_parse, plot_loss
+
+// Micro-batches that so many rows take: the same number on every rank, because all must join in
+// every exchange of tokens. A rank whose rows are used up runs empty ones.
+static inline int micro_batches(int rows, int b, int ranks) {
+    return (rows + b * ranks - 1) / (b * ranks);
+}
+
+static inline void batch_alloc(Batch *x, int tokens) {
+    x->token = (int *)host_alloc((size_t)tokens * sizeof *x->token);
+    x->target = (int *)host_alloc((size_t)tokens * sizeof *x->target);
+    x->doc_start = (int *)host_alloc(((size_t)tokens + 1) * sizeof *x->doc_start);
+}
+
+// This rank's part of that micro-batch: its next b rows, each of them whole.
+static inline void batch_fill(Batch *x, const Rows *s, int micro, int b, int rank, int ranks) {
+    x->T = x->docs = 0;
+    for (int k = 0; k < b; k++) {
+        size_t j = ((size_t)micro * b + k) * ranks + rank;
+        if (j >= (size_t)s->rows) { break; }
+        for (const Piece *p = s->piece + s->first[j]; p < s->piece + s->first[j + 1]; p++) {
+            x->doc_start[x->docs++] = x->T;
+            for (int i = 0; i < p->length; i++, x->T++) {
+                uint32_t next = i + 1 < p->length ? p->token[i + 1] : 0;
+                x->token[x->T] = (int)(p->token[i] & TOKEN_ID);
+                x->target[x->T] = next & TOKEN_LABEL ? (int)(next & TOKEN_ID) : -1;
+            }
+        }
+    }
+    x->doc_start[x->docs] = x->T;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Part 10: a training step, validation, sampling
+//
+// Everything here is collective: all ranks call it at the same time, with the same rows. What a
+// rank alone knows (its loss, a NaN, a signal) travels in one small reduction per step, so that
+// all ranks decide the same thing at the same step and none of them waits for one that left.
+
+// What the user asked for. Names, defaults and meaning stand in the table of part 12.
+static struct {
+    const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
+               *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
+    int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
+        sample_every, sample_len, save_every, keep, bench, gpus, ranks, ep, seed;
+    double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
+    int no_shuffle, skip_bad_rows, eval, reset_optim, dry_run, inspect, random_base, overfit, cpu,
+        help, version;
+} opt;
+
+typedef struct {
+    Config config;
+    Model model;
+    Data train, val;            // val.pieces == 0: no validation
+    Rows rows;                  // the rows of the current step
+    Batch batch;                // this rank's micro-batch of them
+    int steps;                  // of the whole run
+    size_t row_limit;           // rows that the run may take: its last step may be short
+    int step;                   // updates done so far
+    int moments;                // updates that went into m and v (--reset-optim: fewer than step)
+    double loss, val_loss;      // the newest ones, for the closing line; NAN: none yet
+    int *context;               // tokens of a sample
+    float *logits;              // (V)
+} Trainer;
+
+typedef struct {                // what one step has to report
+    double loss, norm, lr, seconds;
+    size_t tokens, labels;
+    int epoch, stop;            // stop: some rank was asked to stop
+} Report;
+
+// Prints on rank 0 only, at once.
+__attribute__((format(printf, 1, 2)))
+static inline void say(const char *format, ...) {
+    if (this_rank != 0) { return; }
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    fflush(stdout);
+}
+
+static volatile sig_atomic_t stop_signals;
+
+// The first Ctrl-C or SIGTERM ends the step, the second one the process.
+static inline void on_stop_signal(int signal) {
+    (void)signal;
+    if (stop_signals++) { _exit(EXIT_INTERRUPTED); }
+}
+
+static inline void catch_stop_signals(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_stop_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+// Ends the run: a number is not finite. where: what it belongs to, NULL on the ranks that do not
+// have it. Those wait to be ended by the supervisor, so that the message comes first.
+static inline void numerics_stop(const char *what, const char *where, int step) {
+    if (where) {
+        die(EXIT_NUMERICS, "non-finite %s in %s at step %d HINT: a lower --lr, or look at the data "
+            "of this step", what, where, step);
+    }
+    comm_barrier(COMM_WORLD, "waiting for the rank with the non-finite number");
+    exit(EXIT_NUMERICS);
+}
+
+// Adds up the gradients of all ranks and returns their norm. Dense adapters are the same on every
+// rank; an expert's are shared by the ranks that hold the same experts. The norm counts every
+// trained element once: dense ones, and the experts of each rank of one expert group.
+static inline double reduce_gradients(const Adapters *a) {
+    comm_sum_real(COMM_WORLD, a->g, a->n_dense, "dense gradients");
+    comm_sum_real(COMM_REPLICA, a->g + a->n_dense, a->n_expert, "expert gradients");
+    double expert = sum_squares(a->g + a->n_dense, a->n_expert);
+    comm_sum_double(COMM_EP, &expert, 1, "gradient norm");
+    return sqrt(sum_squares(a->g, a->n_dense) + expert);
+}
+
+// One step: rows, forward and backward of each micro-batch, one reduction, one update.
+static inline void train_step(Trainer *r, Report *report) {
+    Adapters *a = &r->model.adapters;
+    int per_step = opt.per_step / opt.seq, ranks = comm_ranks(), step = r->step + 1;
+    size_t taken = (size_t)r->step * per_step, n = a->n_dense + a->n_expert;
+    double began = comm_clock(), loss = 0;
+    char where[128] = "";
+
+    if (opt.overfit) { data_seek(&r->train, 0); }       // the same rows again
+    if (r->row_limit - taken < (size_t)per_step) { per_step = (int)(r->row_limit - taken); }
+    data_take(&r->train, &r->rows, per_step, 1);
+    // The gradient of the mean over all labels of the step: every micro-batch of every rank uses
+    // the same divisor, so how rows are dealt out changes nothing but the order of the sums.
+    double scale = r->rows.labels ? 1.0 / (double)r->rows.labels : 0;
+
+    zero(a->g, n * sizeof *a->g);
+    memset(r->model.expert_count, 0, (size_t)r->config.E * sizeof *r->model.expert_count);
+    for (int i = 0; i < micro_batches(r->rows.rows, opt.batch, ranks); i++) {
+        batch_fill(&r->batch, &r->rows, i, opt.batch, comm_rank(), ranks);
+        loss += model_forward(&r->model, &r->batch, 1);
+        if (!isfinite(loss) && !*where) { model_first_nonfinite(&r->model, where, sizeof where); }
+        model_backward(&r->model, &r->batch, scale);
+    }
+
+    // Before gradients are added up is the last moment to tell whose they were.
+    const char *name = *where ? where
+                     : isfinite(sum_squares(a->g, n)) ? NULL : adapters_first_nonfinite(a, a->g);
+    double sums[3] = { name ? 0 : loss, stop_signals > 0, name != NULL };
+    comm_sum_double(COMM_WORLD, sums, 3, "loss");
+    if (sums[2] > 0) { numerics_stop(*where ? "loss" : "gradient", name, step); }
+    report->norm = reduce_gradients(a);
+    if (!isfinite(report->norm)) {      // finite on each rank, but not their sum
+        numerics_stop("gradient", adapters_first_nonfinite(a, a->g), step);
+    }
+
+    report->loss = sums[0] * scale;
+    report->stop = sums[1] > 0;
+    report->lr = lr_at(opt.lr, r->step, r->steps, opt.warmup, opt.final_frac,
+                       strcmp(opt.schedule, "cosine") == 0);
+    adamw_update(a->p, a->m, a->v, a->g, n, clip_factor(report->norm, opt.clip), report->lr,
+                 opt.beta1, opt.beta2, opt.eps, opt.decay, ++r->moments);
+    report->tokens = r->rows.tokens;
+    report->labels = r->rows.labels;
+    report->epoch = r->rows.epoch;
+    report->seconds = comm_clock() - began;
+    r->loss = report->loss;
+    r->step = step;
+}
+
+// The mean loss over the labels of the first so many micro-batches of d, 0: of all of it. With
+// progress a line now and then.
+static inline double validate(Trainer *r, Data *d, int batches, int progress) {
+    double loss = 0, labels = 0, told = comm_clock();
+    int ranks = comm_ranks();
+    data_seek(d, 0);
+    for (int i = 0; batches == 0 || i < batches; i++) {
+        data_take(d, &r->rows, opt.batch * ranks, 0);
+        if (r->rows.rows == 0) { break; }
+        batch_fill(&r->batch, &r->rows, 0, opt.batch, comm_rank(), ranks);
+        loss += model_forward(&r->model, &r->batch, 0);
+        labels += (double)r->rows.labels;
+        if (progress && comm_clock() - told > 5) {
+            told = comm_clock();
+            say("val    %zu/%zu rows\n", d->next, d->rows);
+        }
+    }
+    double sums[2] = { isfinite(loss) ? loss : 0, !isfinite(loss) };
+    comm_sum_double(COMM_WORLD, sums, 2, "validation loss");
+    if (sums[1] > 0) { numerics_stop("loss", isfinite(loss) ? NULL : "validation", r->step); }
+    return labels > 0 ? sums[0] / labels : 0;
+}
+
+// Draws an index with probability softmax(logits / temperature), by a number in [0, 1).
+static inline int draw(const float *logits, int V, double temperature, double coin) {
+    double max = logits[0], sum = 0, passed = 0;
+    for (int i = 1; i < V; i++) { max = logits[i] > max ? logits[i] : max; }
+    for (int i = 0; i < V; i++) { sum += exp((logits[i] - max) / temperature); }
+    for (int i = 0; i < V; i++) {
+        passed += exp((logits[i] - max) / temperature);
+        if (passed > coin * sum) { return i; }
+    }
+    return V - 1;
+}
+
+// Continues the prompt, or BOS, and prints it. Every token runs the whole text again: that is slow
+// and cannot be wrong, while a cache of keys, pooled entries and open windows would be a second
+// forward pass to keep equal to the first. The draws depend on the seed, the step and the position.
+static inline void sample(Trainer *r) {
+    int T = prompt_tokens(r->context, opt.prompt, &r->config);
+    uint64_t key = random_key((uint64_t)opt.seed + ((uint64_t)r->step << 32), "sample");
+    char text[TOKEN_TEXT];
+    say("sample at step %d:\n---\n", r->step);
+    for (int t = 0; t < T; t++) {
+        token_text(text, r->context[t], &r->config);
+        say("%s", text);
+    }
+    for (int i = 0; i < opt.sample_len; i++, T++) {
+        model_next_logits(&r->model, r->context, T, r->logits);
+        // One rank draws for all: a last bit that differed would let their texts drift apart.
+        double id = 0;
+        if (this_rank == 0) { id = draw(r->logits, r->config.V, 0.8, random_uniform(key, i)); }
+        comm_sum_double(COMM_WORLD, &id, 1, "sample");
+        if ((int)id == r->config.eos) { break; }
+        r->context[T] = (int)id;
+        token_text(text, (int)id, &r->config);
+        say("%s", text);
+    }
+    say("\n---\n");
+}
+
+// How evenly the last step's tokens were spread over the experts, all layers together: the fullest
+// one's share of the mean, and the entropy of the distribution in nats (at most log E).
+static inline void expert_load(Trainer *r, double *worst, double *entropy) {
+    int E = r->config.E;
+    double *rows = (double *)host_alloc((size_t)E * sizeof *rows), sum = 0, max = 0;
+    for (int e = 0; e < E; e++) { rows[e] = (double)r->model.expert_count[e]; }
+    comm_sum_double(COMM_WORLD, rows, E, "expert load");
+    *entropy = 0;
+    for (int e = 0; e < E; e++) {
+        sum += rows[e];
+        max = fmax(max, rows[e]);
+    }
+    for (int e = 0; e < E; e++) {
+        if (rows[e] > 0) { *entropy -= rows[e] / sum * log(rows[e] / sum); }
+    }
+    *worst = sum > 0 ? max / (sum / E) : 0;
+    free(rows);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Part 11: log lines, JSON, plot
+//
+// One line per event, rank 0 only, flushed, beginning with what it is about: plan, load, data,
+// step, val, moe, save, done (error comes from die). The same numbers go to OUT/training.jsonl and
+// OUT/validation.jsonl under NeMo Automodel's keys, one line per step, so that runs can be laid
+// over each other. What loss.png shows is read back from these files: a resumed run has it all.
+
+static inline const char *plural(int n) { return n == 1 ? "" : "s"; }
+
+// A size with its unit, in one of a few buffers: "3.4 MiB", "19.10 GiB".
+static inline const char *bytes_text(double bytes) {
+    static char text[4][32];
+    static int at;
+    char *out = text[at++ % 4];
+    int giga = bytes >= 1e3 * 1048576;
+    snprintf(out, sizeof text[0], giga ? "%.2f GiB" : "%.1f MiB",
+             bytes / (giga ? 1073741824.0 : 1048576.0));
+    return out;
+}
+
+static inline double memory_used(void) {
+    double bytes = 0;
+    for (int c = 0; c < MEM_CLASSES; c++) { bytes += (double)mem.arena[c].peak; }
+    return bytes;
+}
+
+// OUT/name in one of a few buffers.
+static inline const char *out_path(const char *name) {
+    static char path[4][PATH_SIZE];
+    static int at;
+    return path_make(path[at++ % 4], opt.out, "/", name);
+}
+
+// The time as Automodel writes it: UTC, ISO 8601, milliseconds.
+static inline const char *timestamp(void) {
+    static char text[48];
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    size_t length = strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", gmtime(&now.tv_sec));
+    snprintf(text + length, sizeof text - length, ".%03dZ", (int)(now.tv_nsec / 1000000));
+    return text;
+}
+
+// Appends one line to a log in OUT. The file is opened for each: nothing is lost with a crash, and
+// steps are seconds apart.
+__attribute__((format(printf, 2, 3)))
+static inline void log_line(const char *name, const char *format, ...) {
+    if (this_rank != 0) { return; }
+    FILE *file = fopen(out_path(name), "a");
+    va_list args;
+    va_start(args, format);
+    int ok = file && vfprintf(file, format, args) > 0;
+    va_end(args);
+    if ((file && fclose(file) != 0) || !ok) {
+        die(EXIT_FIT, "cannot write %s: %s", out_path(name), strerror(errno));
+    }
+}
+
+// mfu is null on the CPU: there is no peak to compare with.
+static inline void log_step(const Report *p, int step, int steps) {
+    double rate = (double)p->tokens / p->seconds;
+    say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms | %.0f tok/s | mem %s | labels "
+        "%zu\n", step, steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, rate,
+        bytes_text(memory_used()), p->labels);
+    if (opt.bench) { return; }
+    log_line("training.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
+             "\"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"mem\": %.9g, \"tps\": %.9g, "
+             "\"tps_per_gpu\": %.9g, \"mfu\": null, \"num_tokens_per_step\": %zu, "
+             "\"num_label_tokens\": %zu}\n", step, p->epoch, timestamp(), p->loss, p->norm, p->lr,
+             memory_used() / 1073741824.0, rate, rate / comm_ranks(), p->tokens, p->labels);
+}
+
+static inline void log_validation(int step, int epoch, double loss) {
+    say("val  %5d | loss %.6f | ppl %.4f\n", step, loss, exp(loss));
+    log_line("validation.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
+             "\"val_loss\": %.9g}\n", step, epoch, timestamp(), loss);
+}
+
+// A resumed run does its steps again from the checkpoint on, so the lines that the earlier one
+// wrote after it go, and so does a last line that its end cut short.
+static inline void log_rewind(const char *name, const char *key, int step) {
+    FILE *file = fopen(out_path(name), "r");
+    char line[1024];
+    long keep = 0;
+    int at;
+    double value;
+    if (file == NULL) { return; }
+    while (fgets(line, sizeof line, file) && log_parse(line, key, &at, &value) && at <= step) {
+        keep = ftell(file);
+    }
+    fclose(file);
+    refuse_if(truncate(out_path(name), keep) != 0, "cannot shorten %s: %s", out_path(name),
+              strerror(errno));
+}
+
+// Draws OUT/loss.png at exit, also after an error: then most of all one wants to see the curve.
+void plot_at_exit(void) {
+    int drawn = plot_loss(out_path("loss.png"), out_path("training.jsonl"),
+                          out_path("validation.jsonl"));
+    if (drawn != 0) { return; }
+#ifdef HAVE_STB_IMAGE_WRITE
+    say("done   cannot write %s\n", out_path("loss.png"));
+#else
+    say("done   no %s: stb/stb_image_write.h was not there when this was built HINT: make deps, or "
+        "install libstb-dev, and make\n", out_path("loss.png"));
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------
+// Part 12: options, main
+//
+// One table says everything about an option. Parsing, --help, --config, the settings table, what
+// state.json keeps and what --resume compares all read it. The value of an option comes from the
+// strongest of four sources: the command line, the --config file, the run or adapter that is gone
+// on with, the default.
+
+enum { FLAG, WHOLE, COUNT, NUMBER, TEXT, WORD, MAYBE }; // WHOLE >= 0, COUNT >= 1, MAYBE: [text]
+enum { FROM_DEFAULT, FROM_STATE, FROM_FILE, FROM_ARGV };
+// What state.json keeps: nothing, what shapes the run, what even --eval must agree with.
+enum { NOT_KEPT, KEPT, MODEL };
+
+typedef struct {
+    const char *name;
+    char letter;                // 0: none
+    int kind;                   // FLAG ...
+    void *at;                   // the field of opt
+    const char *normal;         // default with -m
+    const char *arg;            // its name in --help; WORD: the words
+    int kept;                   // KEPT ...
+    const char *help, *tiny;    // tiny: default of the built-in model, where it is another one
+    const char *text;           // what it is set to, and by whom: FROM_*
+    int from;
+} Option;
+
+static Option options[] = {
+    // What is trained, on what, and where results go.
+    {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
+    {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
+    {"train", 'i', TEXT, &opt.train, "", "F", KEPT, .help = "training data; tiny: its source"},
+    {"val", 'j', TEXT, &opt.val, "", "F", KEPT, .help = "validation data; tiny: the held-out tail"},
+    {"out", 'o', TEXT, &opt.out, "out", "DIR", NOT_KEPT, .help = "logs, checkpoints, adapter"},
+    // How much per step, and for how long.
+    {"batch", 'b', COUNT, &opt.batch, "1", "N", KEPT, .help = "rows per rank and micro-batch"},
+    {"seq", 't', COUNT, &opt.seq, "4096", "N", KEPT, .help = "tokens per row", .tiny = "256"},
+    {"tokens-per-step", 'd', WHOLE, &opt.per_step, "0", "N", KEPT, .help = "0: b x t x ranks"},
+    {"steps", 'x', WHOLE, &opt.steps, "0", "N", KEPT, .help = "0: --epochs", .tiny = "50"},
+    {"epochs", 0, NUMBER, &opt.epochs, "1", "F", KEPT, .help = "passes over the data"},
+    // The optimizer.
+    {"lr", 'l', NUMBER, &opt.lr, "1e-4", "F", KEPT, .help = "peak", .tiny = "3e-3"},
+    {"warmup", 'u', WHOLE, &opt.warmup, "10", "N", KEPT, .help = "steps; 0: none"},
+    {"final-lr-frac", 'q', NUMBER, &opt.final_frac, "0.1", "F", KEPT, .help = "of lr, at the end"},
+    {"schedule", 'k', WORD, &opt.schedule, "cosine", "cosine|constant", KEPT, .help = ""},
+    {"weight-decay", 'c', NUMBER, &opt.decay, "0", "F", KEPT, .help = "of A and B"},
+    {"clip", 0, NUMBER, &opt.clip, "1.0", "F", KEPT, .help = "largest gradient norm; 0: any"},
+    {"beta1", 0, NUMBER, &opt.beta1, "0.9", "F", KEPT, .help = "AdamW"},
+    {"beta2", 0, NUMBER, &opt.beta2, "0.95", "F", KEPT, .help = "AdamW"},
+    {"eps", 0, NUMBER, &opt.eps, "1e-8", "F", KEPT, .help = "AdamW"},
+    {"optimizer", 0, WORD, &opt.optimizer, "adamw", "adamw|muon", KEPT, .help = ""},
+    // The adapters.
+    {"lora-r", 0, COUNT, &opt.r, "8", "N", MODEL, .help = "rank of the adapters"},
+    {"lora-alpha", 0, NUMBER, &opt.alpha, "32", "F", MODEL, .help = "their scale is alpha / r"},
+    {"lora-targets", 0, TEXT, &opt.targets, "attn,shared,experts", "LIST", MODEL,
+     .help = "groups, or wq_a, wq_b, wkv, wo_b, shared.w1 .. w3, experts.w1 .. w3"},
+    {"adapter-names", 0, WORD, &opt.names, "vllm", "vllm|hf", KEPT, .help = "in saved adapters"},
+    {"init-adapter", 0, TEXT, &opt.init, "", "DIR", NOT_KEPT, .help = "begin with this one"},
+    // How data becomes rows.
+    {"pack", 0, WORD, &opt.pack, "exact", "exact|off", KEPT, .help = "off: a row is one document"},
+    {"no-shuffle", 0, FLAG, &opt.no_shuffle, "0", "", KEPT, .help = "keep the order of the files"},
+    {"shuffle-seed", 0, WHOLE, &opt.shuffle_seed, "42", "N", KEPT, .help = "+ epoch: the order"},
+    {"skip-bad-rows", 0, FLAG, &opt.skip_bad_rows, "0", "", KEPT, .help = "of JSONL"},
+    {"overfit", 0, FLAG, &opt.overfit, "0", "", KEPT, .help = "the first step's rows forever"},
+    {"show-data", 0, WHOLE, &opt.show_data, "0", "N", NOT_KEPT, .help = "print rows and stop"},
+    {"loss-on", 0, WORD, &opt.loss_on, "assistant", "assistant|last|completion|all", KEPT,
+     .help = "of chat JSONL"},
+    // What happens between steps.
+    {"val-every", 'v', WHOLE, &opt.val_every, "100", "N", KEPT, .help = "0: never", .tiny = "25"},
+    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "micro-batches", .tiny = "10"},
+    {"eval", 0, FLAG, &opt.eval, "0", "", NOT_KEPT, .help = "all of -j, else -i, and stop"},
+    {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
+     "at the start and the end", .tiny = "1000"},
+    {"sample-len", 'g', COUNT, &opt.sample_len, "64", "N", KEPT, .help = "tokens"},
+    {"prompt", 0, TEXT, &opt.prompt, "", "S", KEPT, .help = "of samples", .tiny = "// The "},
+    {"save-every", 'n', WHOLE, &opt.save_every, "200", "N", KEPT, .help = "0: never"},
+    {"keep", 0, COUNT, &opt.keep, "2", "N", KEPT, .help = "newest checkpoints"},
+    {"resume", 'y', MAYBE, &opt.resume, "", "[DIR]", NOT_KEPT,
+     .help = "go on from the newest checkpoint in --out or DIR; only -l may differ"},
+    {"reset-optim", 0, FLAG, &opt.reset_optim, "0", "", NOT_KEPT, .help = "resume without moments"},
+    // Memory and arithmetic.
+    {"recompute", 0, WORD, &opt.recompute, "fits", "fits|full|moe|none", KEPT, .help = ""},
+    {"precision", 0, WORD, &opt.precision, "bf16", "bf16|fp8", KEPT, .help = "of frozen products"},
+    // Instead of training.
+    {"dry-run", 0, FLAG, &opt.dry_run, "0", "", NOT_KEPT, .help = "plan memory and disk, and stop"},
+    {"inspect", 0, FLAG, &opt.inspect, "0", "", NOT_KEPT, .help = "list the tensors and stop"},
+    {"check-adapter", 0, TEXT, &opt.check_adapter, "", "DIR", NOT_KEPT, .help = "does it fit?"},
+    {"bench", 0, WHOLE, &opt.bench, "0", "N", NOT_KEPT, .help = "time N steps, write nothing"},
+    // Processes, and the rest.
+    {"cpu", 0, FLAG, &opt.cpu, "0", "", NOT_KEPT, .help = "do not use GPUs"},
+    {"gpus", 0, WHOLE, &opt.gpus, "0", "N", NOT_KEPT, .help = "0: all"},
+    {"ranks", 0, COUNT, &opt.ranks, "1", "N", KEPT, .help = "processes on the CPU"},
+    {"ep", 0, WHOLE, &opt.ep, "0", "N", KEPT, .help = "ranks that share the experts; 0: most"},
+    {"timeout", 0, NUMBER, &opt.timeout, "600", "S", NOT_KEPT, .help = "for a rank; 0: forever"},
+    {"seed", 0, WHOLE, &opt.seed, "42", "N", MODEL, .help = "of adapters, samples, random base"},
+    {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value`, # comments"},
+    {"help", 'h', FLAG, &opt.help, "0", "", NOT_KEPT, .help = ""},
+    {"version", 0, FLAG, &opt.version, "0", "", NOT_KEPT, .help = ""},
+};
+enum { OPTIONS = sizeof options / sizeof options[0] };
+#define EACH_OPTION(o) (Option *o = options; o < options + OPTIONS; o++)
+
+// Is word one of the words in "a|b|c"?
+static inline int is_word(const char *words, const char *word) {
+    size_t length = strlen(word);
+    for (const char *w = words; w; w = strchr(w, '|') ? strchr(w, '|') + 1 : NULL) {
+        if (strncmp(w, word, length) == 0 && (w[length] == '|' || w[length] == 0)) { return 1; }
+    }
+    return 0;
+}
+
+// Sets an option, unless a stronger source has. where: of the value, for messages ("FILE:3: ").
+static inline void option_set(Option *o, const char *text, int from, const char *where) {
+    char *end;
+    double number = strtod(text, &end);
+    int is_number = *text && !*end && isfinite(number) && number >= (o->kind == COUNT);
+    int is_whole = is_number && number <= INT_MAX && number == floor(number);
+    if (from < o->from) { return; }
+    refuse_if(o->kind == NUMBER && !is_number, "%s--%s: '%s' is not a number from 0 on", where,
+              o->name, text);
+    refuse_if((o->kind == WHOLE || o->kind == COUNT) && !is_whole, "%s--%s: '%s' is not a whole "
+              "number from %d on", where, o->name, text, o->kind == COUNT);
+    refuse_if(o->kind == WORD && !is_word(o->arg, text), "%s--%s: '%s' is none of %s", where,
+              o->name, text, o->arg);
+    refuse_if(o->kind == FLAG && !is_word("0|1|no|yes|off|on|false|true", text),
+              "%s--%s: '%s' is neither true nor false", where, o->name, text);
+    char *copy = strdup(text);
+    for (size_t n = strlen(copy); strstr(o->arg, "DIR") && n > 1 && copy[n - 1] == '/'; ) {
+        copy[--n] = 0;          // so that the last part of a path is a name
+    }
+    o->text = copy;
+    o->from = from;
+    if (o->kind == FLAG) {
+        *(int *)o->at = is_word("1|yes|on|true", text);
+        o->text = *(int *)o->at ? "1" : "0";
+    } else if (o->kind == WHOLE || o->kind == COUNT) {
+        *(int *)o->at = (int)number;
+    } else if (o->kind == NUMBER) {
+        *(double *)o->at = number;
+    } else {
+        *(const char **)o->at = o->text;
+    }
+}
+
+// By its name, or by its letter where that is not 0; NULL if there is none.
+static inline Option *option_find(const char *name, size_t length, char letter) {
+    for EACH_OPTION(o) {
+        int same = strlen(o->name) == length && memcmp(o->name, name, length) == 0;
+        if (letter ? o->letter == letter : same) { return o; }
+    }
+    return NULL;
+}
+
+// The option that sets this field of opt.
+static inline Option *option_of(const void *field) {
+    Option *o = options;
+    while (o->at != field) { o++; }
+    return o;
+}
+
+// Did the user say it, on the command line or in a file?
+static inline int is_given(const void *field) { return option_of(field)->from >= FROM_FILE; }
+
+// Writes a derived number back into the table, so that it is printed and kept like a given one.
+static inline void option_derive(int *field, double value) {
+    char text[32];
+    snprintf(text, sizeof text, "%.0f", value);
+    option_set(option_of(field), text, option_of(field)->from, "derived ");
+}
+
+// How many letters must be changed, added or dropped to turn a (n) into b (Levenshtein).
+static inline int edit_distance(const char *a, size_t n, const char *b) {
+    int row[64], m = (int)strlen(b);
+    for (int j = 0; j <= m; j++) { row[j] = j; }
+    for (size_t i = 0; i < n; i++) {
+        int diagonal = row[0]++;
+        for (int j = 1; j <= m; j++) {
+            int change = diagonal + (a[i] != b[j - 1]);
+            int shift = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
+            diagonal = row[j];
+            row[j] = change < shift ? change : shift;
+        }
+    }
+    return row[m];
+}
+
+// Ends the process, with the name that is nearest to what was typed. One letter is a misremembered
+// short option: nearest is a name that begins with it.
+static inline void option_unknown(const char *where, const char *name, size_t length) {
+    const Option *nearest = option_of(&opt.help);
+    int best = length == 1 ? 1 : INT_MAX;
+    for EACH_OPTION(o) {
+        int distance = length == 1 ? (o->name[0] | 32) != (*name | 32)
+                                   : edit_distance(name, length, o->name);
+        if (distance < best) { best = distance; nearest = o; }
+    }
+    die(EXIT_USAGE, "%sunknown option %s%.*s HINT: did you mean --%s? --help lists all", where,
+        *where ? "" : length == 1 ? "-" : "--", (int)length, name, nearest->name);
+}
+
+// --name value, --name=value, -n value, -nvalue.
+static inline void options_from_argv(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        int letter = argv[i][0] == '-' && argv[i][1] != '-';
+        const char *name = argv[i] + 2 - letter, *value = NULL;
+        refuse_if(argv[i][0] != '-' || *name == 0, "'%s' is not an option HINT: ./train --help",
+                  argv[i]);
+        size_t length = letter ? 1 : strcspn(name, "=");
+        Option *o = option_find(name, length, letter ? *name : 0);
+        if (o == NULL) { option_unknown("", name, length); }
+        if (name[length]) {
+            value = name + length + !letter;
+        } else if (o->kind == FLAG) {
+            value = "1";
+        } else if (o->kind == MAYBE && (i + 1 == argc || argv[i + 1][0] == '-')) {
+            value = "latest";
+        } else {
+            refuse_if(++i == argc, "--%s needs a value: %s", o->name, o->arg);
+            value = argv[i];
+        }
+        option_set(o, value, FROM_ARGV, "");
+    }
+}
+
+// Removes the blanks around a text, in place.
+static inline char *trim(char *text) {
+    text += strspn(text, " \t\r\n");
+    size_t length = strlen(text);
+    while (length > 0 && strchr(" \t\r\n", text[length - 1])) { text[--length] = 0; }
+    return text;
+}
+
+// --config: lines `name = value`. A line that begins with # is a comment.
+static inline void options_from_file(const char *path) {
+    FILE *file = fopen(path, "r");
+    char text[4096], where[PATH_SIZE + 32];
+    refuse_if(file == NULL, "--config: cannot read %s: %s", path, strerror(errno));
+    for (int line = 1; fgets(text, sizeof text, file); line++) {
+        char *name = trim(text), *equals = strchr(text, '=');
+        snprintf(where, sizeof where, "%.1000s:%d: ", path, line);
+        if (*name == 0 || *name == '#') { continue; }
+        refuse_if(equals == NULL, "%s'%s' is not `name = value`", where, name);
+        *equals = 0;
+        name = trim(name);
+        Option *o = option_find(name, strlen(name), 0);
+        if (o == NULL) { option_unknown(where, name, strlen(name)); }
+        option_set(o, trim(equals + 1), FROM_FILE, where);
+    }
+    fclose(file);
+}
+
+static inline void options_help(void) {
+    printf("usage: ./train [options]\n\nFine-tunes DeepSeek-V4-Flash with LoRA. Without options a "
+           "tiny model of the\nsame shape trains on the CPU, in under a minute.\n\n");
+    for EACH_OPTION(o) {
+        char left[128];
+        int is_list = o->kind == WORD, used = snprintf(left, sizeof left, "%c%c%c --%s",
+            o->letter ? '-' : ' ', o->letter ? o->letter : ' ', o->letter ? ',' : ' ', o->name);
+        snprintf(left + used, sizeof left - used, " %s", is_list ? "WORD" : o->arg);
+        printf("  %-26s %s%s%s", left, is_list ? o->arg : "", is_list && *o->help ? ": " : "",
+               o->help);
+        if (o->kind != FLAG && *o->normal) { printf(" [%s]", o->normal); }
+        if (o->tiny) { printf(" [tiny: %s]", o->tiny); }
+        printf("\n");
+    }
+}
+
+// What the table promises and this version does not do yet. value NULL: any.
+static inline void options_refuse(void) {
+    static const struct { void *field; const char *value; } later[] = {
+        {&opt.optimizer, "muon"}, {&opt.precision, "fp8"}, {&opt.recompute, "moe"},
+        {&opt.skip_bad_rows, "1"}, {&opt.loss_on, NULL} };
+    for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
+        const Option *o = option_of(later[i].field);
+        int asked = is_given(o->at) && (!later[i].value || strcmp(later[i].value, o->text) == 0);
+        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, with AdamW, from "
+                  ".bin and .txt data", o->name, o->text);
+    }
+}
+
+// Takes a value over from the run or the adapter that is gone on with. What the user says as well
+// must be the same: a run that silently goes on with other settings is two runs in one log.
+static inline void option_adopt(Option *o, const char *text, const char *whose) {
+    int is_number = o->kind == WHOLE || o->kind == COUNT || o->kind == NUMBER;
+    if (!is_given(o->at)) { option_set(o, text, FROM_STATE, whose); return; }
+    if (is_number ? strtod(o->text, NULL) == strtod(text, NULL)
+        : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
+        : strcmp(o->text, text) == 0) { return; }
+    refuse_if(o->at != &opt.lr && o->at != &opt.ranks && o->at != &opt.ep, "--%s %s, but %s has %s "
+              "HINT: leave it out", o->name, o->text, whose, text);
+    printf("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
+           ": the same rows in the same order, but sums in another, so not bit for bit");
+}
+
+// r, alpha and targets are those of the adapter that the run begins with.
+static inline void options_from_adapter(const char *dir) {
+    int r, names;
+    float alpha;
+    unsigned targets;
+    char text[256];
+    adapter_read_config(dir, &r, &alpha, &targets, &names);
+    snprintf(text, sizeof text, "%d", r);
+    option_adopt(option_of(&opt.r), text, dir);
+    snprintf(text, sizeof text, "%.9g", alpha);
+    option_adopt(option_of(&opt.alpha), text, dir);
+    size_t used = 0;
+    for (int i = 0; i < TARGETS; i++) {
+        if (!(targets >> i & 1)) { continue; }
+        used += (size_t)snprintf(text + used, sizeof text - used, "%s%s", used ? "," : "",
+                                 target_names[i].name);
+    }
+    option_adopt(option_of(&opt.targets), text, dir);
+}
+
+// ---- state.json: everything that a resumed run must know besides the tensors
+
+// Random numbers have no state: they are functions of the seed and the step. The caller frees it.
+static inline char *state_make(const Trainer *r) {
+    char *text = NULL;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+    if (f == NULL) { die(EXIT_FIT, "no memory for the options"); }
+    fprintf(f, "{\n  \"version\": 1,\n  \"step\": %d,\n  \"moments\": %d,\n  \"rows\": %zu,\n"
+            "  \"epoch\": %d,\n  \"data_tokens\": %zu,\n  \"data_labels\": %zu,\n  \"options\": {",
+            r->step, r->moments, (size_t)r->step * (opt.per_step / opt.seq), r->train.epoch,
+            r->train.tokens, r->train.labels);
+    const char *comma = "\n    ";
+    for EACH_OPTION(o) {
+        if (!o->kept) { continue; }
+        fprintf(f, "%s\"%s\": ", comma, o->name);
+        json_quote(f, o->text);
+        comma = ",\n    ";
+    }
+    fprintf(f, "\n  }\n}\n");
+    if (fclose(f) != 0) { die(EXIT_FIT, "no memory for the options"); }
+    return text;
+}
+
+// The caller frees j.
+static inline void state_open(Json *j, const char *checkpoint) {
+    char *text = training_state(checkpoint), path[PATH_SIZE];
+    json_parse(j, path_make(path, checkpoint, "/state.json", ""), text, strlen(text));
+}
+
+// Finds the checkpoint to go on from, and takes its run's options over.
+static inline void options_from_state(char *checkpoint) {
+    char path[PATH_SIZE];
+    Json j;
+    int newest = strcmp(opt.resume, "latest") == 0;
+    if (!newest && access(path_make(path, opt.resume, "/state.json", ""), R_OK) == 0) {
+        path_make(checkpoint, opt.resume, "", "");      // a checkpoint, not a folder of them
+    } else {
+        const char *out = newest ? opt.out : opt.resume;
+        refuse_if(!training_find(out, checkpoint, PATH_SIZE), "--resume: no checkpoint in %s", out);
+    }
+    if (!newest && !is_given(&opt.out)) {               // its logs lie beside it
+        char *slash = strrchr(path_make(path, checkpoint, "", ""), '/');
+        if (slash == NULL) { strcpy(path, "."); } else { slash[slash == path] = 0; }
+        option_set(option_of(&opt.out), path, FROM_STATE, "");
+    }
+    state_open(&j, checkpoint);
+    int object = json_get(&j, 0, "options", '{');
+    refuse_if(json_number(&j, json_get(&j, 0, "version", '0')) != 1, "%s is of another version of "
+              "this program", j.file);
+    for EACH_OPTION(o) {
+        if (o->kept == NOT_KEPT || (opt.eval && o->kept != MODEL)) { continue; }
+        option_adopt(o, json_text(&j, json_get(&j, object, o->name, '"')), checkpoint);
+    }
+    json_free(&j);
+}
+
+// ---- from options to a run
+
+// The built-in model: the same architecture, every kind of layer, small enough for one core.
+static const Config tiny_config = {
+    .model_type = "deepseek_v4", .V = 264, .C = 128, .layers = 5, .H = 4, .D = 128, .rope_dim = 64,
+    .Q = 128, .G = 2, .O = 128, .E = 8, .K = 2, .F = 128, .n_shared = 1, .hash_layers = 2,
+    .window = 32, .index_heads = 2, .index_dim = 128, .index_topk = 16, .hc_iters = 20,
+    .max_positions = 1048576, .bos = 256, .eos = 257, .norm_topk = 1, .route_scale = 1.5f,
+    .swiglu_limit = 10, .norm_eps = 1e-6f, .hc_eps = 1e-6f, .rope_theta = 10000,
+    .compress_theta = 160000, .yarn_factor = 16, .beta_fast = 32, .beta_slow = 1,
+    .original_positions = 65536, .ratio = { 0, 4, 128, 4, 0 },
+};
+
+// --adapter-names as refit.c wants it.
+static inline int adapter_naming(void) {
+    return strcmp(opt.names, "hf") == 0 ? NAMES_HF : NAMES_VLLM;
+}
+
+// Reads all options. checkpoint (PATH_SIZE): the one to resume from, or "".
+static inline void options_read(int argc, char **argv, char *checkpoint) {
+    *checkpoint = 0;
+    for EACH_OPTION(o) { option_set(o, o->normal, FROM_DEFAULT, ""); }
+    options_from_argv(argc, argv);
+    if (opt.help) { options_help(); exit(EXIT_OK); }
+    if (opt.version) { printf("train 0.1, LoRA for DeepSeek-V4-Flash\n"); exit(EXIT_OK); }
+    if (*opt.config) { options_from_file(opt.config); }
+    options_refuse();
+    refuse_if(*opt.init && *opt.resume, "--init-adapter begins a run, --resume goes on with one");
+    refuse_if(opt.reset_optim && !*opt.resume, "--reset-optim needs --resume");
+    refuse_if(is_given(&opt.steps) && opt.steps && is_given(&opt.epochs), "--steps and --epochs "
+              "both say how long to train: one of them");
+    if (is_given(&opt.epochs)) { option_set(option_of(&opt.steps), "0", FROM_STATE, ""); }
+    if (*opt.resume) { options_from_state(checkpoint); }
+    for EACH_OPTION(o) {
+        if (o->tiny && !*opt.model) { option_set(o, o->tiny, FROM_DEFAULT, ""); }
+    }
+    if (*opt.init) { options_from_adapter(opt.init); }
+    if (*opt.check_adapter) { options_from_adapter(opt.check_adapter); }
+}
+
+// Checks what the options mean together, and derives those that were left open.
+static inline void options_derive(const Config *c) {
+    int needs_data = !opt.dry_run && !opt.bench && !opt.inspect && !*opt.check_adapter;
+    refuse_if(*opt.model && needs_data && !*opt.train && !(opt.eval && *opt.val),
+              "-m needs data: -i FILE.bin%s", opt.eval ? " or -j FILE.bin" : "");
+    refuse_if(opt.beta1 >= 1 || opt.beta2 >= 1, "--beta1 and --beta2 must be below 1");
+    refuse_if(opt.steps == 0 && opt.epochs == 0, "--epochs 0 trains nothing");
+    refuse_if(*opt.prompt && !bytes_are_tokens(c), "--prompt needs the tokenizer, which this "
+              "version does not have yet");
+    refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
+              opt.seq, c->max_positions);
+    adapter_check_names(targets_parse(opt.targets), adapter_naming());
+    // Ranks and experts are split evenly: the default is the greatest common divisor.
+    int ep = opt.ranks;
+    for (int rest = c->E; rest; ) { int next = ep % rest; ep = rest; rest = next; }
+    if (opt.ep == 0) { opt.ep = ep; }   // not in the table: it follows the ranks of each resume
+    refuse_if(opt.ranks % opt.ep != 0 || c->E % opt.ep != 0, "--ep %d does not divide both %d "
+              "ranks and %d experts HINT: --ep %d", opt.ep, opt.ranks, c->E, ep);
+    double least = (double)opt.batch * opt.seq * opt.ranks;
+    refuse_if(least > INT_MAX / 4, "%g tokens in one micro-batch are too many", least);
+    if (opt.per_step == 0) {            // tiny: at least 1024, or its gradients are mostly noise
+        option_derive(&opt.per_step, *opt.model ? least : least * ceil(1024 / least));
+    }
+    refuse_if(opt.per_step % (int)least != 0, "--tokens-per-step %d is not a multiple of batch %d "
+              "x seq %d x ranks %d = %.0f", opt.per_step, opt.batch, opt.seq, opt.ranks, least);
+}
+
+// Which path runs is decided once, before anything is allocated. A child counts the GPUs, so that
+// this process has not touched CUDA when it forks ranks; those run on the CPU so far.
+static char device_name[64];
+static const char *why_cpu = "built without nvcc";
+static inline void device_choose(void) {
+#ifdef USE_CUDA
+    int status = 0, gpus;
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        gpu_count(&gpus);
+        _exit(gpus > 255 ? 255 : gpus);
+    }
+    waitpid(child, &status, 0);
+    gpus = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    refuse_if(is_given(&opt.gpus) && opt.gpus > 1, "--gpus %d is not there yet: this version "
+              "trains on one GPU", opt.gpus);
+    refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this machine has %d",
+              opt.gpus, gpus);
+    why_cpu = opt.cpu ? "--cpu" : gpus == 0 ? "no GPU found" : "several ranks, so far";
+    if (!opt.cpu && gpus > 0 && opt.ranks == 1) { gpu_start(0, device_name, sizeof device_name); }
+#else
+    refuse_if(is_given(&opt.gpus) && opt.gpus > 0, "--gpus %d: this program was built without nvcc "
+              "HINT: make, where nvcc is in the PATH", opt.gpus);
+    if (opt.cpu) { why_cpu = "--cpu"; }
+#endif
+}
+
+// The settings, in llm.c's form. First which path runs, and why, and on which model.
+static inline void print_settings(const Config *c) {
+    static const char rule[] = "+-----------------+--------------------------------------------"
+                               "----------------+\n";
+    char text[256];
+    int threads = 1;
+#ifdef _OPENMP
+    threads = omp_get_max_threads() > opt.ranks ? omp_get_max_threads() / opt.ranks : 1;
+#endif
+    if (*device_name) {
+        snprintf(text, sizeof text, "GPU (%s)", device_name);
+    } else {
+        snprintf(text, sizeof text, "CPU (%s), %d rank%s x %d thread%s", why_cpu, opt.ranks,
+                 plural(opt.ranks), threads, plural(threads));
+    }
+    if (opt.ranks > 1) {
+        snprintf(text + strlen(text), 64, ", experts over %d", opt.ep);
+    }
+    printf("%s| %-15s | %-58s |\n%s| %-15s | %-58s |\n", rule, "setting", "value", rule, "path",
+           text);
+    snprintf(text, sizeof text, "%s: %d layers, hidden %d, %d experts", *opt.model ? opt.model :
+             "tiny, built in", c->layers, c->C, c->E);
+    printf("| %-15s | %-58s |\n", "model", text);
+    for EACH_OPTION(o) {
+        int is_off = o->kind == FLAG || !o->kept ? strcmp(o->text, "0") == 0 : 0;
+        if (is_off || *o->text == 0 || o->at == &opt.model) { continue; }
+        printf("| %-15s | %-58s |\n", o->name, o->text);
+    }
+    printf("%s", rule);
+    fflush(stdout);
+}
+
+// Bytes that this process and its ranks may still use; INFINITY where the system does not say.
+static inline double memory_free(void) {
+#ifdef USE_CUDA
+    size_t used, total;
+    if (on_gpu) {
+        gpu_memory(&used, &total);
+        return (double)(total - used);
+    }
+#endif
+    char line[256];
+    double kib = INFINITY;
+    FILE *file = fopen("/proc/meminfo", "r");
+    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
+    if (file) { fclose(file); }
+    return 1024 * kib;
+}
+
+// Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
+static inline ModelOptions plan_memory(Trainer *r) {
+    int rows = opt.batch * opt.seq, sample = opt.sample_every ? opt.sample_len + 1 : 0;
+    if (sample) { sample += (int)strlen(opt.prompt); }
+    ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
+                       .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
+                       .training = !opt.eval && !*opt.check_adapter };
+    double need = 0, available = memory_free();
+    // Nothing is computed again where there is room to keep everything, with a fifth to spare.
+    for (o.recompute = strcmp(opt.recompute, "full") == 0; ; o.recompute++) {
+        mem_count();
+        model_alloc(&r->model, &r->config, &o);
+        need = memory_used() * opt.ranks;
+        if (o.recompute || need < 0.8 * available || strcmp(opt.recompute, "none") == 0) { break; }
+    }
+    for (int c = 0; c < MEM_CLASSES; c++) {
+        say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
+    }
+    say("plan   %-11s %s per rank, %s on %d rank%s of %s free | recompute %s | %s\n", "total",
+        bytes_text(memory_used()), bytes_text(need), opt.ranks, plural(opt.ranks),
+        bytes_text(available), o.recompute ? "full" : "none", need > available ? "too much" : "OK");
+    if (need > available) {
+        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
+            bytes_text(need), bytes_text(available));
+    }
+    return o;
+}
+
+// What the run will write, against the space there is: --keep checkpoints and one that is being
+// written, each with both moments, and the final adapter.
+static inline void plan_disk(const Adapters *a) {
+    double one = (double)training_bytes(a), need = one * (opt.keep + 1) + one / 3;
+    char folder[PATH_SIZE];
+    path_make(folder, opt.out, "", "");
+    while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
+        char *slash = strrchr(folder, '/');
+        if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
+    }
+    double available = (double)disk_free(folder);
+    say("plan   %-11s %s for %d + 1 checkpoints and the adapter, of %s free in %s\n", "disk",
+        bytes_text(need), opt.keep, bytes_text(available), folder);
+    if (need > available) {
+        die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
+            bytes_text(need), opt.out, bytes_text(available));
+    }
+}
+
+// Rows are those of the first epoch; with shuffling, another one may have a few more or less.
+static inline void data_say(const char *name, Data *d) {
+    if (d->pieces == 0) { return; }
+    data_seek(d, 0);
+    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated | %zu rows of %d, %.1f "
+        "%% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
+        d->truncated, d->rows, d->t, 100.0 * (double)d->tokens / ((double)d->rows * d->t));
+}
+
+// Opens the data and fixes the length of the run.
+static inline void load_data(Trainer *r) {
+    int per_step = opt.per_step / opt.seq;
+    r->train = r->val = (Data){ .V = r->config.V, .t = opt.seq, .seed = (uint64_t)opt.shuffle_seed,
+                                .pack = strcmp(opt.pack, "exact") == 0 };
+    r->train.shuffle = !opt.no_shuffle && !opt.eval;
+    if (*opt.train) { data_add(&r->train, opt.train, &r->config); }
+    else if (!*opt.model) { data_add_own_text(&r->train, &r->val, &r->config); }
+    if (*opt.val) {
+        r->val.documents = r->val.tokens = r->val.labels = r->val.pieces = 0;
+        data_add(&r->val, opt.val, &r->config);
+    }
+    rows_alloc(&r->rows, per_step, opt.seq);
+    batch_alloc(&r->batch, opt.batch * opt.seq);
+    r->steps = opt.bench ? opt.bench + 1 : opt.steps;
+    r->row_limit = (size_t)r->steps * per_step;
+    if (r->steps == 0 && r->train.pieces) {
+        r->row_limit = data_rows(&r->train, opt.epochs);
+        size_t steps = (r->row_limit + per_step - 1) / per_step;
+        refuse_if(steps > INT_MAX / 2, "%zu steps are too many", steps);
+        r->steps = (int)steps;
+    }
+    data_say("train", &r->train);
+    data_say("val", &r->val);
+    int micro = micro_batches(per_step, opt.batch, opt.ranks);
+    if (r->steps == 0) { return; }      // no training data: --eval, --dry-run
+    say("plan   %d step%s of %d tokens = %d rank%s x %d micro-batch%s x %d row%s of %d\n", r->steps,
+        plural(r->steps), opt.per_step, opt.ranks, plural(opt.ranks), micro, micro > 1 ? "es" : "",
+        opt.batch, plural(opt.batch), opt.seq);
+}
+
+// --show-data: the first rows, labels green, what is only context grey.
+static inline void show_data(Trainer *r) {
+    char text[TOKEN_TEXT];
+    for (int k = 0; k < opt.show_data && r->train.next < r->train.rows; k++) {
+        data_take(&r->train, &r->rows, 1, 0);
+        say("data   row %d: %d pieces, %zu tokens, %zu labels\n", k, r->rows.first[1],
+            r->rows.tokens, r->rows.labels);
+        for (const Piece *p = r->rows.piece; p < r->rows.piece + r->rows.first[1]; p++) {
+            for (int i = 0; i < p->length; i++) {
+                int label = i > 0 && p->token[i] & TOKEN_LABEL;
+                token_text(text, (int)(p->token[i] & TOKEN_ID), &r->config);
+                say("\033[%sm%s\033[0m", label ? "32" : "90", text);
+            }
+            say("\n");
+        }
+    }
+}
+
+// mkdir -p OUT.
+static inline void out_make(void) {
+    char part[PATH_SIZE];
+    path_make(part, opt.out, "", "");
+    for (char *slash = part; (slash = strchr(slash + 1, '/')) != NULL; *slash = '/') {
+        *slash = 0;
+        mkdir(part, 0777);
+    }
+    refuse_if(mkdir(part, 0777) != 0 && errno != EEXIST, "cannot make the folder %s: %s", part,
+              strerror(errno));
+}
+
+// Makes room in OUT for a new run: what an earlier one wrote there goes to previous-N. Files that
+// this program does not write stay: OUT may be someone's home folder.
+static inline void out_prepare(void) {
+    static const char ours[] = "training.jsonl|validation.jsonl|loss.png|latest|adapter|"
+                               "latest.tmp|adapter.tmp|adapter.old";
+    char folder[PATH_SIZE] = "", name[64], to[PATH_SIZE];
+    out_make();
+    DIR *dir = opendir(opt.out);
+    refuse_if(dir == NULL, "cannot read the folder %s: %s", opt.out, strerror(errno));
+    for (struct dirent *e; (e = readdir(dir)) != NULL; ) {
+        if (!is_word(ours, e->d_name) && strncmp(e->d_name, "checkpoint-", 11) != 0) { continue; }
+        for (int n = 1; *folder == 0; n++) {    // the first number that is free
+            snprintf(name, sizeof name, "previous-%d", n);
+            int made = mkdir(out_path(name), 0777) == 0;
+            refuse_if(!made && errno != EEXIST, "cannot make a folder in %s: %s", opt.out,
+                      strerror(errno));
+            if (made) { path_make(folder, out_path(name), "/", ""); }
+        }
+        refuse_if(rename(out_path(e->d_name), path_make(to, folder, e->d_name, "")) != 0,
+                  "cannot move %s to %s: %s", out_path(e->d_name), to, strerror(errno));
+    }
+    closedir(dir);
+    if (*folder) { say("save   what an earlier run left in %s is now in %s\n", opt.out, folder); }
+}
+
+// What adapter_config.json names as the base model, without its path.
+static inline const char *base_name(void) { return *opt.model ? opt.model : "tiny"; }
+
+// Everything that --resume needs. Collective, like adapter_save.
+static inline void save_training(Trainer *r) {
+    double began = comm_clock();
+    char *state = state_make(r);
+    Adapters host = adapters_host(&r->model.adapters);
+    training_save(opt.out, r->step, opt.keep, &host, &r->config, adapter_naming(), base_name(),
+                  state);
+    adapters_host_end(&host, &r->model.adapters, 0);
+    free(state);
+    say("save  %5d | %s/checkpoint-%06d | %.1f s\n", r->step, opt.out, r->step,
+        comm_clock() - began);
+}
+
+// Adapter, moments and place in the data from a checkpoint.
+static inline void resume(Trainer *r, const char *checkpoint) {
+    Adapters *a = &r->model.adapters;
+    size_t n = a->n_dense + a->n_expert;
+    Json j;
+    state_open(&j, checkpoint);
+    r->step = (int)json_number(&j, json_get(&j, 0, "step", '0'));
+    r->moments = opt.reset_optim ? 0 : (int)json_number(&j, json_get(&j, 0, "moments", '0'));
+    size_t tokens = json_size(&j, json_get(&j, 0, "data_tokens", '0'));
+    size_t labels = json_size(&j, json_get(&j, 0, "data_labels", '0'));
+    json_free(&j);
+    Adapters host = adapters_host(a);
+    if (opt.eval) {
+        adapter_load(checkpoint, &host, &r->config);
+        adapters_host_end(&host, a, 1);
+        return;
+    }
+    refuse_if(tokens != r->train.tokens || labels != r->train.labels, "the data has changed: %zu "
+              "tokens, %zu labels, but the run in %s has %zu, %zu", r->train.tokens,
+              r->train.labels, checkpoint, tokens, labels);
+    training_load(checkpoint, &host, &r->config);
+    adapters_host_end(&host, a, 1);
+    if (opt.reset_optim) {
+        zero(a->m, n * sizeof *a->m);
+        zero(a->v, n * sizeof *a->v);
+    }
+    data_seek(&r->train, (size_t)r->step * (opt.per_step / opt.seq));
+    say("load   %s | step %d of %d%s\n", checkpoint, r->step, r->steps,
+        opt.reset_optim ? " | moments forgotten" : "");
+}
+
+// Validation, and how the experts were used by the step before it.
+static inline void show_validation(Trainer *r) {
+    double worst, entropy;
+    if (r->val.pieces) {
+        r->val_loss = validate(r, &r->val, opt.val_steps, 0);
+        log_validation(r->step, r->train.epoch, r->val_loss);
+    }
+    if (isnan(r->loss)) { return; }     // no step has counted its tokens yet
+    expert_load(r, &worst, &entropy);
+    say("moe  %5d | load max/mean %.2f | entropy %.2f of %.2f\n", r->step, worst, entropy,
+        log((double)r->config.E));
+}
+
+// Does something that is done every so many steps (0: never), and at both ends, come now?
+static inline int is_due(const Trainer *r, int every) {
+    return every > 0 && (r->step % every == 0 || r->step == r->steps);
+}
+
+// All steps of a run. Returns the exit code.
+static inline int train(Trainer *r) {
+    double began = comm_clock();
+    Report report = { .stop = 0 };
+    if (this_rank == 0 && *opt.resume) {        // a validation due at this step is done again
+        log_rewind("training.jsonl", "loss", r->step);
+        log_rewind("validation.jsonl", "val_loss", r->step - is_due(r, opt.val_every));
+    } else if (this_rank == 0) {
+        out_prepare();
+    }
+    if (this_rank == 0) { atexit(plot_at_exit); }
+    comm_barrier(COMM_WORLD, "making room in the output folder");
+    catch_stop_signals();
+    for (;;) {
+        if (is_due(r, opt.val_every)) { show_validation(r); }
+        if (is_due(r, opt.sample_every)) { sample(r); }
+        if (r->step == r->steps) { break; }
+        train_step(r, &report);
+        log_step(&report, r->step, r->steps);
+        int save = opt.save_every && r->step % opt.save_every == 0;
+        if (save || report.stop) { save_training(r); }
+        if (report.stop) { break; }
+    }
+    Adapters host = adapters_host(&r->model.adapters);
+    adapter_save(out_path("adapter"), &host, &r->config, adapter_naming(), base_name());
+    adapters_host_end(&host, &r->model.adapters, 0);
+    char val[64] = "";
+    int seconds = (int)(comm_clock() - began);
+    if (!isnan(r->val_loss)) { snprintf(val, sizeof val, " | val %.4f", r->val_loss); }
+    say("done   %d steps%s | %dm %02ds | loss %.4f%s | adapter %s (r=%d alpha=%g, names=%s)\n",
+        r->step, report.stop ? ", interrupted" : "", seconds / 60, seconds % 60, r->loss, val,
+        out_path("adapter"), opt.r, opt.alpha, opt.names);
+    return report.stop ? EXIT_INTERRUPTED : EXIT_OK;
+}
+
+// --eval: all of -j, else of -i, once.
+static inline void evaluate(Trainer *r) {
+    Data *d = r->val.pieces ? &r->val : &r->train;
+    if (this_rank == 0) { out_make(); }
+    log_validation(r->step, 0, validate(r, d, 0, 1));
+}
+
+// --bench: a first step that does not count, then N.
+static inline void bench(Trainer *r) {
+    Report report;
+    double seconds = 0, tokens = 0;
+    while (r->step < r->steps) {
+        train_step(r, &report);
+        log_step(&report, r->step, r->steps);
+        seconds += r->step > 1 ? report.seconds : 0;
+        tokens += r->step > 1 ? (double)report.tokens : 0;
+    }
+    say("done   %d steps without the first | mean %.2f ms | %.0f tok/s | mem %s\n", opt.bench,
+        1e3 * seconds / opt.bench, tokens / seconds, bytes_text(memory_used()));
+}
+
+// --inspect: the tensors that a checkpoint of this model has, as they are stored.
+static inline void inspect(const Model *m) {
+    static const char *const types[] = { [DT_BF16] = "BF16", [DT_F32] = "F32", [DT_FP8] = "F8_E4M3",
+        [DT_E8M0] = "F8_E8M0", [DT_FP4] = "I8 (fp4)", [DT_I64] = "I64" };
+    for (size_t i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        say("%-56s %-9s (", t->name, types[t->type]);
+        for (int k = 0; k < t->ndim; k++) { say("%s%zu", k ? "," : "", t->dim[k]); }
+        say(")\n");
+    }
+    say("done   %zu tensors\n", m->n_tensors);
+}
+
+// What every rank does once the options are clear. Returns the exit code.
+static inline int run(Trainer *r, const char *checkpoint) {
+    const Adapters *a = &r->model.adapters;
+    int check = *opt.check_adapter != 0;
+    const char *base = *opt.model && !opt.random_base ? opt.model : NULL;
+    r->loss = r->val_loss = NAN;
+    if (!opt.inspect && !check) { load_data(r); }
+    if (opt.show_data) { show_data(r); return EXIT_OK; }
+    ModelOptions o = plan_memory(r);
+    say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
+        "trained", a->n, a->n_dense, a->n_expert);
+    if (opt.inspect) { inspect(&r->model); return EXIT_OK; }
+    if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
+    if (opt.dry_run) { return EXIT_OK; }
+
+    r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
+    r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
+    mem_open();                 // the second pass of what plan_memory counted
+    model_alloc(&r->model, &r->config, &o);
+    if (check) {
+        Adapters host = adapters_host(a);
+        adapter_load(opt.check_adapter, &host, &r->config);
+        adapters_host_end(&host, a, 1);
+        say("done   %s fits: all of its matrices, r=%d alpha=%g\n", opt.check_adapter, opt.r,
+            opt.alpha);
+        return EXIT_OK;
+    }
+    double began = comm_clock();
+    model_load(&r->model, base);
+    if (*opt.init) {
+        Adapters host = adapters_host(a);
+        adapter_load(opt.init, &host, &r->config);
+        adapters_host_end(&host, a, 1);
+    }
+    say("load   %s | %.1f s\n", base ? base : "random base", comm_clock() - began);
+    if (*checkpoint) { resume(r, checkpoint); }
+    mem.closed = 1;             // from here on memory does not grow
+    if (opt.eval) { evaluate(r); return EXIT_OK; }
+    if (opt.bench) { bench(r); return EXIT_OK; }
+    return train(r);
+}
+
+// The whole program, in a form that a test can call. Several ranks: returns in each of them.
+int trainer(int argc, char **argv) {
+    static Trainer r;
+    char checkpoint[PATH_SIZE];
+    options_read(argc, argv, checkpoint);
+    r.config = tiny_config;
+    if (*opt.model) { config_load(&r.config, opt.model); }
+    options_derive(&r.config);
+    device_choose();
+    print_settings(&r.config);
+    comm_launch(opt.ranks, opt.ep, opt.timeout);        // from here on in every rank
+    return run(&r, checkpoint);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv) { return trainer(argc, argv); }
+#endif
 #endif // TRAIN_C

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test_cli.sh: ./train from the outside, on the built-in tiny model: what it prints and writes, what
 # it refuses, that a broken run can be continued bit for bit, that ranks change nothing.
-# Runs in a folder of its own, with steps of 256 tokens.
+# Runs in a folder of its own, with steps of 128 tokens.
 #   test/test_cli.sh [path of the program]
 set -um                                 # -m: a background run has a process group of its own
 root=$(realpath "$(dirname "$0")/..")
@@ -10,7 +10,8 @@ if [ ! -x "$train" ]; then echo "test_cli: no ./train"; exit 1; fi
 dir=$(mktemp -d) && cd "$dir" || exit 1
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0 skipped=0
-small=(--cpu -b 1 -t 64 -d 256 -v 0 -n 0 -s 0)
+small=(--cpu -b 1 -t 32 -d 128 -v 0 -n 0 -s 0)
+text=("${small[@]}" -l 1e-3 -u 2 -i text.txt --epochs 1)
 
 # check MESSAGE COMMAND...: counts one check. A failure shows the end of the newest run's log.
 check() {
@@ -83,14 +84,14 @@ test_fresh() {
         fresh/training.jsonl | sort -u | xargs)" "step epoch timestamp loss grad_norm lr mem tps$(
         ) tps_per_gpu mfu num_tokens_per_step num_label_tokens"
     check "validation.jsonl" grep -qE '"step": *16,.*"val_loss": *[0-9.]+' fresh/validation.jsonl
-    check "the loss does not fall from about log(264) = 5.58: $(value loss fresh)" awk '{
+    check "the loss does not begin above log(264) = 5.58 and fall by 1: $(value loss fresh)" awk '{
         for (i = 1; i <= 4; i++) { first += $i / 4; last += $(12 + i) / 4 }
-        exit !(NF == 16 && $1 > 5 && $1 < 6.5 && last < first - 0.2) }' <(value loss fresh)
+        exit !(NF == 16 && $1 > 5.58 && $1 < 8 && last < first - 1) }' <(value loss fresh)
     check "adapter_config.json" grep -q '"r": *8' fresh/adapter/adapter_config.json
     check "adapter_model.safetensors" grep -q lora_A fresh/adapter/adapter_model.safetensors
     check "latest names no checkpoint" [ -f "fresh/$(cat fresh/latest)/state.json" ]
     if [ -e fresh/loss.png ] || ! grep -q libstb-dev log; then
-        check "loss.png is no PNG" grep -qa '^.PNG' <(head -c 8 fresh/loss.png)
+        check "loss.png is no PNG" same "$(head -c 4 fresh/loss.png | tail -c 3)" PNG
     else skip "loss.png: built without libstb-dev"; fi
 
     run 0 "${small[@]}" -x 1 -o fresh
@@ -150,14 +151,14 @@ test_modes() {
 
 # A run that is interrupted, or whose disk is full, goes on to the same adapter.
 test_resume() {
-    local options=(--cpu -b 1 -t 64 -d 256 -v 0 -s 0 -n 2 -x 12) out
+    local options=(--cpu -b 1 -t 32 -d 128 -v 0 -s 0 -n 2 -x 12) out
     run 0 "${options[@]}" -o whole
     start "${options[@]}" -o cut
     until_true lines cut/training.jsonl 3
     kill -INT "$pid"
     finish 130
     check "interrupted too late" [ "$(wc -l < cut/training.jsonl)" -lt 12 ]
-    refused 'seq' --cpu -t 32 -o cut --resume
+    refused 'seq' --cpu -t 16 -o cut --resume
 
     cp -r cut full                      # files end at 100 KiB there: the save fails
     ( trap '' XFSZ; ulimit -f 100; exec "$train" "${options[@]}" -o full --resume > log 2>&1 )
@@ -172,7 +173,7 @@ test_resume() {
 
 # kill -9 while a checkpoint is being written: its temporary is still there, and harms no one.
 test_killed_save() {
-    local options=(--cpu -b 1 -t 64 -d 256 -v 0 -s 0 -n 1 -x 12 -o killed) try
+    local options=(--cpu -b 1 -t 32 -d 128 -v 0 -s 0 -n 1 -x 12 -o killed) try
     for try in 1 2 3 4 5; do
         rm -rf killed
         start "${options[@]}"
@@ -201,37 +202,47 @@ children() {
     done
 }
 
-# close_traces OUT OUT: ten losses, the first within 1e-6 and all within 1e-5, relative.
-close_traces() {
-    echo "$(value loss "$1") $(value loss "$2")" | awk '{
-        for (i = 1; i <= 10; i++) {
-            d = ($i - $(10 + i)) / $i
+# close_runs N OUT OUT: the first N of ten losses agree, the first within 1e-6 and all within 1e-5.
+close_runs() {
+    echo "$1 $(value loss "$2") $(value loss "$3")" | awk '{
+        for (i = 1; i <= $1; i++) {
+            d = ($(1 + i) - $(11 + i)) / $(1 + i)
             if (d < 0) { d = -d }
             if (!(d <= (i == 1 ? 1e-6 : 1e-5))) { exit 1 }
         }
-        exit NF != 20 }'
+        exit NF != 21 }'
 }
 
-# 37 rows of 64 tokens in steps of 4: ten steps, and in the last one all ranks but one are empty.
+# 37 rows of 32 tokens in steps of 4: ten steps, and in the last one all ranks but one are empty.
+# Ranks change the order of sums. With activations in fp32 ten losses agree. In bf16 the last bits
+# of the adapters soon round one activation the other way, and a token meets another expert.
 test_ranks() {
-    local ranks
-    for ranks in 1 2 4; do
-        run 0 "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks $ranks -o ranks$ranks
-        check "not ten steps, the last of one row" awk '{ exit !($10 <= 64 && NF == 10) }' \
-            <(value num_tokens_per_step ranks$ranks)
-        check "1 and $ranks ranks: $(value loss ranks1) and $(value loss ranks$ranks)" \
-            close_traces ranks1 ranks$ranks
+    local ranks steps
+    for steps in 1 10; do
+        if [ $steps = 10 ]; then
+            train=$root/build/train_float
+            if [ ! -x "$train" ]; then skip "ten steps on 1, 2, 4 ranks: no $train"; break; fi
+        fi
+        for ranks in 1 2 4; do
+            run 0 "${text[@]}" --ranks $ranks -o ranks$ranks
+            check "not ten steps, the last of one row" awk '{ exit !($10 <= 32 && NF == 10) }' \
+                <(value num_tokens_per_step ranks$ranks)
+            check "$steps steps of 1 and $ranks ranks: $(value loss ranks1) | $(value loss \
+                ranks$ranks)" close_runs $steps ranks1 ranks$ranks
+        done
     done
+    train=$root/train
 }
 
 # Ctrl-C reaches every process of the group, as from a terminal.
 test_resume_ranks() {
-    start "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks 2 -o cut2
+    run 0 "${text[@]}" --ranks 2 -o whole2
+    start "${text[@]}" --ranks 2 -o cut2
     until_true lines cut2/training.jsonl 3
     kill -INT -- "-$pid"
     finish 130
-    run 0 "${small[@]}" -l 1e-3 -u 2 -i text.txt --ranks 2 -o cut2 --resume
-    equal_runs "2 ranks, interrupted and resumed" ranks2 cut2
+    run 0 "${text[@]}" --ranks 2 -o cut2 --resume
+    equal_runs "2 ranks, interrupted and resumed" whole2 cut2
 }
 
 test_killed_rank() {
@@ -246,22 +257,29 @@ test_killed_rank() {
     for pid in "${ranks[@]}"; do check "rank $pid lives" [ ! -e "/proc/$pid" ]; done
 }
 
-# A checkpoint in the released layout, written by the oracle.
+# A checkpoint in the released layout, written by the oracle: the same bytes as --random-base draws.
 test_checkpoint() {
-    if ! python3 -c 'import numpy' 2> /dev/null || [ ! -e "$root/dev/ref/write_checkpoint.py" ]; then
-        skip "-m: no python3 with numpy, or no dev/ref/write_checkpoint.py"
+    local out
+    if ! python3 -c 'import numpy, torch' 2> /dev/null; then
+        skip "-m: no python3 with numpy and torch to write a checkpoint"
         return
     fi
-    python3 "$root/dev/ref/write_checkpoint.py" model > log 2>&1
-    check "write_checkpoint.py" [ -e model/config.json ]
-    run 0 "${small[@]}" -m model -i text.txt -x 2 -o loaded
+    python3 "$root/dev/ref/write_checkpoint.py" model --seed 5 --mtp > log 2>&1
+    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded
     check "no load line" grep -q '^load' log
-    run 0 "${small[@]}" -m model -i text.txt -x 2 -o loaded2 --ranks 2
+    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o drawn --random-base
+    equal_runs "loaded and drawn" loaded drawn
+    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded2 --ranks 2
+    check "1 and 2 ranks from a checkpoint" same "$(value loss loaded | cut -d ' ' -f 1)" \
+        "$(value loss loaded2 | cut -d ' ' -f 1)"
     run 0 -m model --inspect
+    check "--inspect lists no experts" grep -q 'experts.7.w2' log
+    rm -r model/*00002-of*
+    refused '00002-of' "${small[@]}" -m model -i text.txt -x 3
 }
 
-# One document of 36.5 rows of 64 tokens, with BOS and EOS.
-awk 'BEGIN { while (n++ < 36 * 64 + 30) { printf "%c", 97 + n * n % 26 } }' > text.txt
+# One document of 36.5 rows of 32 tokens, with BOS and EOS.
+awk 'BEGIN { while (n++ < 36 * 32 + 14) { printf "%c", 97 + n * n % 26 } }' > text.txt
 test_fresh
 test_refused
 test_modes

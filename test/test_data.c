@@ -7,7 +7,8 @@
 //   batches     row j to rank j / ranks; micro-batch m from row m * b; a target that crosses a
 //               document's end; the label bit ignored; micro-batches rounded down
 //   sequence    the end of the data not wrapped; data_seek one row late; half an epoch rounded down
-//   files       each check of a token file left out in turn; text without EOS; widened back to front
+//   files       each check of a token file left out in turn; text without EOS, or widened from
+//               its end
 //   options     strength of sources ignored; FILE over the command line; the first name instead of
 //               the nearest; -nvalue not split; d not checked; a COUNT of 0 accepted
 //   logs        %g for %.9g; keys swapped; rewind one step short; a last line cut short kept
@@ -47,7 +48,7 @@ static char *read_file(const char *path, size_t *n) {
 
 enum { MOST = 4000 };
 static uint32_t tokens[MOST];
-static int doc_of[MOST], doc_begin[MOST];       // of each token: its document, and where that begins
+static int doc_of[MOST], doc_begin[MOST];   // of each token: its document, and where that begins
 
 // Documents of 1 to `longest` tokens, 3 of 4 of them labels.
 static size_t make_documents(int documents, int longest, uint64_t seed) {
@@ -128,7 +129,7 @@ static void test_packing(void) {
             for (int epoch = 0; epoch < 3; epoch++) { check_epoch(&d, epoch, n, kind); }
             check_epoch(&still, 1, n, kind);
             int sorted = 1;
-            for (size_t i = 1; i < still.pieces; i++) { sorted &= still.order[i - 1] < still.order[i]; }
+            for (size_t i = 0; i < still.pieces; i++) { sorted &= still.order[i] == i; }
             check(sorted, "--no-shuffle changes the order");
         }
     }
@@ -148,10 +149,10 @@ static void test_packing(void) {
 // Rows of a step, dealt out to ranks and micro-batches: row j to rank j mod ranks, b at a time.
 static void test_batches(void) {
     size_t n = make_documents(60, 25, 11);
-    Data d = make_data(32, 1, 1, 1, n, BIN_TEXT);
-    Rows s = make_rows(13, 32);
+    Data d = make_data(16, 1, 1, 1, n, BIN_TEXT);       // shorter than many of the documents
+    Rows s = make_rows(13, 16);
     Batch x;
-    batch_alloc(&x, 4 * 32);
+    batch_alloc(&x, 4 * 16);
     for (int mode = 0; mode < 24; mode++) {
         int ranks = (int[]){ 1, 2, 4, 8 }[mode % 4], b = (int[]){ 1, 2, 4 }[mode / 4 % 3];
         int rows = mode < 12 ? 13 : 8, wrong = 0, covered[16] = { 0 };
@@ -159,7 +160,7 @@ static void test_batches(void) {
         data_seek(&d, 3);
         data_take(&d, &s, rows, 1);
         int micro = micro_batches(rows, b, ranks);
-        check(micro * b * ranks >= rows && (micro - 1) * b * ranks < rows, "%d micro-batches", micro);
+        check(micro == (int)ceil((double)rows / (b * ranks)), "%d micro-batches", micro);
         for (int m = 0; m < micro; m++) {
             for (int rank = 0; rank < ranks; rank++) {
                 batch_fill(&x, &s, m, b, rank, ranks);
@@ -194,7 +195,7 @@ static void test_batches(void) {
 
 // The sequence of rows runs through the epochs, and data_seek finds any of them again.
 static void test_sequence(void) {
-    enum { ROWS = 150 };
+    enum { ROWS = 130 };
     size_t n = make_documents(100, 20, 3);
     Data d = make_data(32, 1, 1, 5, n, BIN_TEXT);
     Rows s = make_rows(7, 32);
@@ -207,7 +208,7 @@ static void test_sequence(void) {
         length[r] = s.tokens;
         if (d.epoch < 3) { rows[d.epoch] = d.rows; }
     }
-    check(d.epoch >= 2, "%d rows end in epoch %d", ROWS, d.epoch);
+    check(d.epoch == 3, "%d rows end in epoch %d", ROWS, d.epoch);
     for (int r = ROWS - 7; r >= 0; r -= 3) {
         data_seek(&d, (size_t)r);
         data_take(&d, &s, 7, 1);                // across the end of an epoch too
@@ -218,8 +219,9 @@ static void test_sequence(void) {
             sum += length[r + k];
         }
         check(wrong == 0 && sum == s.tokens, "rows %d .. %d: %d are others", r, r + 6, wrong);
-        check(s.epoch == ((size_t)r >= rows[0]) + ((size_t)r >= rows[0] + rows[1]),
-              "row %d is in epoch %d", r, s.epoch);
+        int epoch = ((size_t)r >= rows[0]) + ((size_t)r >= rows[0] + rows[1])
+                  + ((size_t)r >= rows[0] + rows[1] + rows[2]);
+        check(s.epoch == epoch, "row %d is in epoch %d, not %d", r, s.epoch, epoch);
     }
     check(data_rows(&d, 1) == rows[0] && data_rows(&d, 2) == rows[0] + rows[1], "rows of 1 and 2 "
           "epochs: %zu, %zu", data_rows(&d, 1), data_rows(&d, 2));
@@ -295,8 +297,8 @@ static void test_text(void) {
     write_file(in_folder("p1.txt"), "abc", 3);
     Data d = { .V = 264, .t = 8, .pack = 0 };
     data_add(&d, in_folder("p?.txt"), &c);
-    check(d.documents == 2 && d.pieces == 3 && d.tokens == 17 && d.labels == 4 + 10, "%zu "
-          "documents, %zu pieces, %zu tokens, %zu labels", d.documents, d.pieces, d.tokens, d.labels);
+    check(d.documents == 2 && d.pieces == 3, "%zu documents, %zu pieces", d.documents, d.pieces);
+    check(d.tokens == 17 && d.labels == 4 + 10, "%zu tokens, %zu labels", d.tokens, d.labels);
     check((d.piece[0].token[1] & TOKEN_ID) == 'a' && (d.piece[2].token[0] & TOKEN_ID) == '7',
           "the files are not in the order of their names");
     write_file(in_folder("x.jsonl"), "{}\n", 3);
@@ -353,7 +355,8 @@ static void test_options(void) {
         {"--batch", 1, "--batch needs a value"}, {"-b", 1, "--batch needs a value"},
         {"-b 0", 1, "--batch: '0' is not a whole number from 1"}, {"-b 2x", 1, "'2x' is not"},
         {"-x -3", 1, "'-3' is not a whole number from 0"}, {"-x 2.5", 1, "'2.5' is not a whole"},
-        {"-x 3000000000", 1, "is not a whole"}, {"-b ''", 1, "'' is not"}, {"-x 1e2", 0, "steps=1e2"},
+        {"-x 3000000000", 1, "is not a whole"}, {"-b ''", 1, "'' is not"},
+        {"-x 1e2", 0, "steps=1e2;"},
         {"-l nan", 1, "--lr: 'nan'"}, {"-l inf", 1, "not a number"}, {"-l -1", 1, "not a number"},
         {"-k linear", 1, "'linear' is none of cosine|constant"}, {"-k cos", 1, "none of"},
         {"-k constant", 0, "schedule=constant;"}, {"--eval=maybe", 1, "neither true nor false"},
@@ -366,9 +369,10 @@ static void test_options(void) {
         {"-d 512 --ranks 4", 1, "multiple"}, {"--ranks 2 --ep 4", 1, "HINT: --ep 2"},
         {"--ranks 3 --ep 3", 1, "does not divide both"}, {"-m x", 1, "-m needs data"},
         {"-m x --eval -j y.bin", 0, "val=y.bin;"}, {"-m x --dry-run", 0, "dry-run=1;"},
-        {"-x 3 --epochs 1", 1, "both say how long"}, {"--epochs 0", 1, "trains nothing"},
+        {"-x 3 --epochs 1", 1, "both say how long"}, {"-x 0 --epochs 1.5", 0, "steps=0;"},
+        {"--epochs 0", 1, "trains nothing"},
         {"--beta2 1", 1, "below 1"}, {"--reset-optim", 1, "needs --resume"},
-        {"-y x --init-adapter y", 1, "begins a run"}, {"-y /nowhere", 1, "no checkpoint in /nowhere"},
+        {"-y x --init-adapter y", 1, "begins a run"}, {"-y /nowhere", 1, "no checkpoint in /now"},
         {"--config /nowhere", 1, "cannot read /nowhere"}, {"--version", 0, ""},
     };
     char text[8192], words[PATH_SIZE];
@@ -413,7 +417,8 @@ static void test_logs(void) {
     char text[256];
     size_t n;
     check(run_child(child_log, NULL, text, sizeof text) == 0, "log: '%s'", text);
-    char *line = read_file(in_folder("training.jsonl"), &n), *time = strstr(line, "\"timestamp\": \"");
+    char *line = read_file(in_folder("training.jsonl"), &n);
+    char *time = strstr(line, "\"timestamp\": \"");
     check(time && strspn(time + 14, "0123456789-:.TZ") == 24, "no timestamp in '%s'", line);
     if (time) { memset(time + 14, 'x', 24); }
     const char *want = "{\"step\": 7, \"epoch\": 1, \"timestamp\": \"xxxxxxxxxxxxxxxxxxxxxxxx\", "
@@ -422,18 +427,20 @@ static void test_logs(void) {
         "\"num_label_tokens\": 90}\n";
     check(strcmp(line, want) == 0, "training.jsonl has\n%s, wanted\n%s", line, want);
     line = read_file(in_folder("validation.jsonl"), &n);
+    time = strstr(line, "Z\", \"val_loss\": 0.666666667}\n");
     check(strstr(line, "{\"step\": 7, \"epoch\": 1, \"timestamp\": \"2") == line
-          && strstr(line, "\", \"val_loss\": 0.666666667}\n") == line + n - 27, "validation: %s", line);
+          && time == line + n - 29, "validation.jsonl has %s", line);
 
     const char *log = "{\"step\": 1, \"loss\": 3}\n{\"step\": 2, \"loss\": 2}\n{\"step\": 3, "
-                      "\"loss\": 1}\n{\"step\": 4, \"lo";
+                      "\"loss\": 1}\n{\"step\": 4, \"loss\": 0.";
     opt.out = folder;
     for (int step = 0; step < 6; step++) {
         write_file(in_folder("r.jsonl"), log, strlen(log));
         log_rewind("r.jsonl", "loss", step);
         char *left = read_file(in_folder("r.jsonl"), &n);
         int lines = step < 3 ? step : 3;
-        check(n == 24 * (size_t)lines && strncmp(left, log, n) == 0, "rewound to %d: '%s'", step, left);
+        check(n == 23 * (size_t)lines && strncmp(left, log, n) == 0, "rewound to %d: '%s'", step,
+              left);
     }
     log_rewind("there-is-none.jsonl", "loss", 3);
 
@@ -465,6 +472,9 @@ static void test_draw(void) {
 
 static void child_trainer(void *words) {
     char copy[2048], *argv[64];
+#ifdef _OPENMP
+    omp_set_num_threads(1);     // matrices this small are not worth the waits of a busy machine
+#endif
     int argc = split(argv, strcpy(copy, words));
     exit(trainer(argc, argv));
 }
@@ -509,7 +519,7 @@ static int same_adapter(const char *a, const char *b) {
 // Loss and norm of a step are those of the mean over its labels, whoever computed which row.
 static void test_steps(void) {
     static const char *const how[] = { "-d 64 -x 2", "-d 64 -x 2 -b 2", "-d 64 -x 2 --ranks 2",
-                                       "-d 64 -x 2 --ranks 4 --ep 2", "-d 64 -x 2 --recompute full" };
+        "-d 64 -x 2 --ranks 4 --ep 2", "-d 64 -x 2 --recompute full" };
     for (int i = 0; i < 5; i++) {
         char out[16];
         snprintf(out, sizeof out, "how%d", i);
@@ -533,7 +543,8 @@ static void test_steps(void) {
         sum += n * logged("frozen", "training.jsonl", "loss", k);
         labels += n;
     }
-    check_close("mean of the rows", 0, logged("whole", "training.jsonl", "loss", 0), sum / labels, 1e-6);
+    check_close("mean of the rows", 0, logged("whole", "training.jsonl", "loss", 0), sum / labels,
+                1e-6);
 
     // 40 bytes, BOS and EOS are 3 rows of 16: the second step has one row, and one rank none.
     write_file(in_folder("short.txt"), "0123456789012345678901234567890123456789", 40);
@@ -554,8 +565,8 @@ static void test_steps(void) {
     // Learning: one batch forever is soon known by heart, at every step a little better.
     check(run_trainer(child_trainer, "over", "-d 16 -x 6 --overfit") == 0, "'%s'", said);
     double first = logged("over", "training.jsonl", "loss", 0);
-    check(logged("over", "training.jsonl", "loss", 5) < 0.2 * first, "six steps on one row: %g -> %g",
-          first, logged("over", "training.jsonl", "loss", 5));
+    double last = logged("over", "training.jsonl", "loss", 5);
+    check(last < 0.2 * first, "six steps on one row: %g -> %g", first, last);
 }
 
 // Adam's first step is lr times the sign of the gradient, whatever its size: a wrong count, or
@@ -621,7 +632,8 @@ static void test_resume(void) {
     check(run_trainer(child_trainer, "b", "--resume") == 0, "'%s'", said);
     check(same_adapter("a", "b"), "resumed at step 2, the run ends elsewhere");
     for (int k = 0; k < 6; k++) {
-        double x = logged("a", "training.jsonl", "loss", k), y = logged("b", "training.jsonl", "loss", k);
+        double x = logged("a", "training.jsonl", "loss", k);
+        double y = logged("b", "training.jsonl", "loss", k);
         check(x == y || (k == 5 && isnan(x) && isnan(y)), "line %d: loss %g, resumed %g", k, x, y);
     }
     // What may differ, and what may not.
@@ -631,15 +643,16 @@ static void test_resume(void) {
                 logged("a", "training.jsonl", "lr", 4), 1 / 3.0, 1e-6);
     check(run_trainer(child_trainer, "a", "-y --beta2 0.9") == 1 && strstr(said, "--beta2 0.9, but")
           && strstr(said, "has 0.95"), "'%s'", said);
-    check(run_trainer(child_trainer, "a", "-y -x 9") == 1 && strstr(said, "--steps 9"), "'%s'", said);
-    check(run_trainer(child_trainer, "a", "-y --lora-targets experts,shared,attn") == 0, "'%s'", said);
+    check(run_trainer(child_trainer, "a", "-y -x 9") == 1 && strstr(said, "--steps"), "'%s'", said);
+    snprintf(more, sizeof more, "-y --lora-targets experts,shared,attn");
+    check(run_trainer(child_trainer, "a", more) == 0, "'%s'", said);
     snprintf(more, sizeof more, "-y -i %s", in_folder("short.txt"));
     check(run_trainer(child_trainer, "a", more) == 1 && strstr(said, "--train"), "'%s'", said);
-    write_file(in_folder("e.txt.keep"), "", 0);
     // Without moments it is another run; on two ranks nearly the same one.
-    write_file(in_folder("b/latest"), "checkpoint-000002\n", 18);
-    check(run_trainer(child_trainer, "b", "-y --reset-optim -l 3e-3") == 1 || !same_adapter("a", "b"),
-          "--reset-optim changes nothing");
+    check(run_trainer(child_trainer, "c", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
+    write_file(in_folder("c/latest"), "checkpoint-000002\n", 18);
+    check(run_trainer(child_trainer, "c", "-y --reset-optim") == 0, "'%s'", said);
+    check(!same_adapter("a", "c"), "--reset-optim changes nothing");
     check(run_trainer(child_trainer, "c", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
     write_file(in_folder("c/latest"), "checkpoint-000002\n", 18);
     check(run_trainer(child_trainer, "c", "-y --ranks 2") == 0, "'%s'", said);
@@ -653,7 +666,8 @@ static void test_resume(void) {
     snprintf(more, sizeof more, "-d 32 -x 1 -l 0 --init-adapter %s", in_folder("a/adapter"));
     check(run_trainer(child_trainer, "init", more) == 0 && same_adapter("a", "init"), "'%s'", said);
     strcat(more, " --lora-r 4");
-    check(run_trainer(child_trainer, "init", more) == 1 && strstr(said, "--lora-r 4, but"), "'%s'", said);
+    check(run_trainer(child_trainer, "init", more) == 1 && strstr(said, "--lora-r 4, but"), "'%s'",
+          said);
 }
 
 static void test_ends(void) {
@@ -663,7 +677,7 @@ static void test_ends(void) {
     read_file(in_folder("stop/checkpoint-000001/state.json"), &n);
     check(n > 100 && isnan(logged("stop", "training.jsonl", "loss", 1)), "not saved at step 1");
     check(run_child(child_two_signals, NULL, said, sizeof said) == 130, "two signals");
-    check(run_trainer(child_stopped, "stop2", "-d 32 -x 9 --ranks 2") == 130, "stopped: '%s'", said);
+    check(run_trainer(child_stopped, "stop2", "-d 32 -x 9 --ranks 2") == 130, "ranks: '%s'", said);
     // A step that makes weights infinite: the next one has no finite loss, and says where.
     for (int ranks = 1; ranks <= 2; ranks++) {
         char more[128];
@@ -692,14 +706,15 @@ static void test_ends(void) {
     check(access(in_folder("dry"), F_OK) != 0, "--dry-run makes a folder");
     check(run_trainer(child_trainer, "dry", "--bench 1 -d 16") == 0
           && access(in_folder("dry"), F_OK) != 0, "--bench makes a folder: '%s'", said);
-    check(run_trainer(child_trainer, "smp", "-x 1 -d 16 -s 1 -g 3 --prompt abc") == 0, "'%s'", said);
+    snprintf(said, sizeof said, "-x 1 -d 16 -s 1 -g 3 --prompt abc");
+    check(run_trainer(child_trainer, "smp", said) == 0, "samples: '%s'", said);
 }
 
 int main(void) {
     char text[1200];
     strcpy(folder, "/tmp/test_data.XXXXXX");
     if (mkdtemp(folder) == NULL) { perror("mkdtemp"); return 2; }
-    for (size_t i = 0; i < sizeof text; i++) { text[i] = "int main(void) { return 0; }\n"[i * i % 29]; }
+    for (size_t i = 0; i < sizeof text; i++) { text[i] = "int main(void) { 0; }\n"[i * i % 22]; }
     write_file(in_folder("e.txt"), text, sizeof text);
     test_packing();
     test_batches();

@@ -298,9 +298,9 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
     int arrived = 0, last[64][64], sent = 0;
     memset(last, -1, sizeof last);
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot[row];
+        int slot = x->row_slot_h[row];
         home[row] = (Tag){ comm_rank(), slot, ids[slot] };
-        expect(x->slot_row[slot] == row, "slot_row is not the inverse of row_slot");
+        expect(x->slot_row_h[slot] == row, "slot_row is not the inverse of row_slot");
     }
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
@@ -329,7 +329,7 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
         trip_back(home, tags, sizeof(Tag), round, x, d, "back");
     }
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot[row];
+        int slot = x->row_slot_h[row];
         expect(home[row].rank == comm_rank() && home[row].slot == slot
                && home[row].expert == ids[slot] + 1000, "a row did not come back as it was");
     }
@@ -654,7 +654,6 @@ static void test_ranks(void) {
 static void router_case(const char *name, const double *logits, const float *bias, const int *table,
                         const int *want_ids, const double *want_weights, int E, int K) {
     enum { C = 2 };
-    MoeDims d = { .C = C, .E = E, .K = K, .route_scale = 1.5f, .norm_topk = 1 };
     bf16 gate[16 * C];
     act x[C];
     real all[16], weights[16], kept[16], dw[16], dinp[C] = { 1, 2 };
@@ -665,9 +664,8 @@ static void router_case(const char *name, const double *logits, const float *bia
     }
     st(&x[0], 1);
     st(&x[1], 0);
-    MoeSaved s = { ids, weights, kept };
-    MoeWeights w = { .gate = gate, .bias = bias, .tid2eid = table };
-    router_forward(&s, all, x, &token, &w, &d, 1);
+    linear_bf16_forward(all, x, gate, 1, C, E);
+    route_forward(ids, weights, kept, all, bias, table, &token, 1.5f, 1, 1, E, K);
     double sum = 1e-20, dot = 0, want[C] = { 1, 2 }, score[16];
     for (int k = 0; k < K; k++) {
         check(ids[k] == want_ids[k], "%s: expert %d is %d, want %d", name, k, ids[k], want_ids[k]);
@@ -680,7 +678,7 @@ static void router_case(const char *name, const double *logits, const float *bia
         dw[rows[k]] = 0.5 - k;
         dot += (0.5 - k) * want_weights[k];
     }
-    router_backward(dinp, dw, rows, &s, gate, &d, 1);
+    route_backward(dinp, dw, rows, ids, weights, kept, gate, 1.5f, 1, 1, C, K);
     for (int k = 0; k < K; k++) {
         double v = logits[ids[k]];
         double slope = v < -20 ? score[k] / 2 : 1 / (1 + exp(-v)) / (2 * score[k]);

@@ -7,7 +7,7 @@
 // The references are a table of eight numbers, a search for the nearest, and three loops in double.
 // Small integers make products exact, so that a wrong index cannot hide in a tolerance.
 //
-// Each check was seen to fail on broken copies of mxfp4.c, 35 of them: nibbles swapped (read,
+// Each check was seen to fail on broken copies of mxfp4.c, 36 of them: nibbles swapped (read,
 // written, and as halves of a group), no sign, wrong subnormals, bias or rounding off by one, no
 // clamp; scale dropped, taken from another group or row, its first or last number not looked at,
 // too large; packed rows at the wrong stride; every expert reading expert 0's matrix, or one at the

@@ -210,19 +210,19 @@ static void test_config(void) {
         {"\"moe_intermediate_size\": 640", "\"moe_intermediate_size\": -128", "moe_intermediate_size"},
         {"\"index_head_dim\": 128", "\"index_head_dim\": 32", "index_head_dim"},
         {"\"num_hidden_layers\": 5", "\"num_hidden_layers\": 129", "num_hidden_layers"},
-        {"\"num_experts_per_tok\": 3", "\"num_experts_per_tok\": 9", "num_experts_per_tok is above"},
-        {"\"o_groups\": 2", "\"o_groups\": 3", "not a multiple of o_groups"},
-        {"\"qk_rope_head_dim\": 64", "\"qk_rope_head_dim\": 256", "qk_rope_head_dim is not below"},
-        {"\"qk_rope_head_dim\": 64", "\"qk_rope_head_dim\": 130", "qk_rope_head_dim is above"},
+        {"\"num_experts_per_tok\": 3", "\"num_experts_per_tok\": 9", "num_experts_per_tok is 9, expected 1 to 8"},
+        {"\"o_groups\": 2", "\"o_groups\": 3", "num_attention_heads is 4, expected 1 to 1048576, a multiple of 3"},
+        {"\"qk_rope_head_dim\": 64", "\"qk_rope_head_dim\": 256", "qk_rope_head_dim is 256, expected 2 to 128"},
+        {"\"qk_rope_head_dim\": 64", "\"qk_rope_head_dim\": 130", "qk_rope_head_dim is 130"},
         {"\"qk_rope_head_dim\": 64", "\"qk_rope_head_dim\": 63", "qk_rope_head_dim is 63"},
-        {"\"num_hash_layers\": 2", "\"num_hash_layers\": 6", "num_hash_layers is above"},
+        {"\"num_hash_layers\": 2", "\"num_hash_layers\": 6", "num_hash_layers is 6, expected 0 to 5"},
         {"\"bos_token_id\": 256", "\"bos_token_id\": 264", "bos_token_id"},
         {"\"eos_token_id\": 257", "\"eos_token_id\": 264", "eos_token_id"},
         {"\"n_shared_experts\": 1", "\"n_shared_experts\": 2", "n_shared_experts"},
         {"\"hc_sinkhorn_iters\": 20", "\"hc_sinkhorn_iters\": 65", "hc_sinkhorn_iters"},
         {"\"routed_scaling_factor\": 1.5", "\"routed_scaling_factor\": -1.5", "routed_scaling_factor"},
-        {"1e-06", "0", "rms_norm_eps"}, {"\"factor\": 16", "\"factor\": 0.5", "factor of rope_scaling"},
-        {"\"beta_fast\": 32", "\"beta_fast\": 1", "beta_fast is not above"},
+        {"1e-06", "0", "rms_norm_eps"}, {"\"factor\": 16", "\"factor\": 0.5", "factor is 0.5"},
+        {"\"beta_fast\": 32", "\"beta_fast\": 1", "beta_fast is 1"},
         {"\"norm_topk_prob\": true", "\"norm_topk_prob\": 1", "norm_topk_prob is 1"},
         {"\"hidden_size\": 128", "\"hidden_size\": 128, \"hidden_size\": 256", "hidden_size is there twice"},
         {"\"dynamic\"}}", "\"dynamic\"}", "not valid JSON"}, {"5, \"num", "5 \"num", "not valid JSON"},
@@ -388,8 +388,7 @@ static void test_checkpoint(void) {
         {0, "\"norm\"", "\"more.weight\": \"model-2.safetensors\", \"norm\"", "more.weight is not in the model"},
         {0, "\"norm\"", "\"embed.weight\": \"model-1.safetensors\", \"norm\"", "embed.weight is there twice"},
         {0, "\"norm\": \"model-2", "\"norm\": \"model-1", "norm is not in this file"},
-        {0, "\"norm\": \"model-2.safetensors\"", "\"norm\": \"../model-2.safetensors\"", "norm is not in a file of this folder"},
-        {0, "\"norm\": \"model-2.safetensors\"", "\"norm\": 2", "norm is not in a file of this folder"},
+        {0, "\"norm\": \"model-2.safetensors\"", "\"norm\": 2", "norm is in no file"},
         {0, "\"norm\": \"model-2.safetensors\"", "\"norm\": \"model-4.safetensors\"", "model-4.safetensors: No such file"},
         {0, "weight_map", "weights", "weight_map is missing"}, {0, "}}", "}", "index.json is not valid JSON"},
         {1, "\"BF16\",\"shape\":[6,4]", "\"F16\",\"shape\":[6,4]", "embed.weight is F16 [6,4], expected BF16 [6,4]"},
@@ -509,8 +508,8 @@ static void test_checkpoint_bytes(void) {
         shard2_data[values[i].at] = (unsigned char)keep;
     }
     const struct { int slot; int64_t value; const char *expect; } experts[] = {
-        {5, 5, "tid2eid names expert 5 for token 2, which does not exist"}, {0, -1, "tid2eid holds a value"},
-        {3, 1ll << 32, "tid2eid holds a value"}, {11, -1, "tid2eid"}, {7, 100, "tid2eid names expert 100 for token 3"} };
+        {5, 5, "tid2eid names expert 5 for token 2, which does not exist"}, {0, -1, "tid2eid names expert -1"},
+        {3, 1ll << 32, "tid2eid names expert -1"}, {11, -1, "tid2eid"}, {7, 100, "tid2eid names expert 100 for token 3"} };
     for (size_t i = 0; i < sizeof experts / sizeof *experts; i++) {
         int64_t keep;
         memcpy(&keep, shard1_data + 8 * experts[i].slot, 8);
@@ -922,7 +921,7 @@ static void test_adapter_load(void) {
     }
     const struct { const char *folder; int config; const char *from, *to, *expect; } rows[] = {
         {"as_vllm", 0, "layers.1.attn.wkv.lora_B", "layers.7.attn.wkv.lora_B", "base_model.model.layers.1.attn.wkv.lora_B.weight is missing"},
-        {"as_vllm", 0, "layers.1.attn.wkv.lora_B", "layers.1.attn.wo_a.lora_B", "wo_a.lora_B.weight is of no matrix that this trainer"},
+        {"as_vllm", 0, "layers.1.attn.wkv.lora_B", "layers.1.attn.wo_a.lora_B", "wo_a.lora_B.weight is of no matrix"},
         {"as_vllm", 0, "layers.1.attn.wkv.lora_B", "layers.1.attn.indexer.wkv.lora_B", "indexer.wkv.lora_B.weight is of no matrix"},
         {"as_vllm", 0, "layers.1.attn.wkv.lora_B.weight", "layers.1.attn.wkv.lora_B.bias", "layers.1.attn.wkv.lora_B.weight is missing"},
         {"as_vllm", 0, "layers.1.ffn.experts.11.w2.lora_A", "layers.1.ffn.experts.12.w2.lora_A", "experts.11.w2.lora_A.weight is missing"},

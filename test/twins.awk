@@ -83,6 +83,7 @@ gpu || line ~ /(^|[^A-Za-z0-9_])GPU\(/ {
     call = inside(call)
     if (call == "") { next }
     gpu = ""
+    if (called(call) ~ /^gpu_/) { next }        # the contract's own helpers: memory and copies
     functions++
     file_of[f] = FILENAME; place_of[f] = place; want[f] = parameters
     if (called(call) != f "_gpu") { drift(place, f " calls " called(call) ", not " f "_gpu") }

@@ -1,4 +1,4 @@
-// prep.c: text into tokens, and tokens into text.
+// prep.c: text into tokens, tokens into rows, and tokens back into text.
 //
 // The trainer learns from token files (.bin) and, through this file, from plain text. It includes
 // this file so that `./train -i book.txt` needs no step in between. So far the only tokenizer is
@@ -14,6 +14,10 @@
 #ifndef PREP_C
 #define PREP_C
 #include "../../refit.c"    // defines: Config, file_open, file_pread
+#include <glob.h>
+
+// An input that cannot be used: one line, exit code 1.
+#define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
 
 #define TOKEN_LABEL 0x80000000u
 #define TOKEN_FIRST 0x40000000u
@@ -60,5 +64,223 @@ static inline int token_text(char *text, int id, const Config *c) {
     int prints = id == '\n' || (id >= ' ' && id < 127);
     return snprintf(text, TOKEN_TEXT, !bytes_are_tokens(c) ? "%d " : prints ? "%c"
                     : id > 255 ? "<%d>" : "\\x%02x", id);
+}
+// -------------------------------------------------------------------------------------------------
+// Packing
+//
+//     files -> documents -> pieces of at most t tokens -> rows -> steps -> micro-batches
+//
+// A row is a list of whole pieces that together have at most t tokens. It is never padded: a Batch
+// is documents, one after the other, and nothing else, so a row that is 95 % full costs 95 %. The
+// rows form one global sequence that is fixed by the data, t and the shuffle seed.
+
+typedef struct {                // a document, or one row's length of a long one
+    const uint32_t *token;      // into the mapped file
+    int length, labels;         // labels: tokens 1 .. length-1 that have the bit
+} Piece;
+
+typedef struct {
+    int V, t, pack, shuffle;    // vocabulary, row length, --pack exact, not --no-shuffle
+    uint64_t seed;              // --shuffle-seed
+    size_t documents, tokens, labels, truncated, pieces, capacity;
+    Piece *piece;               // (pieces) in file order
+    // The plan of one epoch: row i is the pieces order[row[i]] .. order[row[i + 1] - 1].
+    int epoch;
+    size_t rows, next;          // next: the row that data_take takes next
+    uint32_t *order, *row;      // (pieces), (pieces + 1)
+} Data;
+
+typedef struct {                // rows of one step in global order: the same on every rank
+    int rows, epoch;            // epoch: of the first of them
+    int *first;                 // (rows + 1) row j is piece[first[j]] .. piece[first[j + 1] - 1]
+    Piece *piece;
+    size_t tokens, labels;      // of all rows
+} Rows;
+
+// Cuts one document into pieces. Text goes on in the next piece, whose first token is then known
+// but not predicted. Of a conversation that is too long the rest is dropped, and counted: without
+// its beginning it would teach nonsense.
+static inline void data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
+    size_t t = (size_t)d->t;
+    d->documents++;
+    if (kind == BIN_CHAT && length > t) {
+        d->truncated++;
+        length = t;
+    }
+    d->tokens += length;
+    for (size_t at = 0; at < length; at += t) {
+        Piece p = { token + at, (int)(length - at < t ? length - at : t), 0 };
+        for (int i = 1; i < p.length; i++) { p.labels += (p.token[i] & TOKEN_LABEL) != 0; }
+        d->labels += (size_t)p.labels;
+        if (d->pieces == d->capacity) {
+            d->capacity = d->capacity ? 2 * d->capacity : 1024;
+            d->piece = (Piece *)realloc(d->piece, d->capacity * sizeof(Piece));
+            if (d->piece == NULL || d->capacity > UINT32_MAX) {
+                die(EXIT_FIT, "no memory for the index of %zu documents", d->documents);
+            }
+        }
+        d->piece[d->pieces++] = p;
+    }
+}
+
+// Adds the documents of one file's tokens, which stay where they are. Every id is checked here,
+// once: after this the embedding is read without looking.
+static inline void data_add_tokens(Data *d, const char *path, const uint32_t *token, size_t n,
+                                   int kind) {
+    size_t start = 0;
+    refuse_if(n > 0 && !(token[0] & TOKEN_FIRST), "%s: token 0 does not begin a document (bit 30 "
+              "is not set)", path);
+    for (size_t i = 0; i < n; i++) {
+        refuse_if((token[i] & TOKEN_ID) >= (uint32_t)d->V, "%s: token %zu has id %u, the "
+                  "vocabulary has %d", path, i, token[i] & TOKEN_ID, d->V);
+        if (!(token[i] & TOKEN_FIRST)) { continue; }
+        refuse_if(token[i] & TOKEN_LABEL, "%s: token %zu begins a document and is a label, but "
+                  "nothing of its document comes before it", path, i);
+        if (i > start) { data_add_document(d, token + start, i - start, kind); }
+        start = i;
+    }
+    if (n > start) { data_add_document(d, token + start, n - start, kind); }
+}
+
+// A token file: 256 int32, then one uint32 per token (little-endian, as this machine is).
+static inline void data_add_bin(Data *d, const char *path) {
+    size_t size;
+    int file = file_open(path, &size, "-i and -j name data files");
+    refuse_if(size < BIN_HEADER, "%s: %zu bytes, but a token file begins with a header of %d", path,
+              size, BIN_HEADER);
+    const int32_t *h = (const int32_t *)mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    refuse_if(h == MAP_FAILED, "cannot map %s: %s", path, strerror(errno));
+    close(file);                // the mapping stays
+    refuse_if(h[0] != BIN_MAGIC || h[1] != BIN_VERSION, "%s: magic %d, version %d, expected %d, "
+              "%d: not a token file", path, h[0], h[1], BIN_MAGIC, BIN_VERSION);
+    refuse_if(h[2] != d->V, "%s: made for a vocabulary of %d, the model has %d HINT: encode the "
+              "text with this model's tokenizer", path, h[2], d->V);
+    refuse_if(h[3] < 0 || h[4] < 0 || (h[5] != BIN_TEXT && h[5] != BIN_CHAT), "%s: header words 3, "
+              "4, 5 are %d, %d, %d: not a count and a kind", path, h[3], h[4], h[5]);
+    size_t n = (size_t)h[4] << 31 | (size_t)h[3];
+    refuse_if(size != BIN_HEADER + 4 * n, "%s: %zu bytes, but its header says %zu tokens, so %zu "
+              "bytes HINT: it was cut short or is still being written", path, size, n,
+              BIN_HEADER + 4 * n);
+    data_add_tokens(d, path, (const uint32_t *)h + BIN_HEADER / 4, n, h[5]);
+}
+
+// Adds every file that the pattern names, in the order of their names.
+static inline void data_add(Data *d, const char *pattern, const Config *c) {
+    glob_t found;
+    refuse_if(glob(pattern, 0, NULL, &found) != 0, "no file matches %s", pattern);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        const char *path = found.gl_pathv[i], *dot = strrchr(path, '.') ? strrchr(path, '.') : "";
+        int is_text = strcmp(dot, ".txt") == 0;
+        size_t n;
+        if (strcmp(dot, ".bin") == 0) {
+            data_add_bin(d, path);
+        } else if (is_text && bytes_are_tokens(c)) {
+            const uint32_t *token = text_tokens(path, c, &n);
+            data_add_tokens(d, path, token, n, BIN_TEXT);
+        } else if (is_text || strcmp(dot, ".jsonl") == 0) {
+            die(EXIT_USAGE, "%s: %s needs the tokenizer and the chat encoder, which this version "
+                "does not have yet HINT: a token file, .bin", path, dot);
+        } else {
+            die(EXIT_USAGE, "%s is neither a .bin nor a .txt file", path);
+        }
+    }
+    globfree(&found);
+    refuse_if(d->labels == 0, "%s: no labels, so there is nothing to learn from", pattern);
+}
+
+// Without -i the tiny model learns this project's own source, which lies beside the program. The
+// last 5 % of each file are held out for validation.
+static inline void data_add_own_text(Data *train, Data *val, const Config *c) {
+    static const char *const files[] = {
+        "kernels.cu", "fp8.c", "mxfp4.c", "lora.c", "moe.c", "refit.c", "train.c" };
+    char folder[PATH_SIZE], path[PATH_SIZE];
+    ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+    folder[length > 0 ? length : 0] = 0;
+    char *slash = strrchr(folder, '/');
+    if (slash) { *slash = 0; }
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        path_make(path, slash ? folder : ".", "/", files[i]);
+        refuse_if(access(path, R_OK) != 0, "%s is missing: without -i the tiny model learns the "
+                  "source that lies beside the program HINT: -i FILE.txt", path);
+        size_t n;
+        uint32_t *token = text_tokens(path, c, &n), *tail = token + n - n / 20 - 1;
+        *tail = (*tail & TOKEN_ID) | TOKEN_FIRST;
+        data_add_tokens(train, path, token, (size_t)(tail - token), BIN_TEXT);
+        data_add_tokens(val, path, tail, n / 20 + 1, BIN_TEXT);
+    }
+}
+
+// Fills rows for one epoch. Next-fit: a piece that does not fit closes the row. It looks at each
+// piece once, keeps their order, and leaves little empty when documents are short.
+static inline void data_plan(Data *d, int epoch) {
+    if (d->order == NULL) {
+        d->order = (uint32_t *)host_alloc(d->pieces * sizeof *d->order);
+        d->row = (uint32_t *)host_alloc((d->pieces + 1) * sizeof *d->row);
+    }
+    for (size_t i = 0; i < d->pieces; i++) { d->order[i] = (uint32_t)i; }
+    uint64_t key = random_key(d->seed + (uint64_t)epoch, "order of documents");
+    for (size_t i = d->pieces; d->shuffle && i > 1; i--) {      // Fisher and Yates
+        size_t j = random_bits(key, i) % i;
+        uint32_t keep = d->order[i - 1];
+        d->order[i - 1] = d->order[j];
+        d->order[j] = keep;
+    }
+    int used = 0;
+    d->rows = 0;
+    for (size_t i = 0; i < d->pieces; i++) {
+        int length = d->piece[d->order[i]].length;
+        if (i == 0 || !d->pack || used + length > d->t) {
+            d->row[d->rows++] = (uint32_t)i;
+            used = 0;
+        }
+        used += length;
+    }
+    d->row[d->rows] = (uint32_t)d->pieces;
+    d->epoch = epoch;
+    d->next = 0;
+}
+
+// Goes to that row of the whole sequence, which runs through all epochs.
+static inline void data_seek(Data *d, size_t row) {
+    if (d->epoch != 0 || d->order == NULL) { data_plan(d, 0); }
+    while (row > d->rows) {             // not >=: data_take goes over the end of an epoch itself
+        row -= d->rows;
+        data_plan(d, d->epoch + 1);
+    }
+    d->next = row;
+}
+
+// Rows in that many epochs; a fraction counts the rows of its epoch.
+static inline size_t data_rows(Data *d, double epochs) {
+    size_t rows = 0;
+    for (int e = 0; e < epochs; e++) {
+        data_plan(d, e);
+        rows += epochs - e >= 1 ? d->rows : (size_t)ceil((epochs - e) * (double)d->rows);
+    }
+    return rows;
+}
+
+static inline void rows_alloc(Rows *s, int rows, int t) {
+    s->first = (int *)host_alloc(((size_t)rows + 1) * sizeof *s->first);
+    s->piece = (Piece *)host_alloc((size_t)rows * t * sizeof *s->piece);    // all of one token
+}
+
+// Takes the next rows. At the end of the data the next epoch begins, or there are fewer of them.
+static inline void data_take(Data *d, Rows *s, int rows, int wrap) {
+    int pieces = 0;
+    s->tokens = s->labels = 0;
+    for (s->rows = 0; s->rows < rows; s->rows++) {
+        if (d->next == d->rows && !wrap) { break; }
+        if (d->next == d->rows) { data_plan(d, d->epoch + 1); }
+        if (s->rows == 0) { s->epoch = d->epoch; }
+        s->first[s->rows] = pieces;
+        for (uint32_t i = d->row[d->next]; i < d->row[d->next + 1]; i++) {
+            s->piece[pieces] = d->piece[d->order[i]];
+            s->tokens += (size_t)s->piece[pieces].length;
+            s->labels += (size_t)s->piece[pieces++].labels;
+        }
+        d->next++;
+    }
+    s->first[s->rows] = pieces;
 }
 #endif // PREP_C

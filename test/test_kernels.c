@@ -1,0 +1,460 @@
+// Every kernel against the C text it is the twin of: the same inputs, run by both, on shapes that
+// are no multiples of tiles, with empty experts, documents of one token and documents longer than
+// 2,051. Outputs are poisoned first, so that an element a kernel forgets shows; a second run must
+// give the same bits. Without a GPU this says skipped. Build: make test-gpu.
+#include "model.h"
+#ifndef USE_CUDA
+int main(void) {
+    skip("built without nvcc");
+    return finish("test_kernels");
+}
+#else
+
+// -------------------------------------------------------------------------------------------------
+// One arena twice: H on the host, D on the device with the same layout. X(p) is p's place in the
+// one that the present run uses.
+
+static char *H, *D, *back;
+static size_t arena_used;
+enum { ARENA = 1 << 30 };
+#define X(p) ((__typeof__(p))(on_gpu && (p) ? (void *)(D + ((const char *)(p) - H)) : (void *)(p)))
+
+static void *room(size_t bytes) {
+    void *p = H + arena_used;
+    arena_used += (bytes + 255) / 256 * 256;
+    require(arena_used <= (size_t)ARENA);
+    return p;
+}
+
+static real *reals(size_t n, double size) {
+    real *p = room(sizeof(real) * n);
+    fill(p, n, size);
+    return p;
+}
+static act *acts(size_t n, double size) {
+    act *p = room(sizeof(act) * n);
+    fill_act(p, n, size);
+    return p;
+}
+static int *ints(size_t n) { return room(sizeof(int) * n); }
+// Outputs: NaN until written.
+static real *blank(size_t n) { return memset(room(sizeof(real) * n), 0xFF, sizeof(real) * n); }
+static act *blank_act(size_t n) { return memset(room(sizeof(act) * n), 0xFF, sizeof(act) * n); }
+static uint8_t *fp8_matrix(size_t n) {
+    uint8_t *p = room(n);
+    for (size_t i = 0; i < n; i++) { p[i] = e4m3_from_float((float)uniform()); }
+    return p;
+}
+static uint8_t *bytes_between(size_t n, int low, int high) {
+    uint8_t *p = room(n);
+    for (size_t i = 0; i < n; i++) { p[i] = (uint8_t)(low + (int)((uniform() + 1) / 2 * (high - low + 1))); }
+    return p;
+}
+
+// Runs `call` on the host, then twice on the device, from the same start.
+#define BOTH(call) do { \
+    char *start_ = malloc(arena_used); \
+    memcpy(start_, H, arena_used); \
+    on_gpu = 0; \
+    call; \
+    on_gpu = 1; \
+    for (int run_ = 0; run_ < 2; run_++) { \
+        gpu_upload(D, start_, arena_used); \
+        call; \
+        gpu_download(run_ ? start_ : back, D, arena_used); \
+    } \
+    on_gpu = 0; \
+    check(memcmp(back, start_, arena_used) == 0, "%s: two runs, other bits", #call); \
+    free(start_); } while (0)
+
+static void compare_real(const char *what, const real *p, size_t n, double tol) {
+    check_tensor(what, (const real *)(back + ((const char *)p - H)), p, n, tol);
+}
+static void compare_act(const char *what, const act *p, size_t n, double tol) {
+    const act *got = (const act *)(back + ((const char *)p - H));
+    double diff = 0, want = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += pow((double)ld(got + i) - (double)ld(p + i), 2);
+        want += pow((double)ld(p + i), 2);
+    }
+    check_relative(what, diff, want, tol);
+}
+static void compare_int(const char *what, const int *p, size_t n) {
+    const int *got = (const int *)(back + ((const char *)p - H));
+    size_t wrong = 0;
+    for (size_t i = 0; i < n; i++) { wrong += got[i] != p[i]; }
+    check(wrong == 0, "%s: %zu of %zu differ", what, wrong, n);
+}
+
+// Tolerances: one rounding to bf16 is 2^-9; sums of products of rounded numbers stay near that.
+#define BF16 4e-3
+#define FP32 2e-5
+
+// -------------------------------------------------------------------------------------------------
+// Operations
+
+static void test_norms(int T, int C) {
+    arena_used = 0;
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * C), *dinp = blank_act((size_t)T * C);
+    real *rstd = blank(T), *dout = reals((size_t)T * C, 1);
+    bf16 *w = (bf16 *)acts(C, 1);
+    BOTH({ rmsnorm_forward(X(out), X(rstd), X(inp), X(w), 1e-6f, T, C);
+           rmsnorm_backward(X(dinp), X(dout), X(inp), X(rstd), X(w), T, C); });
+    compare_act("rmsnorm out", out, (size_t)T * C, BF16);
+    compare_real("rmsnorm rstd", rstd, T, FP32);
+    compare_act("rmsnorm dinp", dinp, (size_t)T * C, BF16);
+}
+
+static void test_heads(int T, int Hn, int Dn) {
+    arena_used = 0;
+    size_t n = (size_t)T * Hn * Dn;
+    act *inp = acts(n, 1), *out = blank_act(n), *dout = acts(n, 1), *dinp = blank_act(n);
+    act *turned = acts(n, 1), *kinp = acts((size_t)T * Dn, 1), *kd = blank_act((size_t)T * Dn);
+    real *rstd = blank((size_t)T * Hn), *table = reals(64 * 100, 1), *kdout = reals((size_t)T * Dn, 1);
+    real *krstd = blank(T);
+    act *kout = blank_act((size_t)T * Dn);
+    bf16 *w = (bf16 *)acts(Dn, 1);
+    int *position = ints(T);
+    for (int t = 0; t < T; t++) { position[t] = t * 7 % 100; }
+    BOTH({ norm_rope_forward(X(out), X(rstd), X(inp), NULL, X(table), X(position), 1e-6f, T, Hn, Dn, 64);
+           norm_rope_backward(X(dinp), X(dout), X(inp), X(rstd), X(table), X(position), T, Hn, Dn, 64);
+           norm_rope_forward(X(kout), X(krstd), X(kinp), X(w), X(table), X(position), 1e-6f, T, 1, Dn, 64);
+           key_norm_rope_backward(X(kd), X(kdout), X(kinp), X(krstd), X(w), X(table), X(position), T, Dn, 64);
+           rope_apply(X(turned), X(table), X(position), -1, T, Hn, Dn, 64); });
+    compare_act("norm + rope out", out, n, BF16);
+    compare_act("norm + rope dinp", dinp, n, BF16);
+    compare_act("key norm + rope out", kout, (size_t)T * Dn, BF16);
+    compare_act("key norm + rope dinp", kd, (size_t)T * Dn, BF16);
+    compare_act("rope", turned, n, BF16);
+}
+
+static void test_streams(int T, int C) {
+    arena_used = 0;
+    size_t N = (size_t)T * HC * C;
+    act *Xs = acts(N, 1), *u = blank_act((size_t)T * C), *o = acts((size_t)T * C, 1);
+    act *Y = blank_act(N), *du = acts((size_t)T * C, 1), *do_ = blank_act((size_t)T * C);
+    real *fn = reals((size_t)HC_MIX * HC * C, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1);
+    real *m = blank((size_t)T * HC_MIX), *r = blank(T), *pre = blank(T * HC), *post = blank(T * HC);
+    real *comb = blank(T * HC * HC), *dX = reals(N, 1), *dpre = blank(T * HC), *dpost = blank(T * HC);
+    real *dcomb = blank(T * HC * HC), *dm = blank(T * HC_MIX);
+    real *hm = blank(T * HC), *hpre = blank(T * HC), *hdm = blank(T * HC), *hr = blank(T);
+    int *token = ints(T);
+    bf16 *embed = (bf16 *)acts((size_t)50 * C, 1);
+    act *E = blank_act(N);
+    for (int t = 0; t < T; t++) { token[t] = t * 13 % 50; }
+    BOTH({ hc_logits_forward(X(m), X(r), X(Xs), X(fn), 1e-6f, T, C, HC_MIX);
+           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, 20);
+           hc_collapse_forward(X(u), X(Xs), X(pre), T, C);
+           hc_deal_forward(X(Y), X(o), X(Xs), X(post), X(comb), T, C);
+           hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), X(comb), T, C);
+           hc_collapse_backward(X(dX), X(dpre), X(du), X(Xs), X(pre), T, C);
+           hc_weights_backward(X(dm), X(dpre), X(dpost), X(dcomb), X(m), X(base), X(scale), 1e-6f, T, 20);
+           hc_logits_backward(X(dX), X(dm), X(m), X(r), X(Xs), X(fn), T, C, HC_MIX);
+           hc_logits_forward(X(hm), X(hr), X(Xs), X(fn), 1e-6f, T, C, HC);
+           hc_head_weights_forward(X(hpre), X(hm), X(base), X(scale), 1e-6f, T);
+           hc_head_weights_backward(X(hdm), X(hpre), X(hm), X(base), X(scale), T);
+           embed_forward(X(E), X(embed), X(token), T, C); });
+    compare_real("hc m", m, (size_t)T * HC_MIX, FP32);
+    compare_real("hc comb", comb, (size_t)T * HC * HC, 1e-4);
+    compare_act("hc u", u, (size_t)T * C, BF16);
+    compare_act("hc Y", Y, N, BF16);
+    compare_act("hc do", do_, (size_t)T * C, BF16);
+    compare_real("hc dpost", dpost, (size_t)T * HC, 1e-4);
+    compare_real("hc dcomb", dcomb, (size_t)T * HC * HC, 1e-4);
+    compare_real("hc dpre", dpre, (size_t)T * HC, 1e-4);
+    compare_real("hc dX", dX, N, 1e-4);
+    compare_real("hc head pre", hpre, (size_t)T * HC, FP32);
+    compare_real("hc head dm", hdm, (size_t)T * HC, 1e-4);
+    compare_act("embed", E, N, 0);
+}
+
+static void test_linears(int T, int C, int O, int R) {
+    arena_used = 0;
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O), *dout = acts((size_t)T * O, 1);
+    act *plain = blank_act((size_t)T * O);
+    uint8_t *w = fp8_matrix((size_t)O * C);
+    uint8_t *scale = bytes_between((size_t)((O + 127) / 128) * ((C + 127) / 128), 119, 123);
+    bf16 *wb = (bf16 *)acts((size_t)O * C, 0.1);
+    real *a = reals((size_t)R * C, 0.1), *b = reals((size_t)O * R, 0.1), *u = blank((size_t)T * R);
+    real *dinp = reals((size_t)T * C, 1), *da = reals((size_t)R * C, 1), *db = reals((size_t)O * R, 1);
+    real *outb = blank((size_t)T * O), *dinb = reals((size_t)T * C, 1), *doutb = reals((size_t)T * O, 1);
+    BOTH({ linear_fp8_forward(X(plain), X(inp), X(w), X(scale), T, C, O);
+           lora_linear_forward(X(out), X(u), X(inp), X(w), X(scale), X(a), X(b), 2, T, C, O, R);
+           lora_linear_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), X(w), X(scale), X(a), X(b),
+                                2, T, C, O, R);
+           linear_bf16_forward(X(outb), X(inp), X(wb), T, C, O);
+           linear_bf16_backward(X(dinb), X(doutb), X(wb), T, C, O); });
+    compare_act("linear fp8", plain, (size_t)T * O, BF16);
+    compare_act("lora linear out", out, (size_t)T * O, BF16);
+    compare_real("lora linear u", u, (size_t)T * R, FP32);
+    compare_real("lora linear dinp", dinp, (size_t)T * C, 1e-4);
+    compare_real("lora linear da", da, (size_t)R * C, 1e-4);
+    compare_real("lora linear db", db, (size_t)O * R, 1e-4);
+    compare_real("linear bf16", outb, (size_t)T * O, FP32);
+    compare_real("linear bf16 dinp", dinb, (size_t)T * C, BF16);     // its dout is rounded to bf16
+}
+
+// Experts with 0, 1, 63, .. rows.
+static void test_experts(int C, int O, int R) {
+    enum { E = 6 };
+    const int offset[E + 1] = {0, 0, 1, 64, 64, 129, 300};
+    int T = offset[E];
+    arena_used = 0;
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O), *dout = acts((size_t)T * O, 1);
+    uint8_t *w = bytes_between((size_t)E * O * C / 2, 0, 255);
+    uint8_t *scale = bytes_between((size_t)E * O * C / 32, 119, 123);
+    real *a = reals((size_t)E * R * C, 0.1), *b = reals((size_t)E * O * R, 0.1);
+    real *u = blank((size_t)T * R), *u2 = blank((size_t)T * R), *dinp = reals((size_t)T * C, 1);
+    real *da = reals((size_t)E * R * C, 1), *db = reals((size_t)E * O * R, 1);
+    BOTH({ lora_experts_forward(X(out), X(u), X(inp), offset, X(w), X(scale), X(a), X(b), 2, E, C, O, R);
+           lora_experts_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), offset, X(w), X(scale),
+                                 X(a), X(b), 2, E, C, O, R);
+           lora_experts_down(X(u2), X(inp), offset, X(a), E, C, R); });
+    compare_act("experts out", out, (size_t)T * O, BF16);
+    compare_real("experts u", u, (size_t)T * R, FP32);
+    compare_real("experts u again", u2, (size_t)T * R, FP32);
+    compare_real("experts dinp", dinp, (size_t)T * C, 1e-4);
+    compare_real("experts da", da, (size_t)E * R * C, 1e-4);
+    compare_real("experts db", db, (size_t)E * O * R, 1e-4);
+}
+
+static void test_routing(int T, int C, int E, int K) {
+    arena_used = 0;
+    size_t slots = (size_t)T * K;
+    real *all = reals((size_t)T * E, 3), *bias = reals(E, 0.3), *weights = blank(slots);
+    real *logits = blank(slots), *dw = reals(slots, 1), *dinp = reals((size_t)T * C, 1);
+    real *dinp2 = reals((size_t)T * C, 1), *home_w = blank(slots), *hash_w = blank(slots);
+    real *hash_l = blank(slots);
+    int *ids = ints(slots), *slot_row = ints(slots), *row_slot = ints(slots), *tokens = ints(T);
+    int *table = ints((size_t)90 * K), *hash_ids = ints(slots);
+    bf16 *gate = (bf16 *)acts((size_t)E * C, 0.1);
+    act *inp = acts((size_t)T * C, 1), *home = blank_act(slots * C), *out = acts((size_t)T * C, 1);
+    act *rows = acts(slots * C, 1);
+    for (int t = 0; t < T; t++) { tokens[t] = t * 31 % 90; }
+    for (int v = 0; v < 90; v++) {
+        for (int k = 0; k < K; k++) { table[v * K + k] = (v + k * 5) % E; }
+    }
+    for (size_t i = 0; i < slots; i++) {        // a permutation: 7 and the number of slots are coprime
+        slot_row[i] = (int)(i * 7919 % slots);
+        row_slot[slot_row[i]] = (int)i;
+    }
+    if (T > 2) { all[E + 1] = all[E + 2] = all[E]; all[2 * E] = -120; }
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, 1.5f, 1, T, E, K);
+           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), 1.5f, 1,
+                         T, E, K);
+           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(gate), 1.5f, 1,
+                          T, C, K);
+           pack_rows(X(home), X(inp), X(row_slot), T, K, C);
+           pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
+           combine_forward(X(out), X(rows), X(slot_row), T, K, C);
+           dispatch_backward(X(dinp2), X(rows), X(slot_row), T, K, C); });
+    compare_int("route ids", ids, slots);
+    compare_int("route hash ids", hash_ids, slots);
+    compare_real("route weights", weights, slots, FP32);
+    compare_real("route hash weights", hash_w, slots, FP32);
+    compare_real("route dinp", dinp, (size_t)T * C, FP32);
+    compare_act("pack rows", home, slots * C, 0);
+    compare_real("pack weights", home_w, slots, FP32);
+    compare_act("combine", out, (size_t)T * C, BF16);
+    compare_real("dispatch backward", dinp2, (size_t)T * C, FP32);
+}
+
+static void test_swiglu(int T, int F) {
+    arena_used = 0;
+    size_t n = (size_t)T * F;
+    act *g = acts(n, 15), *v = acts(n, 15), *h = blank_act(n), *dg = blank_act(n), *dv = blank_act(n);
+    real *w = reals(T, 1), *dh = reals(n, 1), *dw = blank(T), *x = reals(n, 1);
+    act *narrowed = blank_act(n);
+    st(g, 10); st(v + 1, -10);
+    BOTH({ swiglu_forward(X(h), X(g), X(v), X(w), 10, T, F);
+           swiglu_backward(X(dg), X(dv), X(dw), X(dh), X(g), X(v), X(w), 10, T, F);
+           narrow(X(narrowed), X(x), n); });
+    compare_act("swiglu h", h, n, BF16);
+    compare_act("swiglu dg", dg, n, BF16);
+    compare_act("swiglu dv", dv, n, BF16);
+    compare_real("swiglu dweight", dw, T, 1e-4);
+    compare_act("narrow", narrowed, n, 0);
+}
+
+// Attention with its compressors and indexer over documents of those lengths.
+static void test_attention(const int *length, int docs, int Hn, int Dn, int W, int ratio, int topk) {
+    arena_used = 0;
+    int start[16] = {0}, T, dim = 128, heads = 4;
+    for (int i = 0; i < docs; i++) { start[i + 1] = start[i] + length[i]; }
+    T = start[docs];
+    Documents d;
+    documents_alloc(&d, T, 1);
+    documents_set(&d, start, docs);
+    Entries *e = &d.of[entries_of(ratio)];
+    int P = ratio ? e->P : 0, n = ratio == 4 ? 2 : 1;
+    int *position = ints(T), *end = ints(T), *first = ints(T), *token = ints(P), *entry_position = ints(P);
+    memcpy(position, d.position, sizeof(int) * T);
+    memcpy(end, d.end, sizeof(int) * T);
+    memcpy(first, e->first_entry, sizeof(int) * T);
+    memcpy(token, e->token, sizeof(int) * P);
+    memcpy(entry_position, e->position, sizeof(int) * P);
+    size_t N = (size_t)T * Hn * Dn;
+    act *q = acts(N, 1), *kv = acts((size_t)T * Dn, 1), *out = blank_act(N), *dout = acts(N, 1);
+    act *dq = blank_act(N), *entries = blank_act((size_t)P * Dn), *dpool = acts((size_t)P * Dn, 1);
+    real *K = reals((size_t)T * n * Dn, 1), *Z = reals((size_t)T * n * Dn, 1), *ape = reals((size_t)(ratio + 1) * n * Dn, 1);
+    real *lse = blank((size_t)T * Hn), *sink = reals(Hn, 1), *delta = blank((size_t)T * Hn);
+    real *dkv = blank((size_t)T * Dn), *dentries = blank((size_t)P * Dn);
+    real *dK = blank((size_t)T * n * Dn), *dZ = blank((size_t)T * n * Dn), *iw = reals((size_t)T * heads, 1);
+    act *iq = acts((size_t)T * heads * dim, 1), *ik = acts((size_t)P * dim, 1);
+    int *selected = topk ? ints((size_t)T * topk) : NULL;
+    if (topk) { memset(selected, 0xFF, sizeof(int) * (size_t)T * topk); }
+    #define SHAPE ((AttentionShape){ .T = T, .P = P, .H = Hn, .D = Dn, .W = W, .ratio = ratio, .topk = topk, \
+        .position = X(position), .end = X(end), .first_entry = X(first), .token = X(token) })
+    BOTH({ if (ratio) {
+               pool_forward(X(entries), X(K), X(Z), X(ape), SHAPE, X(entry_position), Dn);
+               pool_backward(X(dK), X(dZ), X(dpool), X(K), X(Z), X(ape), SHAPE, X(entry_position), Dn);
+           }
+           if (topk) { indexer_select(X(selected), X(iq), X(ik), X(iw), SHAPE, heads, dim); }
+           attention_forward(X(out), X(lse), X(q), X(kv), X(entries), X(sink), X(selected), SHAPE);
+           attention_delta(X(delta), X(dout), X(out), T, Hn, Dn);
+           attention_backward_key(X(dkv), X(dentries), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
+                                  X(selected), SHAPE);
+           attention_backward_query(X(dq), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
+                                    X(selected), SHAPE); });
+    printf(" attention: %d tokens, %d documents, %d heads of %d, ratio %d, topk %d\n", T, docs, Hn, Dn, ratio, topk);
+    if (ratio) {
+        compare_act("entries", entries, (size_t)P * Dn, BF16);
+        compare_real("pool dK", dK, (size_t)T * n * Dn, 1e-4);
+        compare_real("pool dZ", dZ, (size_t)T * n * Dn, 1e-4);
+        compare_real("dentries", dentries, (size_t)P * Dn, 1e-2);
+    }
+    if (topk) { compare_int("selected", selected, (size_t)T * topk); }
+    compare_act("attention out", out, N, 1e-2);
+    compare_real("attention lse", lse, (size_t)T * Hn, 1e-3);
+    compare_real("attention delta", delta, (size_t)T * Hn, 1e-2);
+    compare_act("attention dq", dq, N, 1e-2);
+    compare_real("attention dkv", dkv, (size_t)T * Dn, 1e-2);
+    documents_free_host(&d);
+}
+
+static void test_groups_and_head(int T) {
+    enum { G = 2, N = 256, O = 128, C = 128, V = 264 };
+    arena_used = 0;
+    act *o = acts((size_t)T * G * N, 1), *v = blank_act((size_t)T * G * O), *do_ = blank_act((size_t)T * G * N);
+    real *dv = reals((size_t)T * G * O, 1), *loss = blank(T), *dinp = blank((size_t)T * C);
+    uint8_t *w = fp8_matrix((size_t)G * O * N), *scale = bytes_between(G * O / 128 * N / 128, 119, 123);
+    act *inp = acts((size_t)T * C, 1);
+    bf16 *head = (bf16 *)acts((size_t)V * C, 0.3);
+    int *target = ints(T);
+    for (int t = 0; t < T; t++) { target[t] = t % 3 == 1 ? -1 : t * 17 % V; }
+    real *p = reals(5000, 1), *m = reals(5000, 0.1), *s = reals(5000, 0), *g = reals(5000, 1);
+    double sum_h = 0, sum_d = 0;
+    BOTH({ group_output_forward(X(v), X(o), X(w), X(scale), T, G, N, O);
+           group_output_backward(X(do_), X(dv), X(w), X(scale), T, G, N, O);
+           head_loss(X(loss), X(dinp), X(inp), X(head), X(target), T, C, V);
+           adamw_update(X(p), X(m), X(s), X(g), 5000, 0.7, 1e-2, 0.9, 0.95, 1e-8, 0.1, 3);
+           *(on_gpu ? &sum_d : &sum_h) = sum_squares(X(g), 5000);
+           scale_reals(X(dinp), 0.25, (size_t)T * C); });
+    compare_act("group output", v, (size_t)T * G * O, BF16);
+    compare_act("group output do", do_, (size_t)T * G * N, BF16);
+    compare_real("head loss", loss, T, FP32);
+    compare_real("head dinp", dinp, (size_t)T * C, BF16);
+    compare_real("adamw p", p, 5000, 1e-6);
+    compare_real("adamw m", m, 5000, 1e-6);
+    compare_real("adamw v", s, 5000, 1e-6);
+    check_close("sum of squares, relative", 0, sum_d / sum_h, 1, 1e-12);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The model
+
+// Loss and gradients of one micro-batch into out (n + 1), with the arenas on the host or the card.
+static size_t run_model(double *out, const Config *c, const int *length, int docs, int device,
+                        int recompute) {
+    Model m;
+    int T = 0;
+    for (int i = 0; i < docs; i++) { T += length[i]; }
+    on_gpu = device;
+    // build() fills adapters through the host, so it cannot be used here.
+    ModelOptions o = { .R = 8, .alpha = 16, .targets = targets_parse("attn,shared,experts"),
+                       .max_tokens = T, .recompute = recompute, .training = 1, .seed = 4 };
+    memset(&m, 0, sizeof m);
+    mem_count();
+    model_alloc(&m, c, &o);
+    mem_open();
+    model_alloc(&m, c, &o);
+    model_load(&m, NULL);
+    size_t n = adapter_elements(&m);
+    real *p = NEW(real, n);
+    for (size_t i = 0; i < n; i++) { p[i] = (real)(0.03 * random_normal(99, i) / RANDOM_STD); }
+    upload(m.adapters.p, p, sizeof(real) * n);
+    Batch b = make_batch(length, docs, c->V);
+    out[0] = model_forward(&m, &b, 1);
+    model_backward(&m, &b, 1.0 / T);
+    download(p, m.adapters.g, sizeof(real) * n);
+    for (size_t i = 0; i < n; i++) { out[i + 1] = (double)p[i]; }
+    free(p);
+    free_batch(&b);
+    destroy(&m);
+    on_gpu = 0;
+    return n + 1;
+}
+
+// bf16 rounds every activation, so two orders of summation part ways by about 2^-9 per layer.
+static void test_model(const char *what, const Config *c, const int *length, int docs) {
+    size_t room_for = 1 << 25;
+    double *cpu = NEW(double, room_for), *gpu = NEW(double, room_for);
+    size_t n = run_model(cpu, c, length, docs, 0, 1);
+    require(n <= room_for);
+    run_model(gpu, c, length, docs, 1, 1);
+    printf(" %s: loss %.6f on the CPU, %.6f on the GPU\n", what, cpu[0], gpu[0]);
+    check_close("loss, relative", 0, gpu[0] / cpu[0], 1, 2e-3);
+    check_tensor(what, gpu + 1, cpu + 1, n - 1, 5e-2);
+    double *again = NEW(double, room_for);
+    run_model(again, c, length, docs, 1, 0);
+    check(memcmp(again, gpu, sizeof(double) * n) == 0, "%s: recompute none, other bits", what);
+    free(cpu); free(gpu); free(again);
+}
+
+int main(void) {
+    int gpus = 0;
+    char name[128];
+    gpu_count(&gpus);
+    if (gpus == 0) {
+        skip("no GPU on this machine");
+        return finish("test_kernels");
+    }
+    gpu_start(0, name, sizeof name);
+    on_gpu = 0;
+    void *work_space;
+    H = malloc(ARENA);
+    back = malloc(ARENA);
+    gpu_alloc((void **)&D, ARENA);
+    gpu_alloc(&work_space, (size_t)1 << 30);
+    gpu_workspace(work_space, (size_t)1 << 30);
+    printf("on %s\n", name);
+    test_norms(37, 4096); test_norms(1, 128); test_norms(3, 1024);
+    test_heads(37, 64, 512); test_heads(5, 4, 128);
+    test_streams(37, 4096); test_streams(5, 128); test_streams(1, 256);
+    test_linears(37, 256, 384, 8); test_linears(130, 1024, 128, 3); test_linears(1, 128, 128, 16);
+    test_experts(256, 128, 8); test_experts(128, 256, 3);
+    test_routing(37, 256, 256, 6); test_routing(5, 128, 8, 2);
+    test_swiglu(37, 2048); test_swiglu(3, 128);
+    const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
+    test_attention(odd, 5, 4, 128, 32, 0, 0);
+    test_attention(odd, 5, 4, 128, 32, 4, 0);
+    test_attention(odd, 5, 4, 128, 32, 4, 16);
+    test_attention(odd, 5, 4, 128, 32, 128, 0);
+    test_attention(odd, 5, 64, 512, 128, 0, 0);
+    test_attention(odd, 5, 64, 512, 128, 4, 0);
+    test_attention(odd, 5, 64, 512, 128, 128, 0);
+    test_attention(longer, 2, 4, 512, 128, 4, 512);
+    test_attention(one, 1, 64, 512, 128, 4, 0);
+    test_groups_and_head(37); test_groups_and_head(600);
+    free(H); free(back);
+    gpu_free(D);
+    gpu_free(work_space);
+
+    const int docs[] = {70, 1, 150, 33};
+    Config c = t2_config(2);
+    test_model("T2, top 2", &c, docs, 4);
+    c = t2_config(6);
+    test_model("T2, top 6", &c, docs, 4);
+    return finish("test_kernels");
+}
+#endif // USE_CUDA
