@@ -58,7 +58,7 @@ LIBS = $(LDFLAGS) $(LDLIBS) -lm
 # What nvcc can do: yes, or the reason why not. Asked once: it takes a second.
 NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; mkdir -p build; \
     echo '__global__ void probe(void) { }' > build/probe.cu; \
-    $(NVCC) -arch=sm_$(CUDA_ARCH) -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && \
+    $(NVCC) -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH) -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && \
     echo yes || echo broken)
 # ./train gets the kernels where nvcc works, unless another flavour is asked for: they store bf16.
 ifneq ($(NEEDS_CC),)
@@ -97,7 +97,8 @@ else
 endif
 
 # 177: a helper of the contract that only C files use.
-NVCCFLAGS := -O3 -arch=sm_$(CUDA_ARCH) -Xcompiler -Wall,-Wextra -Werror all-warnings \
+NVCCFLAGS := -O3 -std=c++17 -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH) \
+    -Xcompiler -Wall,-Wextra -Werror all-warnings \
     -diag-suppress 177
 NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) \
     -Xlinker -rpath=$(realpath $(dir $(shell command -v $(NVCC)))../lib64)

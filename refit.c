@@ -163,7 +163,8 @@ static inline const char *json_skip(const char *s, int depth) {
     const size_t length = (size_t)(end - s);
     if (*s == '"') {
         for (s++; *s != '"'; s++) {
-            if ((unsigned char)*s < ' ' || (*s == '\\' && (unsigned char)*++s < ' ')) { return NULL; }
+            s += *s == '\\';
+            if ((unsigned char)*s < ' ') { return NULL; }
         }
         return json_blanks(s + 1);
     }
@@ -400,12 +401,10 @@ static inline void safetensors_tile(Safetensors *s, size_t n) {
 
 // Opens a file and checks its header. The data is not read.
 static inline void safetensors_open(Safetensors *s, const char *path, const char *hint) {
-    unsigned char length[8] = {0};
-    size_t size, n = 0;
+    size_t size, n = 0;                 // a little-endian u64, as on every machine we run on
     s->fd = file_open(path, &size, hint);
     path_make(s->path, path, "", "");
-    file_pread(s->fd, length, size < 8 ? 0 : 8, 0);
-    for (int i = 7; i >= 0; i--) { n = n << 8 | length[i]; }
+    file_pread(s->fd, &n, size < 8 ? 0 : 8, 0);
     if (size < 8 || n > TEXT_MOST || n > size - 8) {
         refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
                "or no safetensors file", path, n, size, TEXT_MOST);
@@ -454,7 +453,7 @@ typedef struct {                // config.json, or the built-in tiny model's
     int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
 } Config;
 
-// A number from low to high, and a multiple of `multiple` (0: any; fp8 matrices have blocks of 128).
+// A number from low to high; a multiple of `multiple`, if not 0 (fp8 matrices have blocks of 128).
 static inline double config_number(const Json *j, int object, const char *key, double low,
                                    double high, int multiple) {
     double value = json_number(j, json_get(j, object, key, '0'));
@@ -528,8 +527,10 @@ void config_load(Config *c, const char *dir) {
     config_fixed(&j, quantization, "fmt", "e4m3");
     config_fixed(&j, quantization, "scale_fmt", "ue8m0");
     int block = json_get(&j, quantization, "weight_block_size", '[');
-    if (j.tok[block].size != 2 || json_size(&j, block + 1) != 128 || json_size(&j, block + 2) != 128) {
-        refuse("%s: weight_block_size is not [128, 128]", path);
+    for (int d = 1; d <= 2; d++) {
+        if (j.tok[block].size != 2 || json_size(&j, block + d) != FP8_BLOCK) {
+            refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
+        }
     }
     int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
     if (n < c->layers) {            // more are fine: they belong to the drafter
@@ -550,8 +551,8 @@ void config_load(Config *c, const char *dir) {
 //
 // The caller's table says what the model needs, the index which file has it, the file's header what
 // it has: all three must agree, name by name, before the first weight is read. A rank reads only
-// the tensors that have a pointer, each straight to its place, by all threads, in the order of the
-// files. mtp.* tensors (a drafter that helps inference) are not looked at.
+// the tensors that have a pointer, each straight to its place, by all threads. mtp.* tensors (a
+// drafter that helps inference) are not looked at.
 
 typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
     char name[96];              // it goes
@@ -568,12 +569,6 @@ typedef struct {                // what all three say about one tensor
     const Safetensors *shard;
     const Entry *entry;
 } Want;
-
-static inline int want_by_position(const void *a, const void *b) {
-    const Want *x = (const Want *)a, *y = (const Want *)b;
-    if (x->shard != y->shard) { return x->shard < y->shard ? -1 : 1; }
-    return (x->entry->begin > y->entry->begin) - (x->entry->begin < y->entry->begin);
-}
 
 // The table, sorted by name.
 static inline Want *wants_sorted(const Tensor *t, size_t n) {
@@ -621,7 +616,7 @@ static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int
         const Entry *e = safetensors_find(&shard[s], t->name);
         want[i].shard = &shard[s];
         want[i].entry = e;
-        if (e == NULL) { refuse("%s: %s is not in this file, as the index says %s", path, t->name, mixed); }
+        if (e == NULL) { refuse("%s: the index places %s in it %s", path, t->name, mixed); }
         int same = e->ndim == t->ndim, dtype = DTYPES - 1;
         for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
         same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
@@ -649,23 +644,27 @@ static inline const char *want_read(const Want *w) {
     const size_t at = w->shard->data + w->entry->begin, n = w->entry->end - w->entry->begin;
     const int narrow = w->entry->type == DT_I64;        // int64 in the file, int32 in memory
     if (w->t->data == NULL) { return NULL; }
-    int64_t *wide = (int64_t *)(narrow ? host_alloc(n) : w->t->data);
+    const int aside = narrow || ON_GPU;         // not read where it is wanted
+    int64_t *wide = (int64_t *)(aside ? host_alloc(n) : w->t->data);
     int error = file_pread(w->shard->fd, wide, n, at);
     if (error) { return strerror(error); }
     if (w->t->type == DT_E8M0 && memchr(wide, 255, n)) { return "holds the e8m0 byte 255, a NaN"; }
-    for (size_t k = 0; k < n / 8 && narrow; k++) {
-        ((int32_t *)w->t->data)[k] = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
+    for (size_t k = 0; k < n / 8 && narrow; k++) {      // in place, front to back
+        int32_t value = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
+        memcpy((char *)wide + 4 * k, &value, 4);
     }
-    if (narrow) { free(wide); }
+    if (aside) {
+        upload(w->t->data, wide, narrow ? n / 2 : n);
+        free(wide);
+    }
     return NULL;
 }
 
-// Reads all tensors that have a pointer. Of several that fail, the first in file order is reported.
+// Reads all tensors that have a pointer. Of several that fail, the first one is reported.
 static inline void wants_read(Want *want, size_t n) {
     double start = comm_clock(), last = start;
     size_t total = 0, done = 0, bad = n;
     const char *error = NULL;
-    qsort(want, n, sizeof *want, want_by_position);
     for (size_t i = 0; i < n; i++) {
         total += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
     }
@@ -686,7 +685,7 @@ static inline void wants_read(Want *want, size_t n) {
 
 // The experts of each token in a hash table (V,K): all of them below E, no two the same.
 static inline void experts_check(const Tensor *t, const Want *gate, const char *dir) {
-    const int32_t *table = (const int32_t *)t->data;
+    const int32_t *table = (const int32_t *)host_view(t->data, 4 * t->dim[0] * t->dim[1]);
     size_t E = gate ? gate->t->dim[0] : INT32_MAX, K = t->dim[1];
     for (size_t i = 0; i < t->dim[0] * K; i++) {
         size_t k = i - i % K;
@@ -696,6 +695,7 @@ static inline void experts_check(const Tensor *t, const Want *gate, const char *
                    k < i ? "twice" : "which does not exist", damaged);
         }
     }
+    host_view_end(table, t->data);
 }
 
 // Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
@@ -708,7 +708,6 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
     wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
     Safetensors *shard = wants_open(want, n, dir, &shards);
     wants_read(want, n);
-    qsort(want, n, sizeof *want, by_name);
     for (size_t i = 0; i < n; i++) {
         const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
         if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
@@ -736,20 +735,24 @@ static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
     real *row = (real *)host_alloc((size_t)C * sizeof(real));
     Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
     double sum = 0;
+    const size_t steps = w->type == DT_FP4 ? O * (size_t)(C / FP4_BLOCK) :
+        (size_t)ceil_div((int)O, FP8_BLOCK) * (size_t)ceil_div(C, FP8_BLOCK);
+    const void *codes = host_view(w->data, O * w->dim[1]), *scales = host_view(scale, steps);
     for (size_t i = 0; i < rows; i++) {
-        widen(row, w->data, (const uint8_t *)scale, O * i / rows, C);
+        widen(row, codes, (const uint8_t *)scales, O * i / rows, C);
         for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
     }
+    host_view_end(scales, scale);
+    host_view_end(codes, w->data);
     free(row);
     return sum / ((double)rows * C);
 }
 
 // Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
-// 0 prints the range of each type: fp8 are the dense matrices, fp4 the experts.
+// 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
 void check_scales(const Tensor *t, size_t n) {
     Want *want = wants_sorted(t, n);
-    double low[2] = {INFINITY, INFINITY}, high[2] = {0, 0};
-    int count[2] = {0, 0};
+    int printed[2] = {0, 0};
     for (size_t i = 0; i < n; i++) {
         char name[104];
         int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
@@ -759,16 +762,12 @@ void check_scales(const Tensor *t, size_t n) {
         require(scale != NULL && scale->t->data != NULL && t[i].ndim == 2);
         double mean = mean_magnitude(&t[i], scale->t->data, C), relative = mean * sqrt((double)C);
         if (!(relative >= 0.05 && relative <= 20)) {
-            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its scales "
-                   "are not those it was quantised with", t[i].name, mean, relative);
+            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
+                   "scales are not those it was quantised with", t[i].name, mean, relative);
         }
-        low[fp4] = fmin(low[fp4], mean);
-        high[fp4] = fmax(high[fp4], mean);
-        if (count[fp4]++ < 3 && comm_rank() == 0) { printf("scales %s mean |w| %.4f\n", t[i].name, mean); }
-    }
-    for (int k = 0; k < 2 && comm_rank() == 0; k++) {
-        if (count[k] == 0) { continue; }
-        printf("scales %d %s matrices, mean |w| %.4f to %.4f\n", count[k], k ? "fp4" : "fp8", low[k], high[k]);
+        if (comm_rank() == 0 && printed[fp4]++ < 3) {
+            printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
+        }
     }
     free(want);
 }
@@ -844,8 +843,8 @@ typedef struct {
     const Adapters *s;
     int file, names, E, first, local;   // this rank owns experts first .. first+local-1 of E
     size_t n;
-    uint32_t *code;                     // (n) place in s->tensors * E + expert; an expert's place is
-} Roster;                               // that of this rank's first expert
+    uint32_t *code;                     // (n) place in s->tensors * E + expert, where an expert's
+} Roster;                               // place is that of this rank's first one
 
 typedef struct {                // one of them
     char name[160];
@@ -885,12 +884,13 @@ static inline Item roster_item(const Roster *f, size_t i) {
     return it;
 }
 
-static const Roster *sorting;       // qsort has no argument for it
+static Roster sorting;              // qsort has no argument for it
 static inline int roster_order(const void *a, const void *b) {
-    uint32_t code[2] = { *(const uint32_t *)a, *(const uint32_t *)b };
-    Roster two = *sorting;
-    two.code = code;
-    Item x = roster_item(&two, 0), y = roster_item(&two, 1);
+    static uint32_t pair[2];
+    pair[0] = *(const uint32_t *)a;
+    pair[1] = *(const uint32_t *)b;
+    sorting.code = pair;
+    Item x = roster_item(&sorting, 0), y = roster_item(&sorting, 1);
     return strcmp(x.name, y.name);
 }
 
@@ -901,19 +901,14 @@ static inline Roster roster_make(const Adapters *s, const Config *c, int names) 
                  .first = comm_ep_rank() * local };
     adapter_check_names(s->targets, names);
     require(c->E % comm_ep() == 0);
-    for (int pass = 0; pass < 2; pass++) {      // first only counts
-        if (pass) { f.code = (uint32_t *)host_alloc(f.n * sizeof *f.code); }
-        f.n = 0;
-        for (int i = 0; i < s->n; i++) {
-            const AdapterTensor *t = &s->tensors[i];
-            int fused = names == NAMES_HF && t->expert >= 0, count = t->expert < 0 || fused ? 1 : f.E;
-            if (t->expert > f.first || (fused && strstr(t->name, ".w3."))) { continue; }
-            for (int e = 0; e < count; e++, f.n++) {
-                if (pass) { f.code[f.n] = (uint32_t)(i * f.E + e); }
-            }
-        }
+    f.code = (uint32_t *)host_alloc((size_t)s->n * (size_t)comm_ep() * sizeof *f.code);
+    for (int i = 0; i < s->n; i++) {
+        const AdapterTensor *t = &s->tensors[i];
+        int fused = names == NAMES_HF && t->expert >= 0, count = t->expert < 0 || fused ? 1 : f.E;
+        if (t->expert > f.first || (fused && strstr(t->name, ".w3."))) { continue; }
+        for (int e = 0; e < count; e++) { f.code[f.n++] = (uint32_t)(i * f.E + e); }
     }
-    sorting = &f;
+    sorting = f;
     qsort(f.code, f.n, sizeof *f.code, roster_order);
     return f;
 }
@@ -1087,8 +1082,9 @@ static inline size_t roster_header(FILE *out, const Roster *f, size_t tensors, s
         char line[320];
         Item it = roster_item(f, i);
         *data = at + it.dim[0] * it.dim[1] * 4;
-        length += (size_t)snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],"
-                                   "\"data_offsets\":[%zu,%zu]}", it.name, it.dim[0], it.dim[1], at, *data);
+        length += (size_t)snprintf(line, sizeof line, ",\"%s\":{\"dtype\":\"F32\",\"shape\":"
+                                   "[%zu,%zu],\"data_offsets\":[%zu,%zu]}", it.name, it.dim[0],
+                                   it.dim[1], at, *data);
         if (out) { fputs(line, out); }
     }
     return length;
@@ -1104,7 +1100,7 @@ static inline void roster_write(Save *v, const Roster *f) {
     const char *name = file_names[f->file];
     FILE *out = comm_rank() == 0 ? save_open(v, v->temporary, name, "wb") : NULL;
     if (out) {
-        for (int i = 0; i < 8; i++) { fputc((int)(padded >> 8 * i & 0xFF), out); }
+        fwrite(&padded, 8, 1, out);
         fputs(start, out);
         roster_header(out, f, tensors, &data);
         fprintf(out, "}%*s", (int)(padded - n), "");
@@ -1150,7 +1146,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
         if (roster_mine(f, &it, 0)) { roster_move(&s, f, &it); }
         if (s.error) {
             refuse("%s: %s %s", path, it.name, s.error != EDOM ? strerror(s.error) : "is not zero "
-                   "off its diagonal blocks: w1 and w3 share ranks in it, which this trainer cannot");
+                   "off its diagonal blocks: w1 and w3 share ranks in it, and cannot here");
         }
     }
     for (size_t i = 0; i < st.n; i++) {
@@ -1180,7 +1176,8 @@ static inline void write_target_modules(FILE *f, unsigned targets, int names) {
         if (!(targets >> t & 1)) { continue; }
         fputs(between, f);
         between = "|";
-        for (const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours; *c; c++) {
+        const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours;
+        for (; *c; c++) {
             fprintf(f, *c == '.' ? "\\\\." : *c == '#' ? "\\\\d+" : "%c", *c);
         }
     }
@@ -1250,11 +1247,12 @@ void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *target
     *names = NAMES_VLLM;
     safetensors_open(&st, path_make(model, dir, "/", file_names[FILE_ADAPTER]), not_a_folder);
     for (size_t i = 0; i < st.n; i++) {
-        const char *name = st.entry[i].name, *rest;
+        const char *name = st.entry[i].name, *prefix = "base_model.model.model.", *rest;
         int layer, target = -1;
-        if (i == 0) { *names = strncmp(name, "base_model.model.model.", 23) ? NAMES_VLLM : NAMES_HF; }
-        if (strncmp(name, "base_model.model.", 17) == 0) {
-            target = adapter_parse(name + (*names == NAMES_HF ? 23 : 17), *names, &layer, &rest);
+        if (i == 0) { *names = strncmp(name, prefix, 23) == 0 ? NAMES_HF : NAMES_VLLM; }
+        size_t length = *names == NAMES_HF ? 23 : 17;
+        if (strncmp(name, prefix, length) == 0) {
+            target = adapter_parse(name + length, *names, &layer, &rest);
         }
         if (target < 0) { refuse("%s: %s is of no matrix that can be trained here", model, name); }
         *targets |= 1u << target;
@@ -1283,9 +1281,9 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
     unsigned targets;
     adapter_read_config(dir, &r, &alpha, &targets, &names);
     if (r != s->R || alpha != s->alpha || targets != s->targets) {
-        refuse("%s has r %d, alpha %g and targets %#x, this run r %d, alpha %g and targets %#x "
-               "HINT: without --lora-r, --lora-alpha and --lora-targets the adapter's are taken",
-               dir, r, alpha, targets, s->R, s->alpha, s->targets);
+        refuse("%s has r %d and alpha %g, this run %d and %g%s HINT: without --lora-r, --lora-alpha "
+               "and --lora-targets the adapter's are taken", dir, r, alpha, s->R, s->alpha,
+               targets != s->targets ? ", and other targets" : "");
     }
     Roster f = roster_make(s, c, names);
     roster_read(dir, &f);
@@ -1311,17 +1309,14 @@ size_t training_bytes(const Adapters *s) {
     return n * 3 * 4 + (size_t)s->n * (size_t)comm_ep() * 600 + 65536;
 }
 
-static inline int is_checkpoint(const struct dirent *e) {
-    return strncmp(e->d_name, "checkpoint-", 11) == 0;
-}
-
 // Removes what a newer checkpoint makes superfluous: leftovers of saves that did not end, and all
 // but the last `keep` checkpoints (0: none). The newest stays, whatever its number.
 static inline void training_prune(const char *out, const char *newest, int keep) {
     char path[PATH_SIZE], trash[PATH_SIZE];
     struct dirent **list;
-    int n = scandir(out, &list, is_checkpoint, alphasort), whole = 0;
-    for (int i = n - 1; i >= 0; i--) {
+    int n = scandir(out, &list, NULL, alphasort), whole = 0;
+    for (int i = n - 1; i >= 0; free(list[i--])) {
+        if (strncmp(list[i]->d_name, "checkpoint-", 11) != 0) { continue; }
         int leftover = strchr(list[i]->d_name, '.') != NULL;
         path_make(path, out, "/", list[i]->d_name);
         if (!leftover && ++whole > keep && keep > 0 && strcmp(list[i]->d_name, newest) != 0) {
@@ -1330,7 +1325,6 @@ static inline void training_prune(const char *out, const char *newest, int keep)
             strcpy(path, trash);
         }
         if (leftover) { folder_remove(path); }
-        free(list[i]);
     }
     if (n >= 0) { free(list); }
 }
@@ -1348,7 +1342,8 @@ void training_save(const char *out, int step, int keep, const Adapters *s, const
     FILE *state = comm_rank() ? NULL : save_open(&v, v.temporary, file_names[FILE_STATE], "wb");
     for (int k = 0; k < FILE_STATE && state; k++) {
         stat(path_make(path, v.temporary, "/", file_names[k]), &info);
-        fprintf(state, "%s\"%s\": %zu", k ? ", " : "{\"files\": {", file_names[k], (size_t)info.st_size);
+        fprintf(state, "%s\"%s\": %zu", k ? ", " : "{\"files\": {", file_names[k],
+                (size_t)info.st_size);
     }
     if (state) {
         const char *rest = strchr(state_json, '{') + 1;

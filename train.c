@@ -1813,6 +1813,10 @@ static size_t workspace_bytes(const Config *c, int local, size_t T) {
     if (joined > wide) { wide = joined; }
     if (groups > wide) { wide = groups; }
     size_t dense = 2 * wide + 4 * T * (size_t)(c->G * c->O), most = experts;
+    // The attention backward's partial sums: 128 KiB for each of so many slots, and key masks.
+    size_t tiles = T / 256 + 1, slots = 2048 + tiles + (T / 64 > 768 ? T / 64 : 768);
+    size_t keys = c->D == 512 ? (slots << 17) + 8 * T * tiles : 0;
+    if (keys > most) { most = keys; }
     if (head > most) { most = head; }
     if (index > most) { most = index; }
     if (dense > most) { most = dense; }
@@ -2940,6 +2944,9 @@ static inline void load_data(Trainer *r) {
     batch_alloc(&r->batch, opt.batch * opt.seq);
     r->steps = opt.bench ? opt.bench + 1 : opt.steps;
     r->row_limit = (size_t)r->steps * per_step;
+    if (opt.bench && r->train.pieces == 0) {
+        data_add_random(&r->train, r->row_limit, (uint64_t)opt.seed);
+    }
     if (r->steps == 0 && r->train.pieces) {
         r->row_limit = data_rows(&r->train, opt.epochs);
         size_t steps = (r->row_limit + per_step - 1) / per_step;

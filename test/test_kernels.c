@@ -395,16 +395,19 @@ static size_t run_model(double *out, const Config *c, const int *length, int doc
     return n + 1;
 }
 
-// bf16 rounds every activation, so two orders of summation part ways by about 2^-9 per layer.
+// bf16 rounds every activation, so two orders of summation part ways by about 2^-9 per layer, and a
+// choice of experts or entries that was nearly a tie may then fall the other way. So gradients are
+// compared where everything is chosen; where there is a choice, the loss alone.
 static void test_model(const char *what, const Config *c, const int *length, int docs) {
+    int chooses = c->K < c->E || c->index_topk < 100;
     size_t room_for = 1 << 25;
     double *cpu = NEW(double, room_for), *gpu = NEW(double, room_for);
     size_t n = run_model(cpu, c, length, docs, 0, 1);
     require(n <= room_for);
     run_model(gpu, c, length, docs, 1, 1);
     printf(" %s: loss %.6f on the CPU, %.6f on the GPU\n", what, cpu[0], gpu[0]);
-    check_close("loss, relative", 0, gpu[0] / cpu[0], 1, 2e-3);
-    check_tensor(what, gpu + 1, cpu + 1, n - 1, 5e-2);
+    check_close("loss, relative", 0, gpu[0] / cpu[0], 1, chooses ? 1e-2 : 1e-3);
+    if (!chooses) { check_tensor(what, gpu + 1, cpu + 1, n - 1, 2e-2); }
     double *again = NEW(double, room_for);
     run_model(again, c, length, docs, 1, 0);
     check(memcmp(again, gpu, sizeof(double) * n) == 0, "%s: recompute none, other bits", what);
@@ -425,7 +428,7 @@ int main(void) {
     H = malloc(ARENA);
     back = malloc(ARENA);
     gpu_alloc((void **)&D, ARENA);
-    gpu_alloc(&work_space, (size_t)1 << 30);
+    gpu_alloc(&work_space, (size_t)1 << 30);       // run_model brings its own
     gpu_workspace(work_space, (size_t)1 << 30);
     printf("on %s\n", name);
     test_norms(37, 4096); test_norms(1, 128); test_norms(3, 1024);
@@ -451,7 +454,10 @@ int main(void) {
     gpu_free(work_space);
 
     const int docs[] = {70, 1, 150, 33};
-    Config c = t2_config(2);
+    Config c = t2_config(8);
+    c.index_topk = 128;
+    test_model("T2, all experts and entries", &c, docs, 4);
+    c = t2_config(2);
     test_model("T2, top 2", &c, docs, 4);
     c = t2_config(6);
     test_model("T2, top 6", &c, docs, 4);

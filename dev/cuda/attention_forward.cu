@@ -1,4 +1,49 @@
+// attention_forward.cu: a ladder for the forward core of DeepSeek-V4's attention, whose keys are
+// also its values (C text: train.c 5.4, attention_forward).
+//
+//     l = <q, key> / sqrt(D)     p = exp(l) / (sum exp(l) + exp(sink))     out = sum p key
+//
+// A token's keys are its window (up to 128 rows of kv that end at the token) and, in compressed
+// layers, pooled entries: all visible ones, or the list that the indexer chose for this token.
+//
+// Versions, one idea each, and what an H200 gave at T 4,096, H 64, D 512 (2026-11-21; TFLOP/s
+// count the keys that are attended to, not the padding of tiles; runs differ by 3 %):
+//   1  one warp per query and head, dot products by shuffles
+//   2  mma.sync: a block is one token x 64 heads, 64 keys at a time by cp.async, two buffers
+//   3  wgmma: persistent, a producer and two consumers that own half of the output dims each
+//   4  version 3 with the copy engine for rows that lie together, and no waits between products
+//   5  version 3's order of steps with version 4's copies (not measured yet)
+//
+//     ms (TFLOP/s)            keys     1            2            3            4
+//     window only            126.0                 0.409 (166)  0.197 (343)  0.189 (358)
+//     HCA                    141.5                 0.528 (144)  0.261 (291)  0.247 (308)
+//     CSA, topk 512          509.9   25.406 (11)   1.216 (225)  0.575 (476)  0.582 (470)
+//     CSA, all visible       637.8                 1.481 (231)  0.710 (482)  0.654 (523)
+//     CSA, 8 documents       175.9                 0.555 (170)  0.287 (329)  0.278 (340)
+//     CSA, topk 512, 16,384  607.5                 5.456 (239)  2.540 (513)  2.849 (458)
+//
+// So attention_forward_gpu takes 4 where all visible entries are attended to, and 3 where tokens
+// have lists; that gathering suffers from version 4's later freeing of buffers is a guess, which
+// version 5 would show.
+//
+// Arithmetic. Operations: 4 D H = 131,072 per key; CSA with topk 512 at 4,096 tokens: 274 GFLOP =
+// 0.34 ms at 802 TFLOP/s. Bytes: q and out 64 KB each per token, 0.54 GB = 0.13 ms at 4,277 GB/s,
+// which is what window layers (68 GFLOP, 0.085 ms) could reach. Shared memory, per tile of 64 keys
+// and 2,048 tensor clocks: scores read Q and K, 4 KB per 64 x 64 x 16 (32 clocks each way, 1,024
+// in all), outputs read V, 8 KB per 64 x 256 x 16 (512), the tile's arrival writes 64 KB (512), P
+// adds 40: 2,090 clocks, so tensor cores and shared memory are both near their limit and 60 - 65 %
+// of the peak was the prediction (kernels.md). L2: 64 KB per tile is 128 FLOP per byte, 3.8 TB/s
+// at 480 TFLOP/s. Short lists pay for Q (64 KB through L2 before the first product, 2.5 us a
+// token): two tokens in a cluster that share their window tiles would be the next idea.
+//
+// What did not help: quarters of 16 KB as the unit of filling and freeing (-15 % and more, with
+// products of 64 x 256 or 64 x 128 alike), starting an odd list with its short tile (HCA -7 %),
+// leaving out the empty half of a last tile's products (-6 .. +2 %), dropping the proxy fences of
+// consumers (nothing), arriving for cp.async by wait_group and one lane instead of 128 arrivals
+// (-15 % where entries are gathered: too little in flight).
 #include "common.h"
+#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <thread>
 
 #define EXIT_COMM 4
@@ -23,7 +68,9 @@ typedef struct {
     fprintf(stderr, "no kernel for this shape: %s (line %d)\n", #condition, __LINE__); \
     exit(EXIT_USAGE); } } while (0)
 
-static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
+static inline int blocks_for(size_t n, int per_block) {
+    return (int)((n + per_block - 1) / per_block);
+}
 
 __device__ inline void load4(float *x, const bf16 *p) {
     const uint2 raw = *(const uint2 *)p;
@@ -51,6 +98,9 @@ __device__ inline float warp_sum(float x) {
     for (int k = 16; k > 0; k /= 2) { x += __shfl_xor_sync(~0u, x, k); }
     return x;
 }
+
+typedef void Forward(act *, real *, const act *, const act *, const act *, const float *,
+                     const int *, AttentionShape);
 
 // -------------------------------------------------------------------------------------------------
 // Version 1: one warp per query and head, its lanes sharing the D dims; every dot product is a
@@ -352,7 +402,8 @@ void attention_forward_mma_kernel(act *out, real *lse, const act *q, const act *
         #pragma unroll
         for (int i = 0; i < 16; i += 2) {
             const int high = i / 2 % 2;
-            const float p0 = power2(s[i] - reference[high]), p1 = power2(s[i + 1] - reference[high]);
+            const float p0 = power2(s[i] - reference[high]);
+            const float p1 = power2(s[i + 1] - reference[high]);
             sum[high] += p0 + p1;
             *(uint32_t *)(shared + V2_P + chunk_offset(row + 8 * high, 4 * sn + i / 4)
                           + lane % 4 * 4) = pack2(p0, p1);
@@ -385,8 +436,8 @@ void attention_forward_mma_kernel(act *out, real *lse, const act *q, const act *
         const float k0 = 1 / (sums[0][r] + sums[1][r]), k1 = 1 / (sums[0][r + 8] + sums[1][r + 8]);
         #pragma unroll
         for (int j = 0; j < 4; j++) {
-            store_fragments(out + ((size_t)t * ATT_H + r) * ATT_D + 128 * on + 32 * j, o[i] + 16 * j,
-                            k0, k1);
+            act *at = out + ((size_t)t * ATT_H + r) * ATT_D + 128 * on + 32 * j;
+            store_fragments(at, o[i] + 16 * j, k0, k1);
         }
     }
 }
@@ -452,8 +503,9 @@ __device__ inline void proxy_fence(void) {
 __device__ inline void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31"
                  "}, %32, %33, p, 1, 1, 0, 0;}"
                  : ACC32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
@@ -461,14 +513,17 @@ __device__ inline void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int 
 // d (64 x 256) += a (64 x 16) b (16 x 256), a from registers.
 __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+                 "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
+                 "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
+                 "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
+                 "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
+                 "%120, %121, %122, %123, %124, %125, %126, %127"
                  "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
                  : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -477,14 +532,17 @@ __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_
 // The same, a from shared memory.
 __device__ inline void wgmma_outputs(float (&d)[128], uint64_t a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+                 "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
+                 "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
+                 "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
+                 "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
+                 "%120, %121, %122, %123, %124, %125, %126, %127"
                  "}, %128, %129, 1, 1, 1, 0, 1;"
                  : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96) : "l"(a), "l"(b));
 }
@@ -518,9 +576,9 @@ template <int ID> __device__ inline void pair_sync(void) {
 // right.
 enum {
     V3_Q = 0, V3_KV = TILE_BYTES, V3_P = 3 * TILE_BYTES, V3_REFERENCE = V3_P + 2 * BLOCK_BYTES,
-    V3_SUM = V3_REFERENCE + 2 * 64 * 4, V3_FULL = V3_SUM + 2 * 2 * 64 * 4, V3_FREE = V3_FULL + 4 * 8,
-    V3_Q_FULL = V3_FREE + 4 * 8, V3_Q_FREE = V3_Q_FULL + 8, V3_BYTES = V3_Q_FREE + 8,
-    V3_HALF = TILE_BYTES / 2,
+    V3_SUM = V3_REFERENCE + 2 * 64 * 4, V3_FULL = V3_SUM + 2 * 2 * 64 * 4,
+    V3_FREE = V3_FULL + 4 * 8, V3_Q_FULL = V3_FREE + 4 * 8, V3_Q_FREE = V3_Q_FULL + 8,
+    V3_BYTES = V3_Q_FREE + 8, V3_HALF = TILE_BYTES / 2,
 };
 
 typedef struct {
@@ -811,17 +869,370 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
     cudaCheck(cudaFuncSetAttribute(attention_forward_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V3_BYTES));
     const ForwardArguments f = { out, lse, q, kv, entries, sink, selected, a };
-    attention_forward_wgmma_kernel<<<a.T < processors ? a.T : processors, 384, V3_BYTES, stream>>>(f);
+    const int blocks = a.T < processors ? a.T : processors;
+    attention_forward_wgmma_kernel<<<blocks, 384, V3_BYTES, stream>>>(f);
     cudaCheck(cudaGetLastError());
+}
+
+// -------------------------------------------------------------------------------------------------
+// Versions 4 and 5: the copy engine, and less waiting
+//
+// What lies together (the queries, whole window tiles, entries of which all are visible) comes
+// through the copy engine, in boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of
+// them. Only tiles of chosen entries, and tiles on the border between window and entries, are
+// gathered by cp.async. Q comes and goes in halves, its next rows between the halves of the first
+// keys. P1 is handed over before the products with P0 are complete, and the products of both tiles
+// follow each other without a wait, unless the outputs must be rescaled in between.
+
+// Version 4's shared memory is version 3's, with two barriers, for the halves of Q, where that has
+// one.
+enum { V4_Q_FULL = V3_Q_FULL, V4_Q_FREE = V4_Q_FULL + 2 * 8, V4_BYTES = V4_Q_FREE + 2 * 8 };
+
+typedef struct {
+    ForwardArguments f;
+    CUtensorMap q, kv, entries;     // (T*H,D), (T,D), (P,D) in boxes of 32 rows x 64 columns
+} TiledArguments;
+
+// A producer warp's 32 arrivals, by one lane; one of them announces so many bytes of the copy
+// engine.
+__device__ inline void barrier_expect(uint32_t at, int bytes) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 31;\n"
+                 "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(bytes)
+                 : "memory");
+}
+
+// 32 rows of 64 columns, by the copy engine; rows past the tensor's end become zeros.
+__device__ inline void load_box(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column,
+                                int row) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(0) : "memory");
+}
+
+// Half a tile of up to 64 consecutive rows of a tensor; each producer warp has one of its blocks
+// fetched. Rows 32 .. 63 keep what they hold if they are not needed.
+__device__ inline void load_half(uint32_t tile, const CUtensorMap *map, uint32_t barrier, int half,
+                                 int row, int rows) {
+    if (threadIdx.x % 32 == 0) {
+        const int block = half * 4 + threadIdx.x / 32 % 4;
+        const uint32_t to = tile + block * BLOCK_BYTES;
+        barrier_expect(barrier, rows > 32 ? BLOCK_BYTES : BLOCK_BYTES / 2);
+        load_box(to, map, barrier, block * 64, row);
+        if (rows > 32) { load_box(to + BLOCK_BYTES / 2, map, barrier, block * 64, row + 32); }
+    }
+}
+
+__device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
+    const ForwardArguments &f = g.f;
+    const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    int use[2] = {0, 0};                                // fills of each buffer so far
+    for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
+        const Keys keys = token_keys(f.a, f.selected, t);
+        const int next = block_token(f.a, i + 1);
+        // The list is a choice only where more entries are visible than it holds.
+        const bool listed = f.selected && keys.count - keys.window == f.a.topk;
+        const int tiles = (keys.count + TILE - 1) / TILE;
+        for (int tile = 0; tile < tiles; tile++) {
+            const int b = tile % 2, first = tile * TILE, end = min(first + TILE, keys.count);
+            const bool in_window = end <= keys.window;
+            const bool together = in_window || (first >= keys.window && !listed);
+            const int start = in_window ? t - keys.window + 1 + first
+                                        : keys.first_entry + first - keys.window;
+            const act *row = together ? NULL : key_row(keys, f.a, f.kv, f.entries, f.selected,
+                                                       first + mine);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t full = base + V3_FULL + (2 * b + half) * 8;
+                if (tile == 0) {
+                    barrier_wait(base + V4_Q_FREE + half * 8, ~i & 1);
+                    load_half(base + V3_Q, &g.q, base + V4_Q_FULL + half * 8, half, t * ATT_H,
+                              ATT_H);
+                }
+                barrier_wait(base + V3_FREE + (2 * b + half) * 8, ~(b ? use[1] : use[0]) & 1);
+                if (together) {
+                    load_half(base + V3_KV + b * TILE_BYTES, in_window ? &g.kv : &g.entries, full,
+                              half, start, end - first);
+                } else {
+                    copy_half(base + V3_KV + b * TILE_BYTES, row, half);
+                    barrier_arrive_after_copies(full);
+                }
+            }
+            if (b) { use[1]++; } else { use[0]++; }
+            if (tile == 0 && next >= 0 && threadIdx.x % 128 == 0) {
+                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                             :: "l"(f.q + (size_t)next * ATT_H * ATT_D), "r"(TILE_BYTES)
+                             : "memory");
+            }
+        }
+    }
+}
+
+// Waits for all but the last N groups of products.
+template <int N> __device__ inline void wgmma_wait_but(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
+
+// s = Q K^T of the tile in that buffer. last: of this consumer with this Q, which is then free.
+__device__ inline void scores_tiled(float (&s)[32], uint32_t base, int buffer, int use, int token,
+                                    bool last) {
+    const uint64_t q = matrix_descriptor(base + V3_Q);
+    const uint64_t k = matrix_descriptor(base + V3_KV + buffer * TILE_BYTES);
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        barrier_wait(base + V4_Q_FULL + half * 8, token & 1);
+        barrier_wait(base + V3_FULL + (2 * buffer + half) * 8, use & 1);
+        proxy_fence();
+        wgmma_fence();
+        #pragma unroll
+        for (int i = 16 * half; i < 16 * half + 16; i++) {
+            const int step = (i / 4 * BLOCK_BYTES + i % 4 * 32) >> 4;
+            wgmma_scores(s, q + step, k + step, i > 0);
+        }
+        wgmma_commit();
+    }
+    wgmma_wait_but<1>();
+    if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE); }
+    wgmma_wait(s);
+    if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE + 8); }
+}
+
+// As rescale() and follow() of version 3, but products with o may still be on their way: they are
+// waited for only if o must change.
+__device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
+    if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
+        const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
+        wgmma_wait(o);
+        #pragma unroll
+        for (int i = 0; i < 128; i++) { o[i] *= i & 2 ? k1 : k0; }
+    }
+}
+__device__ inline void take_reference(float (&o)[128], Softmax &x, const float *reference,
+                                      int row) {
+    const float now[2] = {reference[row], reference[row + 8]};
+    move_reference(o, x.reference, now);
+    #pragma unroll
+    for (int i = 0; i < 2; i++) {
+        x.sum[i] *= power2(x.reference[i] - now[i]);
+        x.reference[i] = now[i];
+    }
+}
+
+// The softmax of the own tile, and all of it that the other consumer needs.
+template <int SIDE>
+__device__ inline void write_softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x,
+                                     unsigned char *shared, int row, int left) {
+    float *reference = (float *)(shared + V3_REFERENCE) + 64 * SIDE;
+    softmax(p, s, x, shared + V3_P + SIDE * BLOCK_BYTES, row, left);
+    if (threadIdx.x % 4 == 0) {
+        reference[row] = x.reference[0];
+        reference[row + 8] = x.reference[1];
+    }
+    proxy_fence();
+}
+
+// Consumer SIDE needs its half of the other's tile, filled for the use-th time.
+template <int SIDE> __device__ inline void await_other(uint32_t base, int use) {
+    barrier_wait(base + V3_FULL + (2 * (1 - SIDE) + SIDE) * 8, use & 1);
+    proxy_fence();
+}
+
+// Consumer SIDE is done with its half of a buffer.
+template <int SIDE> __device__ inline void free_half(uint32_t base, int buffer) {
+    if (threadIdx.x % 32 == 0) { barrier_arrive(base + V3_FREE + (2 * buffer + SIDE) * 8); }
+}
+
+// One pair of tiles, or (both = false) the last one alone. left: keys in the even tile and after
+// it. If EAGER, the products with P1 are issued before those with P0 are complete; if not, half a
+// buffer is freed a little earlier, and the order is that of version 3.
+template <int SIDE, bool EAGER>
+__device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Softmax &x,
+                                    int (&use)[2], int token, int left, bool both, bool last,
+                                    int row) {
+    const uint32_t base = shared_address(shared), values = base + V3_KV + SIDE * V3_HALF;
+    const float *reference = (const float *)(shared + V3_REFERENCE);
+    const uint64_t others = matrix_descriptor(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
+    float s[32], before[2] = {x.reference[0], x.reference[1]};
+    uint32_t p[16];
+    if (SIDE == 0 || both) { scores_tiled(s, base, SIDE, use[SIDE], token, last); }
+    if (SIDE == 0) {
+        write_softmax<SIDE>(p, s, x, shared, row, left);
+        pair_arrive<P0_READY>();
+        move_reference(o, before, x.reference);
+        outputs(o, (const uint32_t *)p, 4, values);
+        if (both) {
+            if (!EAGER) {
+                wgmma_wait(o);
+                free_half<SIDE>(base, 0);
+            }
+            pair_sync<P1_READY>();
+            take_reference(o, x, reference + 64, row);
+            await_other<SIDE>(base, use[1]);
+            outputs(o, others, 2, values + TILE_BYTES);
+        }
+    } else {
+        pair_sync<P0_READY>();
+        take_reference(o, x, reference, row);
+        await_other<SIDE>(base, use[0]);
+        outputs(o, others, 2, values);
+        if (both) {
+            before[0] = x.reference[0];
+            before[1] = x.reference[1];
+            write_softmax<SIDE>(p, s, x, shared, row, left - TILE);
+            if (!EAGER) {
+                wgmma_wait(o);
+                free_half<SIDE>(base, 0);
+            }
+            pair_arrive<P1_READY>();
+            move_reference(o, before, x.reference);
+            outputs(o, (const uint32_t *)p, 4, values + TILE_BYTES);
+        }
+    }
+    if (EAGER && both) {
+        wgmma_wait_but<1>();
+        free_half<SIDE>(base, 0);
+    }
+    wgmma_wait(o);
+    free_half<SIDE>(base, both);
+    use[0]++;
+    use[1] += both;
+}
+
+template <int SIDE, bool EAGER>
+__device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *shared) {
+    const uint32_t base = shared_address(shared);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
+    int use[2] = {0, 0}, window, next = block_token(f.a, 0);
+    int count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
+    for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
+        const int keys = count, tiles = (count + TILE - 1) / TILE;
+        float o[128];
+        Softmax x;
+        #pragma unroll
+        for (int j = 0; j < 128; j++) { o[j] = 0; }
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            x.reference[j] = sink[j];
+            x.sum[j] = SIDE == 0 && lane % 4 == 0 ? 1 : 0;
+        }
+        next = block_token(f.a, i + 1);                 // its count arrives during this token
+        count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
+        if (tiles <= SIDE && lane == 0) {               // one tile: consumer 1 needs no Q
+            barrier_arrive(base + V4_Q_FREE);
+            barrier_arrive(base + V4_Q_FREE + 8);
+        }
+        for (int tile = 0; tile < tiles; tile += 2) {
+            consume_pair<SIDE, EAGER>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
+                                      tile + 2 + SIDE >= tiles, row);
+        }
+        finish<SIDE>(f, shared, o, x, t, i & 1, row);
+    }
+}
+
+template <bool EAGER>
+__global__ __launch_bounds__(384, 1)
+void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const uint32_t base = shared_address(shared);
+    // P = 0 multiplies rows that no copy has written yet: they must be numbers.
+    for (int i = threadIdx.x; i < 2 * TILE_BYTES / 16; i += blockDim.x) {
+        ((uint4 *)(shared + V3_KV))[i] = make_uint4(0, 0, 0, 0);
+    }
+    proxy_fence();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 4; i++) {
+            barrier_init(base + V3_FULL + i * 8, 128);
+            barrier_init(base + V3_FREE + i * 8, 4);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(base + V4_Q_FULL + i * 8, 128);
+            barrier_init(base + V4_Q_FREE + i * 8, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int group = threadIdx.x / 128;
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        produce_tiled(g, base);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        if (group == 0) {
+            consume_tiled<0, EAGER>(g.f, shared);
+        } else {
+            consume_tiled<1, EAGER>(g.f, shared);
+        }
+    }
+}
+
+// A tensor of bf16, (rows,D), in swizzled boxes of 32 rows x 64 columns for the copy engine.
+static CUtensorMap rows_map(const act *base, int rows) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                   12000, cudaEnableDefault, &found));
+    }
+    CUtensorMap map;
+    cuuint64_t size[3] = { ATT_D, (cuuint64_t)rows, 1 };
+    cuuint64_t bytes[2] = { ATT_D * sizeof(act), (cuuint64_t)rows * ATT_D * sizeof(act) };
+    cuuint32_t box[3] = { 64, 32, 1 }, every[3] = { 1, 1, 1 };
+    CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size, bytes, box,
+                        every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) {
+        fprintf(stderr, "error  tensor map of %d rows at %p: %d (kernels.cu, exit %d)\n", rows,
+                (const void *)base, (int)r, EXIT_COMM);
+        exit(EXIT_COMM);
+    }
+    return map;
+}
+
+template <bool EAGER>
+static void attention_forward_tiled(act *out, real *lse, const act *q, const act *kv,
+                                    const act *entries, const float *sink, const int *selected,
+                                    AttentionShape a) {
+    gpuRequire(a.D == ATT_D && a.H == ATT_H);
+    int device, processors;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel<EAGER>,
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
+    const bool some = a.P > 0;                          // entries; else any valid map will do
+    const TiledArguments g = {
+        { out, lse, q, kv, entries, sink, selected, a },
+        rows_map(q, a.T * ATT_H), rows_map(kv, a.T),
+        rows_map(some ? entries : kv, some ? a.P : a.T),
+    };
+    const int blocks = a.T < processors ? a.T : processors;
+    attention_forward_tiled_kernel<EAGER><<<blocks, 384, V4_BYTES, stream>>>(g);
+    cudaCheck(cudaGetLastError());
+}
+
+static Forward *const attention_forward_v4 = attention_forward_tiled<true>;
+static Forward *const attention_forward_v5 = attention_forward_tiled<false>;
+
+// The one to ship (C text: attention_forward, train.c 5.4): version 4 where all visible entries are
+// attended to, version 3 where each token has its own choice of them.
+extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const act *kv,
+                                      const act *entries, const float *sink, const int *selected,
+                                      AttentionShape a) {
+    if (a.T == 0) { return; }
+    if (a.D != ATT_D || a.H != ATT_H) {
+        attention_forward_v1(out, lse, q, kv, entries, sink, selected, a);
+    } else if (selected) {
+        attention_forward_v3(out, lse, q, kv, entries, sink, selected, a);
+    } else {
+        attention_forward_v4(out, lse, q, kv, entries, sink, selected, a);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
 // Tests and times
 
-typedef void Forward(act *, real *, const act *, const act *, const act *, const float *,
-                     const int *, AttentionShape);
 static Forward *const version[] = { attention_forward_v1, attention_forward_v2,
-                                    attention_forward_v3 };
+                                    attention_forward_v3, attention_forward_v4,
+                                    attention_forward_v5, attention_forward_gpu };
 enum { VERSIONS = sizeof version / sizeof version[0] };
 
 // Documents of these lengths, their entries, and a choice of topk entries where more are visible
@@ -969,7 +1380,8 @@ static void check(const Case &c, float q_std, float sink_mean, bool exact) {
         for (std::thread &x : thread) { x.join(); }
     }
     for (int v = 1; v <= VERSIONS; v++) {
-        if (v > 1 && (a.D != 512 || a.H != 64 || v < first_version || v > last_version)) { continue; }
+        const bool wanted = v >= first_version && v <= last_version;
+        if (v > 1 && v < VERSIONS && (a.D != 512 || a.H != 64 || !wanted)) { continue; }
         uint64_t hash = 0;
         bool same = true;
         for (int run = 0; run < (v == 1 ? 1 : 5); run++) {
@@ -1027,8 +1439,8 @@ static void measure(const Case &c, int from) {
             const Inputs &x = in[i % SETS];
             version[v - 1](out, lse, x.q, x.kv, x.entries, x.sink, c.selected_device, a);
         }, v == 1 ? 3 : 15, v == 1 ? 1 : 5);
-        printf("%-28s T %5d keys %6.1f v%d  %8.3f ms  %6.1f TFLOP/s (%4.1f %% of %g)  q + out %5.0f "
-               "GB/s\n", c.name, a.T, c.keys / a.T, v, ms, flops / ms * 1e-9,
+        printf("%-28s T %5d keys %6.1f v%d  %8.3f ms  %6.1f TFLOP/s (%4.1f %% of %g)  q + out "
+               "%5.0f GB/s\n", c.name, a.T, c.keys / a.T, v, ms, flops / ms * 1e-9,
                flops / ms * 1e-9 / CEILING_TFLOPS * 100, CEILING_TFLOPS, bytes / ms * 1e-6);
         fflush(stdout);
     }
@@ -1048,6 +1460,8 @@ int main(int argc, char **argv) {
     check(make_case("CSA, all visible, odd", odd, 4, 0, 64, 512, 128), 2, 0, true);
     check(make_case("CSA, topk 16, odd", odd, 4, 16, 64, 512, 128), 2, 0, true);
     check(make_case("CSA, topk 512, odd", odd, 4, 512, 64, 512, 128), 4, 0, true);
+    check(make_case("window 100, odd", odd, 4, 0, 64, 512, 100), 2, 0, true);
+    check(make_case("window 200, topk 70", { 1, 431, 77 }, 4, 70, 64, 512, 200), 2, 0, true);
     for (float sink : { -1e4f, -30.0f, 12.0f, 1e4f }) {
         check(make_case("CSA, sinks", { 70, 411 }, 4, 0, 64, 512, 128), 2, sink, true);
     }

@@ -210,6 +210,17 @@ static inline void data_add_own_text(Data *train, Data *val, const Config *c) {
     }
 }
 
+// For --bench without -i: documents of one row each, of random ids.
+static inline void data_add_random(Data *d, size_t rows, uint64_t seed) {
+    uint32_t *token = (uint32_t *)host_alloc(rows * d->t * sizeof *token);
+    uint64_t key = random_key(seed, "random data");
+    for (size_t i = 0; i < rows * d->t; i++) {
+        token[i] = (uint32_t)(random_bits(key, i) % (uint64_t)d->V)
+                 | (i % d->t ? TOKEN_LABEL : TOKEN_FIRST);
+    }
+    data_add_tokens(d, "random data", token, rows * d->t, BIN_TEXT);
+}
+
 // Fills rows for one epoch. Next-fit: a piece that does not fit closes the row. It looks at each
 // piece once, keeps their order, and leaves little empty when documents are short.
 static inline void data_plan(Data *d, int epoch) {
