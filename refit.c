@@ -35,7 +35,7 @@
 // What the C library leaves out: whole reads, removing and syncing folders. A file's bytes are safe
 // once the file is synced, its name only once its folder is.
 
-enum { PATH_SIZE = 1024, TEXT_MOST = 100000000 };   // the longest JSON text, in a header or alone
+enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
 #define NOWHERE SIZE_MAX
 static const char damaged[] = "HINT: the file is damaged, fetch it again";
 static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
@@ -152,8 +152,6 @@ typedef struct {
     jsmntok_t *tok;             // (n) in the order of the text; token 0 is the whole value
 } Json;
 
-enum { JSON_DEPTH = 64 };       // deeper is not one of our files
-
 static inline const char *json_blanks(const char *s) { return s + strspn(s, " \t\r\n"); }
 
 // Behind the value that begins at s, blanks included; NULL if there is none.
@@ -229,7 +227,6 @@ static inline void json_load(Json *j, const char *path, const char *hint) {
 }
 
 static inline void json_free(Json *j) { free(j->text); free(j->tok); }
-
 static inline const char *json_text(const Json *j, int i) { return j->text + j->tok[i].start; }
 
 // The token behind value i. The members of an object are key, value, key, value, so
@@ -382,9 +379,8 @@ static inline void safetensors_tile(Safetensors *s, size_t n) {
     qsort(s->entry, s->n, sizeof(Entry), entry_by_begin);
     for (const Entry *e = s->entry; e < s->entry + s->n; at = e++->end) {
         if (e->begin != at) {
-            refuse("%s: %s %zu bytes at %s, which begins at byte %zu of the data %s", s->path,
-                   e->begin < at ? "an overlap of" : "a hole of",
-                   e->begin < at ? at - e->begin : e->begin - at, e->name, e->begin, damaged);
+            refuse("%s: %s at %s, which begins at byte %zu, expected %zu %s", s->path,
+                   e->begin < at ? "an overlap" : "a hole", e->name, e->begin, at, damaged);
         }
     }
     if (at != n) {
@@ -471,7 +467,8 @@ static inline void config_fixed(const Json *j, int object, const char *key, cons
     const char *have = i < 0 ? "missing" : json_text(j, i);
     int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
     if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
-        refuse("%s: %s is %.*s, this trainer knows %s only", j->file, key, length, have, want);
+        refuse("%s: %s is %.*s, expected %s HINT: this trainer reads DeepSeek-V4-Flash, not its Base "
+               "or another model", j->file, key, length, have, want);
     }
 }
 
@@ -482,12 +479,7 @@ void config_load(Config *c, const char *dir) {
     Json j;
     json_load(&j, path_make(path, dir, "/", "config.json"), not_a_folder);
     config_fixed(&j, 0, "model_type", "deepseek_v4");
-    int experts = json_find(&j, 0, "expert_dtype");
-    if (experts < 0 || strcmp(json_text(&j, experts), "fp4") != 0) {
-        refuse("%s: expert_dtype is %.20s, experts are read as fp4 only HINT: "
-            "DeepSeek-V4-Flash has them in fp4, its Base in fp8", path,
-            experts < 0 ? "missing" : json_text(&j, experts));
-    }
+    config_fixed(&j, 0, "expert_dtype", "fp4");         // its Base has them in fp8
     *c = (Config){ .model_type = "deepseek_v4" };
     // A table in two columns: the file's key, our field, and for whole numbers range and multiple.
     #define INT(key, field, low, high, multiple) \
@@ -974,8 +966,8 @@ static inline void stream_run(Stream *s, size_t first, real *values, size_t stri
 static inline void roster_move(Stream *s, const Roster *f, const Item *it) {
     const AdapterTensor *t = it->t, *up = t;        // up: w3's, if t is w1's
     const size_t rows = (size_t)t->rows, size = rows * (size_t)t->cols, R = (size_t)f->s->R;
-    const size_t E = (size_t)f->E, first = (size_t)f->first, local = (size_t)f->local;
-    const size_t halves = (size_t)it->halves;
+    const size_t E = (size_t)f->E, first = (size_t)f->first, local = (size_t)f->local,
+                 halves = (size_t)it->halves;
     if (halves == 0) {
         size_t e = t->expert < 0 ? 0 : (size_t)it->expert - first;
         stream_run(s, 0, it->values + t->at + e * size, 1, size);
@@ -1168,18 +1160,15 @@ static inline void roster_read(const char *dir, const Roster *f) {
 
 // Writes the pattern of all modules that are trained; [] if only fused tensors are.
 static inline void write_target_modules(FILE *f, unsigned targets, int names) {
-    const char *before = names == NAMES_HF ? "\"^model\\\\.layers\\\\.\\\\d+\\\\.("
-                                           : "\"^layers\\\\.\\\\d+\\\\.(";
-    const char *between = before;
+    const char *between = names == NAMES_HF ? "\"^model\\\\.layers\\\\.\\\\d+\\\\.("
+                                            : "\"^layers\\\\.\\\\d+\\\\.(";
     if (names == NAMES_HF) { targets &= ~(unsigned)(GATE_UP | DOWN); }
     for (int t = 0; t < TARGETS; t++) {
         if (!(targets >> t & 1)) { continue; }
         fputs(between, f);
         between = "|";
         const char *c = names == NAMES_HF ? adapter_modules[t].hf : adapter_modules[t].ours;
-        for (; *c; c++) {
-            fprintf(f, *c == '.' ? "\\\\." : *c == '#' ? "\\\\d+" : "%c", *c);
-        }
+        for (; *c; c++) { fprintf(f, *c == '.' ? "\\\\." : *c == '#' ? "\\\\d+" : "%c", *c); }
     }
     fputs(targets ? ")$\"" : "[]", f);
 }
@@ -1187,7 +1176,7 @@ static inline void write_target_modules(FILE *f, unsigned targets, int names) {
 static inline void write_adapter_config(FILE *f, const Adapters *s, int names, const char *base) {
     const char *slash = strrchr(base, '/');     // a folder's name, not where it is on this machine
     const int fused = names == NAMES_HF && s->targets & GATE_UP;
-    const int two = names == NAMES_HF && s->targets & DOWN;
+    const int two = names == NAMES_HF && s->targets & DOWN ? 2 : 0;
     static const char *const parameters[] = {
         "null", "[\"mlp.experts.gate_up_proj\"]", "[\"mlp.experts.down_proj\"]",
         "[\"mlp.experts.gate_up_proj\", \"mlp.experts.down_proj\"]" };
@@ -1196,8 +1185,7 @@ static inline void write_adapter_config(FILE *f, const Adapters *s, int names, c
     json_quote(f, slash ? slash + 1 : base);
     fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"target_modules\": ", s->R, s->alpha);
     write_target_modules(f, s->targets, names);
-    fprintf(f, ",\n  \"target_parameters\": %s", parameters[fused + 2 * two]);
-    fputs(",\n  \"rank_pattern\": {", f);
+    fprintf(f, ",\n  \"target_parameters\": %s,\n  \"rank_pattern\": {", parameters[fused + two]);
     if (fused) { fprintf(f, "\"%s\": %d", gate_up, 2 * s->R); }
     fputs("},\n  \"alpha_pattern\": {", f);
     if (fused) { fprintf(f, "\"%s\": %.9g", gate_up, 2 * s->alpha); }
@@ -1281,8 +1269,8 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
     unsigned targets;
     adapter_read_config(dir, &r, &alpha, &targets, &names);
     if (r != s->R || alpha != s->alpha || targets != s->targets) {
-        refuse("%s has r %d and alpha %g, this run %d and %g%s HINT: without --lora-r, --lora-alpha "
-               "and --lora-targets the adapter's are taken", dir, r, alpha, s->R, s->alpha,
+        refuse("%s has r %d and alpha %g, this run %d and %g%s HINT: without --lora-* options the "
+               "adapter's are taken", dir, r, alpha, s->R, s->alpha,
                targets != s->targets ? ", and other targets" : "");
     }
     Roster f = roster_make(s, c, names);
@@ -1333,7 +1321,7 @@ static inline void training_prune(const char *out, const char *newest, int keep)
 void training_save(const char *out, int step, int keep, const Adapters *s, const Config *c,
                    int names, const char *base_name, const char *state_json) {
     char name[32], dir[PATH_SIZE], path[PATH_SIZE], latest[PATH_SIZE];
-    struct stat info = {0};
+    struct stat info;
     Save v;
     snprintf(name, sizeof name, "checkpoint-%06d", step);
     save_begin(&v, path_make(dir, out, "/", name));
@@ -1341,15 +1329,12 @@ void training_save(const char *out, int step, int keep, const Adapters *s, const
     save_check(&v);
     FILE *state = comm_rank() ? NULL : save_open(&v, v.temporary, file_names[FILE_STATE], "wb");
     for (int k = 0; k < FILE_STATE && state; k++) {
-        stat(path_make(path, v.temporary, "/", file_names[k]), &info);
+        if (stat(path_make(path, v.temporary, "/", file_names[k]), &info) != 0) { v.error = errno; }
         fprintf(state, "%s\"%s\": %zu", k ? ", " : "{\"files\": {", file_names[k],
                 (size_t)info.st_size);
     }
-    if (state) {
-        const char *rest = strchr(state_json, '{') + 1;
-        rest += strspn(rest, " \t\r\n");
-        fprintf(state, "}%s%s", *rest == '}' ? "" : ",\n", rest);
-    }
+    const char *rest = json_blanks(strchr(state_json, '{') + 1);       // our member comes first
+    if (state) { fprintf(state, "}%s%s", *rest == '}' ? "" : ",\n", rest); }
     save_close(&v, state);
     // The line that will name it is on the disk before anything is renamed, and can still fail.
     FILE *line = comm_rank() ? NULL : save_open(&v, out, "latest.tmp", "wb");
@@ -1403,8 +1388,7 @@ int training_find(const char *out, char *path, size_t size) {
     // If a save over the same step was killed between its renames, the old one is still there.
     if (access(file, F_OK) != 0) { strncat(file, ".old", sizeof file - strlen(file) - 1); }
     training_verify(file);
-    require(snprintf(path, size, "%s", file) < (int)size);
-    return 1;
+    return snprintf(path, size, "%s", file) < (int)size;
 }
 
 // Reads masters and moments of the checkpoint at path.

@@ -1,20 +1,26 @@
-// Tests of train.c's parts 9 to 12: packing and the order of rows, token files, options, logs, and
-// the loop end to end on the built-in model, in children that fork. Each was seen to fail on a
-// broken copy of what it tests:
+// Tests of train.c's parts 9 to 12 and of prep.c: packing and the order of rows, token files,
+// options, logs, and the loop end to end on the built-in model, in children that fork. Each was
+// seen to fail on broken copies of what it tests, 68 in all:
 //   packing     a piece of t + 1 tokens; next-fit with >=; the last piece of an epoch dropped; the
 //               same order in every epoch; no shuffling; --pack off ignored; chat not truncated;
 //               a cut piece's first token counted as a label
-//   batches     row j to rank j / ranks; micro-batch m from row m * b; a target that crosses a
-//               document's end; the label bit ignored; micro-batches rounded down
+//   batches     row j to rank j / b; micro-batch m from row m; a target that crosses a piece's end;
+//               the label bit ignored; micro-batches rounded down
 //   sequence    the end of the data not wrapped; data_seek one row late; half an epoch rounded down
-//   files       each check of a token file left out in turn; text without EOS, or widened from
-//               its end
-//   options     strength of sources ignored; FILE over the command line; the first name instead of
-//               the nearest; -nvalue not split; d not checked; a COUNT of 0 accepted
-//   logs        %g for %.9g; keys swapped; rewind one step short; a last line cut short kept
-//   the loop    gradients not zeroed; loss not divided by all labels; step counted from 0 in
-//               AdamW; data not sought, or moments not loaded, on resume; the short last step as
-//               long as others; stop ignored; non-finite ignored; OUT not moved; OUT all moved
+//   files       each of ten checks of a token file left out; the count's high word ignored; ids
+//               compared with >; text without EOS, or widened from its end
+//   options     sources of any strength; the first name instead of the nearest; -nvalue not split;
+//               d not checked; a COUNT of 0; a word's beginning for the word; --ep = --ranks; lines
+//               of a file counted from 0
+//   logs        %g for %.9g; two values swapped; rewind one line short; a line cut short kept; a
+//               draw without its temperature
+//   steps       gradients not zeroed; a divisor of this rank's, or this micro-batch's labels; dense
+//               or expert gradients, or the experts' norm, not added up, or over the wrong ranks;
+//               the norm logged after clipping; the last step as long as the others; AdamW's count
+//               from 2; --overfit ignored; val_loss not weighted, or of one batch
+//   resume      data not sought; moments lost; --reset-optim keeping them; other options, or data,
+//               accepted; -l ignored; old lines kept; --init-adapter with another r
+//   ends        a stop, or one that is not saved; a NaN ignored; OUT not moved, or all of it
 //   cc -std=gnu11 -O2 -fopenmp -Wall -Wextra test/test_data.c -o test_data -lm && ./test_data
 #define TESTING
 #include "../train.c"
@@ -362,7 +368,7 @@ static void test_options(void) {
         {"-k constant", 0, "schedule=constant;"}, {"--eval=maybe", 1, "neither true nor false"},
         {"-u 0 -v 0 -n 0 -s 0", 0, "warmup=0;"}, {"--lora-r 0", 1, "--lora-r: '0'"},
         {"--lora-targets attn,foo", 1, "'foo' is not a target"}, {"-t 1", 1, "a row has 2 to"},
-        {"--optimizer muon", 1, "--optimizer muon is not there yet"}, {"--gpus 1", 1, "not there"},
+        {"--optimizer muon", 1, "--optimizer muon is not there yet"}, {"--gpus x", 1, "--gpus: 'x'"},
         {"--precision fp8", 1, "--precision fp8"}, {"--recompute moe", 1, "--recompute moe"},
         {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
         {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
@@ -708,6 +714,8 @@ static void test_ends(void) {
     for (int i = 0; i < 2; i++) {
         check(run_trainer(child_trainer, "stop", "-d 16 -x 1 -n 1") == 0, "'%s'", said);
     }
+    check(run_trainer(child_trainer, "gpus", "-x 1 --gpus 99") == 1 && strstr(said, "--gpus 99"),
+          "99 GPUs: '%s'", said);
     static const char *const there[] = { "notes.md", "training.jsonl", "adapter", "latest",
         "checkpoint-000001", "previous-1/training.jsonl", "previous-1/checkpoint-000001",
         "previous-2/training.jsonl", "previous-2/adapter", "previous-2/latest" };

@@ -397,7 +397,9 @@ static size_t run_model(double *out, const Config *c, const int *length, int doc
 
 // bf16 rounds every activation, so two orders of summation part ways by about 2^-9 per layer, and a
 // choice of experts or entries that was nearly a tie may then fall the other way. So gradients are
-// compared where everything is chosen; where there is a choice, the loss alone.
+// compared where everything is chosen; where there is a choice, the loss alone. Gradients in bf16 are
+// 4.2e-2 from those in fp32 here (the C text against itself, ACT=float); two that round
+// differently are then about 1.4 times that apart.
 static void test_model(const char *what, const Config *c, const int *length, int docs) {
     int chooses = c->K < c->E || c->index_topk < 100;
     size_t room_for = 1 << 25;
@@ -407,7 +409,7 @@ static void test_model(const char *what, const Config *c, const int *length, int
     run_model(gpu, c, length, docs, 1, 1);
     printf(" %s: loss %.6f on the CPU, %.6f on the GPU\n", what, cpu[0], gpu[0]);
     check_close("loss, relative", 0, gpu[0] / cpu[0], 1, chooses ? 1e-2 : 1e-3);
-    if (!chooses) { check_tensor(what, gpu + 1, cpu + 1, n - 1, 2e-2); }
+    if (!chooses) { check_tensor(what, gpu + 1, cpu + 1, n - 1, 6e-2); }
     double *again = NEW(double, room_for);
     run_model(again, c, length, docs, 1, 0);
     check(memcmp(again, gpu, sizeof(double) * n) == 0, "%s: recompute none, other bits", what);

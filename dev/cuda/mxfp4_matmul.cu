@@ -30,6 +30,7 @@
 #include <cudaTypedefs.h>
 #include <stdarg.h>
 #include <functional>
+#include <type_traits>
 
 // -------------------------------------------------------------------------------------------------
 // 1 Helpers: barriers, the copy engine, tensor cores
@@ -38,54 +39,82 @@
 // flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
 // bytes on it.
 
+//
+// Shared memory is addressed by 32-bit numbers here: what these instructions take.
+
 __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-__device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                 :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     do {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                      "selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     } while (!done);
 }
 
 // One arrival, and that many bytes to come.
-__device__ __forceinline__ void barrier_expect(uint64_t *barrier, uint32_t bytes) {
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+                 :: "r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-                 :: "r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 // Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
 // tensor become zeros, and count as bytes.
-__device__ __forceinline__ void tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x,
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int x,
                                          int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4, %5}], [%2];"
-                 :: "r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y),
-                    "r"(z) : "memory");
+                 :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// The way back: shared memory -> box, or box += shared memory. Elements outside are dropped. What
+// this thread has started since its last commit is a group.
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, int x, int y, int z) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+                 " [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tma_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until shared memory of all but the last `left` groups has been read; until all is written.
+template <int left> __device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory");
+}
+__device__ __forceinline__ void tma_wait_all(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Ordinary stores of this thread to shared memory are seen by the copy engine.
+__device__ __forceinline__ void tma_fence(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
 // how its 8-row groups of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64 elements
-// wide leaves. Along K: a row is 64 k, groups of 8 rows follow each other, and the next 16 k are 32
-// bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a box of 64 k further on,
-// and the next 16 k are 16 rows on.
-__device__ __forceinline__ uint64_t operand(const void *p, int across_k) {
-    uint64_t leading = across_k ? 64 * 128 : 16, stride = 8 * 128, swizzle_128 = 1;
-    return (shared_address(p) & 0x3FFFF) >> 4 | (leading >> 4) << 16 | (stride >> 4) << 32
-         | swizzle_128 << 62;
+// wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other, and the next
+// 16 k are 32 bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a box of 64 k
+// (8,192 bytes) further on, and the next 16 k are 16 rows (2,048 bytes) on. The low word holds the
+// address, in units of 16 bytes, so it can be moved by adding.
+__device__ __forceinline__ uint32_t operand_low(uint32_t at, int across_k) {
+    return at / 16 | (across_k ? 8192 / 16 : 1) << 16;
+}
+__device__ __forceinline__ uint64_t operand(uint32_t low) {
+    return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;         // bit 62: swizzle of 128 bytes
 }
 
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -158,12 +187,16 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return *(uint32_t *)&two;
 }
 
+__device__ __forceinline__ void store_two(uint32_t to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(a), "f"(b) : "memory");
+}
+
 // Four 8 x 8 matrices of bf16, as they lie in the sums' registers, to shared memory: lane l gives the
 // address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(void *row, uint32_t a, uint32_t b, uint32_t c,
+__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(shared_address(row)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+                 :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -343,6 +376,22 @@ enum {
     PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
 };
 
+
+#ifdef PROBE
+__device__ long long probe[132][8];     // cycles, ns, waits, stores, blocks
+#define NS(x) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(x))
+#define PROBE_BEGIN long long begin = clock64(), begin_ns, end_ns, waits = 0, stores = 0, nblocks = 0; NS(begin_ns);
+#define PROBE_WAIT(x) { long long c1 = clock64(); x; waits += clock64() - c1; nblocks++; }
+#define PROBE_STORE_BEGIN long long c2 = clock64();
+#define PROBE_STORE_END stores += clock64() - c2;
+#define PROBE_END NS(end_ns); if (threadIdx.x == 0) { long long *p = probe[blockIdx.x]; p[0] = clock64() - begin, p[1] = end_ns - begin_ns, p[2] = waits, p[3] = stores, p[4] = nblocks; }
+#else
+#define PROBE_BEGIN
+#define PROBE_WAIT(x) x
+#define PROBE_STORE_BEGIN
+#define PROBE_STORE_END
+#define PROBE_END
+#endif
 struct ProductShape {
     int E, rows, N, K, KU;
     int by_rows;                    // groups are row ranges (offset); else all rows, other columns
@@ -350,13 +399,16 @@ struct ProductShape {
     size_t ldo, out_group;          // elements from row to row, from group to group
 };
 
+// Shared memory, in bytes from a multiple of 1,024 (from which the swizzle counts).
 template <int BN> struct ProductMemory {
-    static constexpr int STAGES = 192 * 1024 / ((PRODUCT_ROWS + BN) * PRODUCT_K * sizeof(bf16));
-    bf16 x[STAGES][PRODUCT_ROWS * PRODUCT_K];
-    bf16 w[STAGES][BN * PRODUCT_K];
-    uint4 staging[PRODUCT_WARPS][256];          // 16 rows x 128 columns of bf16 on their way out
-    uint64_t full[STAGES], empty[STAGES];
-    int offset[PRODUCT_GROUPS + 1];
+    enum {
+        X_STAGE = PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
+        STAGES = 192 * 1024 / (X_STAGE + W_STAGE),
+        X = 0, W = X + STAGES * X_STAGE,
+        OUT = W + STAGES * W_STAGE,             // two boxes of 16 rows x 128 bytes for each warp
+        FULL = OUT + PRODUCT_WARPS * 4096, EMPTY = FULL + STAGES * 8,
+        OFFSET = EMPTY + STAGES * 8, SIZE = OFFSET + (PRODUCT_GROUPS + 1) * 4,
+    };
 };
 
 struct ProductTile {
@@ -390,188 +442,214 @@ __device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, i
     return 1;
 }
 
-// One stage of one tile, on its way: 16 KB of X or U, BN * 128 bytes of W or V.
-template <int BN, int W_BY_K>
-__device__ __forceinline__ void product_load(bf16 *x, bf16 *w, uint64_t *full,
-                                             const CUtensorMap *map_x, const CUtensorMap *map_w,
-                                             const ProductTile &t, int k, int x_slice) {
-    barrier_expect(full, (PRODUCT_ROWS + BN) * PRODUCT_K * sizeof(bf16));
-    tma_load(x, map_x, full, k, t.row, x_slice);
-    if (W_BY_K) {
-        #pragma unroll
-        for (int n = 0; n < BN; n += 64) {
-            tma_load(w + n * PRODUCT_K, map_w, full, t.n + n, k, t.group);
+// A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32 fp32)
+// through two swizzled buffers of shared memory, so that the next tile's products run meanwhile. For
+// += the engine adds where the numbers lie. Each number gets one term per launch, so that no order
+// shows in the result.
+template <int BN, int OUT_F32>
+__device__ __forceinline__ void product_store(const CUtensorMap *map, const float (&sum)[BN / 2],
+                                              uint32_t buffers, int add, int n, int row, int slice) {
+    int lane = threadIdx.x % 32;
+    const int wide = OUT_F32 ? 32 : 64;
+    #pragma unroll
+    for (int box = 0; box < BN / wide; box++) {
+        uint32_t to = buffers + box % 2 * 2048;
+        const float *d = sum + box * wide / 2;
+        if (lane == 0) { tma_wait_read<1>(); }          // the buffer's last box is on its way
+        __syncwarp();
+        if (OUT_F32) {          // lane l holds two columns of rows l / 4 and l / 4 + 8
+            uint32_t line = to + lane / 4 * 128 + lane % 2 * 8;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t chunk = ((2 * j + lane % 4 / 2) ^ (lane / 4)) * 16;
+                store_two(line + chunk, d[4 * j], d[4 * j + 1]);
+                store_two(line + chunk + 8 * 128, d[4 * j + 2], d[4 * j + 3]);
+            }
+        } else {
+            #pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                store_matrices(to + lane % 16 * 128 + ((j + lane / 16) ^ (lane % 8)) * 16,
+                               pack_bf16(d[4 * j], d[4 * j + 1]),
+                               pack_bf16(d[4 * j + 2], d[4 * j + 3]),
+                               pack_bf16(d[4 * j + 4], d[4 * j + 5]),
+                               pack_bf16(d[4 * j + 6], d[4 * j + 7]));
+            }
         }
-    } else {
-        tma_load(w, map_w, full, k, t.n, t.group);
+        tma_fence();
+        __syncwarp();
+        if (lane == 0) {
+            if (OUT_F32 && add) { tma_add(map, to, n + box * wide, row, slice); }
+            else { tma_store(map, to, n + box * wide, row, slice); }
+            tma_commit();
+        }
     }
 }
 
-// A warp's 16 x BN sums -> out as bf16, through its 4 KB of shared memory, so that a store covers
-// 256 bytes of a row. The 16-byte chunks of a row are permuted by its number: no bank conflicts.
-template <int BN>
-__device__ __forceinline__ void product_store_bf16(bf16 *out, size_t ldo, const float (&sum)[BN / 2],
-                                                   uint4 *staging, int rows, int columns) {
+// The same for a warp with fewer than 16 rows: straight from the registers. Rare, and slow.
+template <int BN, typename Out>
+__device__ __forceinline__ void product_store_some(Out *out, size_t ldo, const float (&sum)[BN / 2],
+                                                   int add, int rows, int columns) {
     int lane = threadIdx.x % 32;
     #pragma unroll
-    for (int half = 0; half < BN / 128; half++) {
-        int row = lane % 16;
-        #pragma unroll
-        for (int j = 0; j < 16; j += 2) {
-            const float *d = sum + 64 * half + 4 * j;
-            store_matrices(staging + row * 16 + ((j + lane / 16) ^ (row % 8)),
-                           pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]),
-                           pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7]));
-        }
-        __syncwarp();
-        int column = 128 * half + lane % 16 * 8;
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            row = 2 * i + lane / 16;
-            uint4 eight = staging[row * 16 + (lane % 16 ^ (row % 8))];
-                        if (row < rows && column < columns) { *(uint4 *)(out + row * ldo + column) = eight; }
-        }
-        __syncwarp();
-    }
-}
-
-// The same as fp32, straight from the registers: four lanes hold 32 bytes of a row. += is done where
-// the number lies (L2), without a round trip. It is no atomics in disguise: each number gets exactly
-// one term per launch, so the result does not depend on any order (subnormal ones become 0).
-template <int BN>
-__device__ __forceinline__ void product_store_f32(float *out, size_t ldo, const float (&sum)[BN / 2],
-                                                  int add, int rows, int columns) {
-    int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    #pragma unroll
     for (int i = 0; i < BN / 4; i++) {
-        int r = row + i % 2 * 8, c = column + i / 2 * 8;
+        int r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
         if (r >= rows || c >= columns) { continue; }
-        float *to = out + r * ldo + c;
-        if (add) {
-            asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
-                         :: "l"(to), "f"(sum[2 * i]), "f"(sum[2 * i + 1]) : "memory");
-        } else {
-            *(float2 *)to = make_float2(sum[2 * i], sum[2 * i + 1]);
+        Out *to = out + r * ldo + c;
+        for (int j = 0; j < 2; j++) {
+            to[j] = (Out)(add ? (float)to[j] + sum[2 * i + j] : sum[2 * i + j]);
         }
     }
 }
 
+#ifndef EARLY
+#define EARLY 1
+#endif
+#ifndef SPLIT
+#define SPLIT 1
+#endif
 template <int BN, int W_BY_K, int OUT_F32>
 __global__ void __launch_bounds__(384, 1)
-product_kernel(void *out, const __grid_constant__ CUtensorMap map_x,
-               const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_u,
-               const __grid_constant__ CUtensorMap map_v, const int *offset,
-               const __grid_constant__ ProductShape s) {
+product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
+               const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+               const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
+               const int *offset, const __grid_constant__ ProductShape s) {
     extern __shared__ unsigned char dynamic[];
-    typedef ProductMemory<BN> Memory;
-    // The swizzle counts from multiples of 1,024 bytes.
-    Memory &memory = *(Memory *)(((uintptr_t)dynamic + 1023) & ~(uintptr_t)1023);
-    const int STAGES = Memory::STAGES;
+    typedef ProductMemory<BN> M;
+    uint32_t unaligned = shared_address(dynamic), base;
+    // volatile: computed once, not again in every turn of a loop
+    asm volatile("add.u32 %0, %1, %2;" : "=r"(base) : "r"(unaligned), "r"(-unaligned % 1024));
+    int *groups = (int *)(dynamic + (base - unaligned) + M::OFFSET);
     int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(memory.full + i, 1);
-            barrier_init(memory.empty + i, PRODUCT_WARPS);
+        for (int i = 0; i < M::STAGES; i++) {
+            barrier_init(base + M::FULL + 8 * i, 1);
+            barrier_init(base + M::EMPTY + 8 * i, PRODUCT_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     if (s.by_rows) {
-        for (int i = threadIdx.x; i <= s.E; i += blockDim.x) { memory.offset[i] = offset[i]; }
+        for (int i = threadIdx.x; i <= s.E; i += blockDim.x) { groups[i] = offset[i]; }
     }
     __syncthreads();
 
     ProductTile t;
     ProductWalk walk = { 0, 0 };
-    int slot = 0, blocks_k = (s.K + PRODUCT_K - 1) / PRODUCT_K;
-    int blocks = blocks_k + (s.KU + PRODUCT_K - 1) / PRODUCT_K;
+    int slot = 0, index = blockIdx.x, more = product_tile<BN>(t, walk, index, groups, s);
     uint32_t phase = 0;
-    auto next_stage = [&] { if (++slot == STAGES) { slot = 0, phase ^= 1; } };
+    auto next_stage = [&] { if (++slot == M::STAGES) { slot = 0, phase ^= 1; } };
     if (warpgroup == 2) {
         registers_give<40>();
+        // A stage on its way: 16 KB of X or U, BN * 128 bytes of W or V.
+        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k) {
+            uint32_t x = base + M::X + slot * M::X_STAGE, w = base + M::W + slot * M::W_STAGE;
+            uint32_t full = base + M::FULL + 8 * slot;
+            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+            barrier_expect(full, M::X_STAGE + M::W_STAGE);
+            const int boxes = W_BY_K ? BN / 64 : SPLIT, wide = BN / boxes;
+            for (int i = 0; i < SPLIT; i++) {
+                tma_load(x + i * M::X_STAGE / SPLIT, of_x, full, k, t.row + i * 128 / SPLIT,
+                         s.by_rows ? 0 : t.group);
+            }
+            #pragma unroll
+            for (int i = 0; i < boxes; i++) {
+                int n = t.n + i * wide;
+                tma_load(w + i * wide * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
+            }
+            next_stage();
+        };
         if (threadIdx.x == 256) {
-            for (int i = blockIdx.x; product_tile<BN>(t, walk, i, memory.offset, s);
-                 i += gridDim.x) {
-                int x_slice = s.by_rows ? 0 : t.group;
-                for (int b = 0; b < blocks; b++) {
-                    int border = b >= blocks_k, k = (border ? b - blocks_k : b) * PRODUCT_K;
-                    barrier_wait(memory.empty + slot, phase ^ 1);
-                    product_load<BN, W_BY_K>(memory.x[slot], memory.w[slot], memory.full + slot,
-                                             border ? &map_u : &map_x, border ? &map_v : &map_w, t,
-                                             k, x_slice);
-                    next_stage();
-                }
+            while (more) {
+                for (int k = 0; k < s.K; k += PRODUCT_K) { load(&map_x, &map_w, k); }
+                for (int k = 0; k < s.KU; k += PRODUCT_K) { load(&map_u, &map_v, k); }
+                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
             }
         }
     } else {
         registers_take<232>();
         // Blocks of 64 k, and what is left of the border in steps of 16.
-        int steps = (s.KU % PRODUCT_K + 15) / 16, whole = blocks - (steps > 0);
-        const uint64_t stage_x = sizeof memory.x[0] / 16, stage_w = sizeof memory.w[0] / 16;
-        const uint64_t step_x = 32 / 16, step_w = (W_BY_K ? 16 * 128 : 32) / 16;
-        uint64_t x0 = operand(memory.x[0] + warpgroup * 64 * PRODUCT_K, 0);
-        uint64_t w0 = operand(memory.w[0], W_BY_K);
-        for (int i = blockIdx.x; product_tile<BN>(t, walk, i, memory.offset, s); i += gridDim.x) {
+        int blocks = (s.K + PRODUCT_K - 1) / PRODUCT_K + s.KU / PRODUCT_K;
+        int steps = (s.KU % PRODUCT_K + 15) / 16;
+        const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
+        uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
+        uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
+        PROBE_BEGIN
+        while (more) {
             float sum[BN / 2];
-            int before = -1, last;          // slots whose products are still running
-            if (warpgroup * 64 >= t.rows) { // no rows here: only keep step
-                for (int b = 0; b < blocks; b++) {
-                    barrier_wait(memory.full + slot, phase);
-                    if (lane == 0) { barrier_arrive(memory.empty + slot); }
+            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
+                for (int b = 0; b < blocks + (steps > 0); b++) {
+                    barrier_wait(base + M::FULL + 8 * slot, phase);
+                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
                     next_stage();
                 }
+                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
                 continue;
             }
-            for (int b = 0; b < whole; b++) {
-                uint64_t x = x0 + slot * stage_x, w = w0 + slot * stage_w;
-                barrier_wait(memory.full + slot, phase);
+            uint32_t before = 0, last = 0;      // `empty` of the stages that are still being read
+            for (int b = 0; b < blocks; b++) {
+                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+                uint32_t current = empty + 8 * slot;
+                PROBE_WAIT(barrier_wait(base + M::FULL + 8 * slot, phase));
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    wgmma_m64k16<BN, W_BY_K>(sum, x + k * step_x, w + k * step_w, b | k);
+                    wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step), operand(w + k * w_step),
+                                             b | k);
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
-                if (before >= 0 && lane == 0) { barrier_arrive(memory.empty + before); }
-                before = slot;
+                if (b > 0 && lane == 0) { barrier_arrive(before); }
+                before = current;
                 next_stage();
             }
-            last = slot;
             if (steps) {
-                uint64_t x = x0 + slot * stage_x, w = w0 + slot * stage_w;
-                barrier_wait(memory.full + slot, phase);
+                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+                last = empty + 8 * slot;
+                barrier_wait(base + M::FULL + 8 * slot, phase);
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     if (k < steps) {
                         wgmma_fence();
-                        wgmma_m64k16<BN, W_BY_K>(sum, x + k * step_x, w + k * step_w, 1);
+                        wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step),
+                                                 operand(w + k * w_step), 1);
                         wgmma_commit();
                     }
                 }
                 next_stage();
             }
+            ProductTile done = t;
+#if EARLY
+            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+#endif
             wgmma_wait<0>();
             keep_order(sum);
             if (lane == 0) {
-                barrier_arrive(memory.empty + before);
-                if (steps) { barrier_arrive(memory.empty + last); }
+                barrier_arrive(before);
+                if (steps) { barrier_arrive(last); }
             }
-
-            int row = t.row + warp * 16, rows = t.rows - warp * 16, columns = s.N - t.n;
-            size_t at = t.group * s.out_group + row * s.ldo + t.n;
-            if (OUT_F32) {
-                product_store_f32<BN>((float *)out + at, s.ldo, sum, s.out_add, rows, columns);
-            } else {
-                product_store_bf16<BN>((bf16 *)out + at, s.ldo, sum, memory.staging[warp], rows,
-                                       columns);
+            PROBE_STORE_BEGIN
+            int row = done.row + warp * 16, rows = done.rows - warp * 16;
+            if (rows >= 16) {
+                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, s.out_add,
+                                           done.n, row, s.by_rows ? 0 : done.group);
+            } else if (rows > 0) {
+                typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
+                Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
+                product_store_some<BN>(to, s.ldo, sum, s.out_add, rows, s.N - done.n);
             }
+            PROBE_STORE_END
+#if !EARLY
+            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+#endif
         }
+        PROBE_END
+        if (lane == 0) { tma_wait_all(); }
     }
 }
 
-// A tensor of bf16, (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
-// box_height rows of 64 elements, swizzled. pitch and slice are in elements, multiples of 8.
-static CUtensorMap tensor_map(const bf16 *base, int width, int height, int depth, size_t pitch,
-                              size_t slice, int box_height) {
+// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of box_height
+// rows of 128 bytes, swizzled. pitch and slice are in elements.
+static CUtensorMap tensor_map(const void *base, int is_f32, int width, int height, int depth,
+                              size_t pitch, size_t slice, int box_height) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode;
     if (encode == NULL) {
         cudaDriverEntryPointQueryResult found;
@@ -579,15 +657,18 @@ static CUtensorMap tensor_map(const bf16 *base, int width, int height, int depth
                                                    12000, cudaEnableDefault, &found));
     }
     CUtensorMap map;
+    size_t size_of = is_f32 ? 4 : 2;
     cuuint64_t size[3] = { (cuuint64_t)width, (cuuint64_t)height, (cuuint64_t)depth };
-    cuuint64_t bytes[2] = { pitch * sizeof(bf16), slice * sizeof(bf16) };
-    cuuint32_t box[3] = { PRODUCT_K, (cuuint32_t)box_height, 1 }, every[3] = { 1, 1, 1 };
-    CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size, bytes, box,
-                        every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    cuuint64_t bytes[2] = { pitch * size_of, slice * size_of };
+    cuuint32_t box[3] = { (cuuint32_t)(128 / size_of), (cuuint32_t)box_height, 1 };
+    cuuint32_t every[3] = { 1, 1, 1 };
+    CUresult r = encode(&map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size,
+                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS) {
         fprintf(stderr, "tensor map (%d,%d,%d), pitch %zu, slice %zu at %p: error %d\n", depth,
-                height, width, pitch, slice, (const void *)base, (int)r);
+                height, width, pitch, slice, base, (int)r);
         exit(4);
     }
     return map;
@@ -627,8 +708,8 @@ static int product_width(const Product &p, int ctas) {
 }
 
 static void grouped_product(const Product &p) {
-    typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, const int *,
-                        ProductShape);
+    typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
+                        const int *, ProductShape);
     static Kernel *const kernels[2][2][2] = {       // [256 wide][w_by_k][out_f32]
         { { product_kernel<128, 0, 0>, product_kernel<128, 0, 1> },
           { product_kernel<128, 1, 0>, product_kernel<128, 1, 1> } },
@@ -649,23 +730,26 @@ static void grouped_product(const Product &p) {
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
     int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
-    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
-    size_t x_slice = depth > 1 ? p.x_group : p.ldx;
-    CUtensorMap x = tensor_map(p.x, p.K, p.rows, depth, p.ldx, x_slice, PRODUCT_ROWS);
-    CUtensorMap w = p.w_by_k ? tensor_map(p.w, p.N, p.K, p.E, p.N, (size_t)p.N * p.K, box)
-                             : tensor_map(p.w, p.K, p.N, p.E, p.K, (size_t)p.N * p.K, box);
-    CUtensorMap u = x, v = w;
+    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width / SPLIT;
+    auto weights = [&](const bf16 *w, int K) {
+        return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
+                        : tensor_map(w, 0, K, p.N, p.E, K, (size_t)p.N * K, box);
+    };
+    CUtensorMap out = tensor_map(p.out, p.out_f32, p.N, p.rows, depth, p.ldo,
+                                 depth > 1 ? p.out_group : p.ldo, 16);
+    CUtensorMap x = tensor_map(p.x, 0, p.K, p.rows, depth, p.ldx, depth > 1 ? p.x_group : p.ldx,
+                               PRODUCT_ROWS / SPLIT);
+    CUtensorMap w = weights(p.w, p.K), u = x, v = w;
     if (p.KU) {
-        u = tensor_map(p.u, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
-        v = p.w_by_k ? tensor_map(p.v, p.N, p.KU, p.E, p.N, (size_t)p.N * p.KU, box)
-                     : tensor_map(p.v, p.KU, p.N, p.E, p.KU, (size_t)p.N * p.KU, box);
+        u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS / SPLIT);
+        v = weights(p.v, p.KU);
     }
     ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
                        p.offset ? 0 : p.out_group };
     Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
-    size_t bytes = (width == 256 ? sizeof(ProductMemory<256>) : sizeof(ProductMemory<128>)) + 1024;
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    kernel<<<ctas, 384, bytes, stream>>>(p.out, x, w, u, v, p.offset, s);
+    int bytes = (width == 256 ? ProductMemory<256>::SIZE : ProductMemory<128>::SIZE) + 1024;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<ctas, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
     cudaCheck(cudaGetLastError());
 }
 
