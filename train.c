@@ -3208,6 +3208,13 @@ int trainer(int argc, char **argv) {
 }
 
 #ifndef TESTING
-int main(int argc, char **argv) { return trainer(argc, argv); }
+// OpenMP's threads wait for each other by spinning, unless told not to before the program starts:
+// on a machine with other work that made a step ten times slower. So the program starts again.
+int main(int argc, char **argv) {
+    if (getenv("OMP_WAIT_POLICY") == NULL && setenv("OMP_WAIT_POLICY", "passive", 0) == 0) {
+        execv("/proc/self/exe", argv);      // on failure just go on
+    }
+    return trainer(argc, argv);
+}
 #endif
 #endif // TRAIN_C

@@ -6,6 +6,7 @@
 # line counts as one failure. Everything it prints goes to build/NAME.log; lines that begin with
 # FAIL, skip or | (a table) are shown. The last line is the sum, the exit code is 1 on any failure.
 set -u
+export OMP_WAIT_POLICY=passive         # spinning threads stall each other where cores are few
 limit=${LIMIT:-900}                     # seconds; a deadlock must end too
 sum='^[a-z0-9_]+: [0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$'
 passed=0 failed=0 skipped=0

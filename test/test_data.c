@@ -368,7 +368,8 @@ static void test_options(void) {
         {"-k constant", 0, "schedule=constant;"}, {"--eval=maybe", 1, "neither true nor false"},
         {"-u 0 -v 0 -n 0 -s 0", 0, "warmup=0;"}, {"--lora-r 0", 1, "--lora-r: '0'"},
         {"--lora-targets attn,foo", 1, "'foo' is not a target"}, {"-t 1", 1, "a row has 2 to"},
-        {"--optimizer muon", 1, "--optimizer muon is not there yet"}, {"--gpus x", 1, "--gpus: 'x'"},
+        {"--optimizer muon", 1, "--optimizer muon is not there yet"},
+        {"--gpus x", 1, "--gpus: 'x'"},
         {"--precision fp8", 1, "--precision fp8"}, {"--recompute moe", 1, "--recompute moe"},
         {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
         {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
@@ -669,6 +670,13 @@ static void test_resume(void) {
     check(run_trainer(child_trainer, "a", more) == 0, "'%s'", said);
     snprintf(more, sizeof more, "-y -i %s", in_folder("short.txt"));
     check(run_trainer(child_trainer, "a", more) == 1 && strstr(said, "--train"), "'%s'", said);
+    write_file(in_folder("d.txt"), "some text, some text, some text, some text", 42);
+    snprintf(more, sizeof more, "-i %s -d 16 -x 2 -n 1", in_folder("d.txt"));
+    check(run_trainer(child_trainer, "d", more) == 0, "'%s'", said);
+    write_file(in_folder("d.txt"), "some text, some text, some text, some more", 41);
+    snprintf(more, sizeof more, "-i %s -y", in_folder("d.txt"));
+    check(run_trainer(child_trainer, "d", more) == 1 && strstr(said, "data has changed"), "'%s'",
+          said);
     // Without moments it is another run; on two ranks nearly the same one.
     check(run_trainer(child_trainer, "c", "-d 32 -x 5 -n 2") == 0, "'%s'", said);
     write_file(in_folder("c/latest"), "checkpoint-000002\n", 18);

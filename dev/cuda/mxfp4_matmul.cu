@@ -1,25 +1,44 @@
-// mxfp4_matmul.cu: the grouped expert product on packed fp4 weights, and the one bf16 product of the
-// trainer that it is built on.
+// mxfp4_matmul.cu: the grouped expert product on packed fp4 weights, and the one bf16 product of
+// the trainer that it is built on.
 //
-//     out[r][n] = sum_k X[r][k] W[e][n][k] + sum_j U[r][j] V[e][n][j]      r in offset[e] .. offset[e+1]-1
+//     out[r][n] = sum_k X[r][k] W[e][n][k] + sum_j U[r][j] V[e][n][j],  e = the group of row r
 //
 // W (E,N,K) is stored as e2m1 codes and e8m0 scales; U V^T is the LoRA border. One idea per rung:
-//   v1  one thread per output, which decodes its weights as it goes
-//   v2  widen all experts to bf16 once, then one cuBLAS product per expert        (the one to beat)
-//   v3  one persistent kernel for all experts: TMA into swizzled shared memory, a ring of 4 stages,
-//       one producer and two wgmma warpgroups, tiles of 128 x 256
-//   v4  clusters of two CTAs that share a tile of W (or, at an expert's odd last tile, of X) by
-//       multicast, the border as further K blocks, W also row-by-K (dgrad), fp32 output: shipped
-// and the widening kernels, plain and transposed, for fp4 and fp8.
+//   v1  a thread per output, which decodes its weights as it goes
+//   v2  all experts widened to bf16 once, then one cuBLAS product per expert    (the one to beat)
+//   v3  one persistent kernel for all experts: the copy engine fills a ring of 4 swizzled stages of
+//       shared memory, two wgmma warpgroups empty it, tiles of 128 x 256, and stores go out by the
+//       copy engine too. W row by n (forward) or row by k (dgrad), bf16 or fp32 out, groups of rows
+//       (experts), of columns (wo_a), or one (dense).
+//   v4  the border as further K blocks of the same sums. v3 is v4 with KU = 0: one kernel, shipped.
+// Beside them the widening kernels, plain and transposed, for fp4 and fp8.
 //
 // Arithmetic, 24,576 rows of 32 experts, N = K = 4,096 (w1 and w3 side by side):
 //   product   2 * 24,576 * 4,096^2 = 825 GFLOP: 1.03 ms at 802 TFLOP/s
 //             bytes: W 1.07 GB, X and out 0.4 GB: 0.35 ms, so arithmetic bounds it
-//             L2 to shared memory, a tile and K block: (128 + 256) * 64 * 2 = 48 KiB per 1,024 tensor
-//             clocks, 48 bytes per clock and SM: more than the 30 or so that L2 feeds to all SMs at
-//             once. A pair that shares W needs 32, so v4 should gain 10-15 % on v3, and reach 700.
+//             a tile's K block is 128 * 256 * 64 / 2,048 = 1,024 tensor clocks, and brings 48 KB
 //   widening  0.27 GB codes + 0.017 scales in, 1.07 out: 0.32 ms at 4,277 GB/s
-//   border    one K block in 64: 1.6 % at rank 8 + 8 if all of it were computed; a quarter of it is
+//   border    one K block in 64, 1.6 %, were all of it computed; at rank 16 a quarter is
+//
+// Measured (one H200, each product after a widening, medians; in TFLOP/s at N x K):
+//   24,576 rows      4096 x 4096   4096 x 2048   2048 x 4096      4,096 rows, dense     cuBLAS   v3
+//   v1                   0.8                                      1024 x 4096              721  715
+//   v2 cuBLAS            651           589           582          32768 x 1024             754  748
+//   v3                   733           727           728          512 x 4096               547  546
+//   v3, W row by k       732           725           735          4096 x 8192              801  800
+//   v4, border 16        717           720           722          8 x (1024 x 4096)        744  750
+//   v3, fp32 out         693           695           716
+//   widen            0.351 ms, 3,870 GB/s; transposed 0.583 ms, 2,330 GB/s: not needed, since
+//                    tensor cores read W row by k as fast, and forward and dgrad share one scratch.
+// A K block takes 1,054 clocks, 1,024 of them tensor: what is left is power. At 700 W the clock
+// falls from 1.98 to 1.35 GHz within 100 ms of products on random data, so only times taken in
+// turns compare: on other machines, or hotter, v3 gave 645 where cuBLAS gave 581; 0.4 s of nothing
+// else gave 610 (cuBLAS, whose SMs idle a quarter of the time, 660).
+//
+// Tried and dropped, clocks per K block: pairs of CTAs that share W by multicast, 1,193 (in step,
+// they wait for each other); releasing a stage with .release.cluster, 1,900 (it waits for memory);
+// pointers to shared memory in the loops, 1,125 (the compiler works the base out again in every
+// turn); bf16 stores by the threads, 1,075; fp32 += by the copy engine, 1,425 (its loads wait).
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a mxfp4_matmul.cu -lcublas \
 //          -o mxfp4_matmul && ./mxfp4_matmul
@@ -38,7 +57,6 @@
 // A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
 // flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
 // bytes on it.
-
 //
 // Shared memory is addressed by 32-bit numbers here: what these instructions take.
 
@@ -47,7 +65,8 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -71,21 +90,18 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 
 // Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
 // tensor become zeros, and count as bytes.
-__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier, int x,
-                                         int y, int z) {
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                         int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4, %5}], [%2];"
                  :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
-// The way back: shared memory -> box, or box += shared memory. Elements outside are dropped. What
-// this thread has started since its last commit is a group.
-__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
-                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
-}
-__device__ __forceinline__ void tma_add(const CUtensorMap *map, uint32_t from, int x, int y, int z) {
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+// The way back. Elements outside are dropped. What this thread started since its last commit is a
+// group.
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y,
+                                          int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group"
                  " [%0, {%2, %3, %4}], [%1];"
                  :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
 }
@@ -105,11 +121,11 @@ __device__ __forceinline__ void tma_fence(void) {
 }
 
 // A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
-// how its 8-row groups of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64 elements
-// wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other, and the next
-// 16 k are 32 bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a box of 64 k
-// (8,192 bytes) further on, and the next 16 k are 16 rows (2,048 bytes) on. The low word holds the
-// address, in units of 16 bytes, so it can be moved by adding.
+// how its groups of 8 rows of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64
+// elements wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other,
+// and the next 16 k are 32 bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a
+// box of 64 k (8,192 bytes) further on, and the next 16 k are 16 rows (2,048 bytes) on. The low
+// word holds the address, in units of 16 bytes, so it can be moved by adding.
 __device__ __forceinline__ uint32_t operand_low(uint32_t at, int across_k) {
     return at / 16 | (across_k ? 8192 / 16 : 1) << 16;
 }
@@ -168,7 +184,8 @@ __device__ __forceinline__ void wgmma_commit(void) {
 template <int left> __device__ __forceinline__ void wgmma_wait(void) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory");
 }
-// The compiler does not know that d changes between commit and wait: no use of d moves up over this.
+// The compiler does not know that d changes between commit and wait: no use of d moves up over
+// this.
 template <int n> __device__ __forceinline__ void keep_order(float (&d)[n]) {
     #pragma unroll
     for (int i = 0; i < n; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
@@ -191,8 +208,8 @@ __device__ __forceinline__ void store_two(uint32_t to, float a, float b) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(a), "f"(b) : "memory");
 }
 
-// Four 8 x 8 matrices of bf16, as they lie in the sums' registers, to shared memory: lane l gives the
-// address of row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices of bf16, as they lie in the sums' registers, to shared memory: lane l gives
+// the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -210,8 +227,8 @@ struct Fp4 {                            // one scale per 32 columns of a row
     typedef uint32_t Eight;
     __device__ static size_t scale_at(size_t eight, int) { return eight / 4; }
     // A code's low three bits, moved to where a bf16 has the lowest exponent bits and the highest
-    // mantissa bit, are its magnitude times 2^-126, for E = 0 too (bf16 has subnormals). Two products
-    // with powers of two, each exact, make the weight.
+    // mantissa bit, are its magnitude times 2^-126, for E = 0 too (bf16 has subnormals). Two
+    // products with powers of two, each exact, make the weight.
     __device__ static uint4 widen(Eight codes, uint8_t scale) {
         uint32_t bits = scale == 0 ? 0x0040 : scale == 255 ? 0x7FC0 : (uint32_t)scale << 7;
         uint32_t two_126 = 0x7E807E80, out[4];
@@ -250,8 +267,8 @@ struct Fp8 {                            // one scale per 128 x 128 codes
     }
 };
 
-// out + e slice (O,C) = the matrix e of w (E,O,C), scales beside it. A thread keeps 8 loads of 4 (8)
-// bytes in flight and stores 8 x 16: bound by the 2 bytes written per weight.
+// out + e slice (O,C) = the matrix e of w (E,O,C), scales beside it. A thread keeps 8 loads of 4
+// (fp8: 8) bytes in flight and stores 8 x 16: bound by the 2 bytes written per weight.
 template <typename F>
 __global__ void __launch_bounds__(256) widen_kernel(bf16 *out, size_t slice,
                                                     const typename F::Eight *w,
@@ -276,15 +293,15 @@ __global__ void __launch_bounds__(256) widen_kernel(bf16 *out, size_t slice,
 }
 
 // out + e slice: row c, ld apart, = column c of matrix e. A CTA turns 128 rows x 64 columns: a
-// thread widens 32 columns of two rows, interleaves them, and the tile goes through shared memory, so
-// that 256 bytes of a row are written together. O and ld are multiples of 8, C of 32.
+// thread widens 32 columns of two rows, interleaves them, and the tile goes through shared memory,
+// so that 256 bytes of a row are written together. O and ld are multiples of 8, C of 32.
 template <typename F>
 __global__ void __launch_bounds__(128) widen_transposed_kernel(bf16 *out, size_t slice, int ld,
                                                                const typename F::Eight *w,
                                                                const uint8_t *scale, int O, int C,
                                                                size_t scales) {
     struct alignas(16) Codes { typename F::Eight eight[4]; };
-    const int pitch = 68;               // words per column of 128 rows; rows of 16 bytes stay aligned
+    const int pitch = 68;       // words per column of 128 rows; 16-byte reads stay aligned
     __shared__ alignas(16) uint32_t tile[64 * pitch];
     int o0 = blockIdx.x * 128, c0 = blockIdx.y * 64, lane = threadIdx.x % 32;
     int half = threadIdx.x / 32 % 2, strip = threadIdx.x / 64;
@@ -356,15 +373,17 @@ static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const 
 // 3 v3 and v4: the grouped product
 //
 // A tile is 128 rows x BN columns of one group, and 64 k at a time of X and W lie in shared memory:
-// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy; two
-// consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its bytes,
-// its `empty` barrier the 8 consumer warps.
+// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
+// two consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its
+// bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
+// what comes of them is never stored. A warpgroup whose 64 rows are all past the group's end skips
+// the arithmetic.
 //
-// Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks row
-// tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time the
-// CTAs are at work on about 2,048 x 2,048 outputs, whose X and W stay in L2. How many rows a group
-// has is known only on the device, so each role finds its tiles itself. A sum's terms and their
-// order depend on neither: same inputs, same bits.
+// Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
+// row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
+// the CTAs are at work on about 2,048 x 2,048 outputs, whose X and W stay in L2. How many rows a
+// group has is known only on the device, so each role finds its tiles itself. A sum's terms and
+// their order depend on neither: same inputs, same bits.
 //
 // K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
 // quarter of a block's arithmetic. The sums are rounded once, at the end.
@@ -376,22 +395,6 @@ enum {
     PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
 };
 
-
-#ifdef PROBE
-__device__ long long probe[132][8];     // cycles, ns, waits, stores, blocks
-#define NS(x) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(x))
-#define PROBE_BEGIN long long begin = clock64(), begin_ns, end_ns, waits = 0, stores = 0, nblocks = 0; NS(begin_ns);
-#define PROBE_WAIT(x) { long long c1 = clock64(); x; waits += clock64() - c1; nblocks++; }
-#define PROBE_STORE_BEGIN long long c2 = clock64();
-#define PROBE_STORE_END stores += clock64() - c2;
-#define PROBE_END NS(end_ns); if (threadIdx.x == 0) { long long *p = probe[blockIdx.x]; p[0] = clock64() - begin, p[1] = end_ns - begin_ns, p[2] = waits, p[3] = stores, p[4] = nblocks; }
-#else
-#define PROBE_BEGIN
-#define PROBE_WAIT(x) x
-#define PROBE_STORE_BEGIN
-#define PROBE_STORE_END
-#define PROBE_END
-#endif
 struct ProductShape {
     int E, rows, N, K, KU;
     int by_rows;                    // groups are row ranges (offset); else all rows, other columns
@@ -442,13 +445,12 @@ __device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, i
     return 1;
 }
 
-// A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32 fp32)
-// through two swizzled buffers of shared memory, so that the next tile's products run meanwhile. For
-// += the engine adds where the numbers lie. Each number gets one term per launch, so that no order
-// shows in the result.
+// A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32
+// fp32) through two buffers of shared memory, while the next tile's products run. The 16-byte
+// chunks of a row are permuted by its number (the swizzle): no bank conflicts.
 template <int BN, int OUT_F32>
 __device__ __forceinline__ void product_store(const CUtensorMap *map, const float (&sum)[BN / 2],
-                                              uint32_t buffers, int add, int n, int row, int slice) {
+                                              uint32_t buffers, int n, int row, int slice) {
     int lane = threadIdx.x % 32;
     const int wide = OUT_F32 ? 32 : 64;
     #pragma unroll
@@ -478,8 +480,7 @@ __device__ __forceinline__ void product_store(const CUtensorMap *map, const floa
         tma_fence();
         __syncwarp();
         if (lane == 0) {
-            if (OUT_F32 && add) { tma_add(map, to, n + box * wide, row, slice); }
-            else { tma_store(map, to, n + box * wide, row, slice); }
+            tma_store(map, to, n + box * wide, row, slice);
             tma_commit();
         }
     }
@@ -488,25 +489,32 @@ __device__ __forceinline__ void product_store(const CUtensorMap *map, const floa
 // The same for a warp with fewer than 16 rows: straight from the registers. Rare, and slow.
 template <int BN, typename Out>
 __device__ __forceinline__ void product_store_some(Out *out, size_t ldo, const float (&sum)[BN / 2],
-                                                   int add, int rows, int columns) {
+                                                   int rows, int columns) {
+    int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int i = 0; i < BN / 4; i++) {      // lane l holds two columns of rows l / 4 and l / 4 + 8
+        int r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
+        if (r >= rows || c >= columns) { continue; }
+        Out *to = out + r * ldo + c;
+        to[0] = (Out)sum[2 * i], to[1] = (Out)sum[2 * i + 1];
+    }
+}
+
+// out += sums, added in L2, where the numbers lie: no round trip. Each number gets one term per
+// launch, so that no order shows in the result. Subnormal results become 0.
+template <int BN>
+__device__ __forceinline__ void product_add(float *out, size_t ldo, const float (&sum)[BN / 2],
+                                            int rows, int columns) {
     int lane = threadIdx.x % 32;
     #pragma unroll
     for (int i = 0; i < BN / 4; i++) {
         int r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
         if (r >= rows || c >= columns) { continue; }
-        Out *to = out + r * ldo + c;
-        for (int j = 0; j < 2; j++) {
-            to[j] = (Out)(add ? (float)to[j] + sum[2 * i + j] : sum[2 * i + j]);
-        }
+        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
+                     :: "l"(out + r * ldo + c), "f"(sum[2 * i]), "f"(sum[2 * i + 1]) : "memory");
     }
 }
 
-#ifndef EARLY
-#define EARLY 1
-#endif
-#ifndef SPLIT
-#define SPLIT 1
-#endif
 template <int BN, int W_BY_K, int OUT_F32>
 __global__ void __launch_bounds__(384, 1)
 product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
@@ -545,15 +553,12 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
             uint32_t full = base + M::FULL + 8 * slot;
             barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
             barrier_expect(full, M::X_STAGE + M::W_STAGE);
-            const int boxes = W_BY_K ? BN / 64 : SPLIT, wide = BN / boxes;
-            for (int i = 0; i < SPLIT; i++) {
-                tma_load(x + i * M::X_STAGE / SPLIT, of_x, full, k, t.row + i * 128 / SPLIT,
-                         s.by_rows ? 0 : t.group);
-            }
+            tma_load(x, of_x, full, k, t.row, s.by_rows ? 0 : t.group);
+            const int wide = W_BY_K ? 64 : BN;
             #pragma unroll
-            for (int i = 0; i < boxes; i++) {
-                int n = t.n + i * wide;
-                tma_load(w + i * wide * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
+            for (int i = 0; i < BN; i += wide) {
+                int n = t.n + i;
+                tma_load(w + i * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
             }
             next_stage();
         };
@@ -572,7 +577,6 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
         const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
         uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
         uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
-        PROBE_BEGIN
         while (more) {
             float sum[BN / 2];
             if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
@@ -588,7 +592,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
             for (int b = 0; b < blocks; b++) {
                 uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
                 uint32_t current = empty + 8 * slot;
-                PROBE_WAIT(barrier_wait(base + M::FULL + 8 * slot, phase));
+                barrier_wait(base + M::FULL + 8 * slot, phase);
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
@@ -617,37 +621,32 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 next_stage();
             }
             ProductTile done = t;
-#if EARLY
             more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
-#endif
             wgmma_wait<0>();
             keep_order(sum);
             if (lane == 0) {
                 barrier_arrive(before);
                 if (steps) { barrier_arrive(last); }
             }
-            PROBE_STORE_BEGIN
+
             int row = done.row + warp * 16, rows = done.rows - warp * 16;
-            if (rows >= 16) {
-                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, s.out_add,
-                                           done.n, row, s.by_rows ? 0 : done.group);
+            typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
+            Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
+            if (OUT_F32 && s.out_add) {
+                product_add<BN>((float *)to, s.ldo, sum, rows, s.N - done.n);
+            } else if (rows >= 16) {
+                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, done.n, row,
+                                           s.by_rows ? 0 : done.group);
             } else if (rows > 0) {
-                typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
-                Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
-                product_store_some<BN>(to, s.ldo, sum, s.out_add, rows, s.N - done.n);
+                product_store_some<BN>(to, s.ldo, sum, rows, s.N - done.n);
             }
-            PROBE_STORE_END
-#if !EARLY
-            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
-#endif
         }
-        PROBE_END
         if (lane == 0) { tma_wait_all(); }
     }
 }
 
-// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of box_height
-// rows of 128 bytes, swizzled. pitch and slice are in elements.
+// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
+// box_height rows of 128 bytes, swizzled. pitch and slice are in elements.
 static CUtensorMap tensor_map(const void *base, int is_f32, int width, int height, int depth,
                               size_t pitch, size_t slice, int box_height) {
     static PFN_cuTensorMapEncodeTiled_v12000 encode;
@@ -664,8 +663,9 @@ static CUtensorMap tensor_map(const void *base, int is_f32, int width, int heigh
     cuuint32_t every[3] = { 1, 1, 1 };
     CUresult r = encode(&map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size,
-                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS) {
         fprintf(stderr, "tensor map (%d,%d,%d), pitch %zu, slice %zu at %p: error %d\n", depth,
                 height, width, pitch, slice, base, (int)r);
@@ -674,7 +674,8 @@ static CUtensorMap tensor_map(const void *base, int is_f32, int width, int heigh
     return map;
 }
 
-// What a product reads and writes. All zero but what is set.
+// What a product reads and writes. All zero but what is set. N, K, KU, the strides are multiples of
+// 8, pointers of 16 bytes. Rows of out that belong to no group are not touched.
 struct Product {
     void *out;              // (rows,N), rows ldo apart: bf16, or float if out_f32
     size_t ldo;
@@ -694,7 +695,7 @@ struct Product {
     int width;              // columns of a tile, 128 or 256; 0: by the shape
 };
 
-// The narrower tile wins where the wide one leaves SMs idle: it costs about 15 % more per output.
+// The narrower tile wins where the wide one leaves SMs idle: it costs about 8 % more per output.
 static int product_width(const Product &p, int ctas) {
     double cost[2];
     for (int i = 0; i < 2; i++) {
@@ -702,7 +703,7 @@ static int product_width(const Product &p, int ctas) {
         size_t tiles = p.offset ? (size_t)p.rows / PRODUCT_ROWS + p.E / 2 + 1
                                 : (size_t)p.E * ((p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
         tiles *= (p.N + width - 1) / width;
-        cost[i] = (double)((tiles + ctas - 1) / ctas) * (i ? 2 : 1.15);
+        cost[i] = (double)((tiles + ctas - 1) / ctas) * (i ? 2 : 1.08);
     }
     return cost[1] <= cost[0] ? 256 : 128;
 }
@@ -730,7 +731,7 @@ static void grouped_product(const Product &p) {
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
     int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
-    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width / SPLIT;
+    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
         return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
                         : tensor_map(w, 0, K, p.N, p.E, K, (size_t)p.N * K, box);
@@ -738,16 +739,17 @@ static void grouped_product(const Product &p) {
     CUtensorMap out = tensor_map(p.out, p.out_f32, p.N, p.rows, depth, p.ldo,
                                  depth > 1 ? p.out_group : p.ldo, 16);
     CUtensorMap x = tensor_map(p.x, 0, p.K, p.rows, depth, p.ldx, depth > 1 ? p.x_group : p.ldx,
-                               PRODUCT_ROWS / SPLIT);
+                               PRODUCT_ROWS);
     CUtensorMap w = weights(p.w, p.K), u = x, v = w;
     if (p.KU) {
-        u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS / SPLIT);
+        u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
         v = weights(p.v, p.KU);
     }
     ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
                        p.offset ? 0 : p.out_group };
     Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
-    int bytes = (width == 256 ? ProductMemory<256>::SIZE : ProductMemory<128>::SIZE) + 1024;
+    int bytes = 1024 + (width == 256 ? (int)ProductMemory<256>::SIZE
+                                     : (int)ProductMemory<128>::SIZE);
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<ctas, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
     cudaCheck(cudaGetLastError());
@@ -756,8 +758,8 @@ static void grouped_product(const Product &p) {
 // -------------------------------------------------------------------------------------------------
 // 4 The rungs below: v1 and v2
 
-// v1: a thread per output, weights decoded on the way. K multiple of 32. Two of the 8 operations per
-// weight are the product: bound by integer arithmetic, far below 1 % of the tensor cores.
+// v1: a thread per output, weights decoded on the way. K multiple of 32. Bound by the instructions
+// that decode, and by the cache lines of 32 rows of W at once: 0.1 % of the tensor cores.
 __global__ void experts_v1_kernel(bf16 *out, const bf16 *x, const uint8_t *w, const uint8_t *scale,
                                   const int *offset, int E, int N, int K) {
     int n = blockIdx.x * blockDim.x + threadIdx.x, r = blockIdx.y, e = 0;
@@ -854,7 +856,8 @@ static std::vector<float> oracle(const Case &c, const std::vector<bf16> &x, size
     for (size_t i = 0; i < group.size(); i++) {
         std::vector<float> xi(K), ui(KU);
         size_t e = group[i];
-        for (int k = 0; k < K; k++) { xi[k] = (float)x[row[i] * ldx + (c.batched ? e * K : 0) + k]; }
+        const bf16 *xr = &x[row[i] * ldx + (c.batched ? e * K : 0)];
+        for (int k = 0; k < K; k++) { xi[k] = (float)xr[k]; }
         for (int k = 0; k < KU; k++) { ui[k] = (float)u[row[i] * ldu + k]; }
         for (int n = 0; n < N; n++) {
             const float *wn = &wide_w[(e * N + n) * K];
@@ -1099,7 +1102,8 @@ static void time_experts(int rows, int N, int K, bool slow) {
     uint8_t *scale = random_bytes(weights / 32, 2, 118, 122);
     bf16 *w = device_alloc<bf16>(weights), *w_by_k = device_alloc<bf16>(weights);
     bf16 *x = random_normal((size_t)rows * K, 3, 1), *u = random_normal((size_t)rows * KU, 4, 1);
-    bf16 *v = random_normal((size_t)E * N * KU, 5, 0.1f), *out = device_alloc<bf16>((size_t)rows * N);
+    bf16 *v = random_normal((size_t)E * N * KU, 5, 0.1f);
+    bf16 *out = device_alloc<bf16>((size_t)rows * N);
     float *reference = device_alloc<float>((size_t)rows * N);
     float *f32 = device_alloc<float>((size_t)rows * N);
     double flop = 2.0 * rows * N * K, bytes = weights * (0.5 + 1. / 32 + 2);
@@ -1158,7 +1162,8 @@ static void time_experts(int rows, int N, int K, bool slow) {
            { "v4, border of 16", [&](int) { grouped_product(border); } } }, flop, widen);
     if (slow) {
         print_rate("v2 alone, for 0.4 s", flop, time_ms(v2, 200, 200));
-        print_rate("v3 alone, for 0.4 s", flop, time_ms([&](int) { grouped_product(p); }, 200, 200));
+        ms = time_ms([&](int) { grouped_product(p); }, 200, 200);
+        print_rate("v3 alone, for 0.4 s", flop, ms);
     }
     cudaFree(offset), cudaFree(packed), cudaFree(scale), cudaFree(w), cudaFree(w_by_k), cudaFree(x);
     cudaFree(u), cudaFree(v), cudaFree(reference), cudaFree(f32), cudaFree(out);
@@ -1208,7 +1213,8 @@ static void time_dense(int T, int groups, int N, int K) {
 }
 
 static void time_widen_fp8(int O, int C) {
-    uint8_t *w = random_bytes((size_t)O * C, 1, 0, 126), *s = random_bytes(O / 128 * (C / 128), 2, 118, 122);
+    uint8_t *w = random_bytes((size_t)O * C, 1, 0, 126);
+    uint8_t *s = random_bytes((size_t)(O / 128) * (C / 128), 2, 118, 122);
     bf16 *out = device_alloc<bf16>((size_t)O * C);
     float ms = time_ms([&](int) { widen_fp8_gpu(out, w, s, O, C); });
     printf("fp8 (%d,%d): widen %.4f ms %.0f GB/s, ", O, C, ms, 3.0 * O * C / ms * 1e-6);
