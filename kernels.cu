@@ -509,6 +509,7 @@ static inline HD float random_uniform(uint64_t key, uint64_t i) {
 #include <cudaTypedefs.h>       // CUtensorMap; its one function is found through the runtime
 #include <cuda_fp8.h>
 #include <limits.h>
+#include <type_traits>
 
 // -------------------------------------------------------------------------------------------------
 // 2 Helpers: loads, stores, reductions
@@ -964,6 +965,562 @@ extern "C" void group_output_backward_gpu(act *do_, const real *dv, const uint8_
 
 // -------------------------------------------------------------------------------------------------
 // 4 Packed experts (mxfp4.c)
+//
+// The heart is one product of bf16 matrices in groups of rows, by the tensor cores. Its ladder, with
+// the rungs below it, is dev/cuda/mxfp4_matmul.cu.
+
+namespace grouped {        // its helpers' names are common ones
+
+// -------------------------------------------------------------------------------------------------
+// 4.1 Helpers of the grouped product: barriers, the copy engine, tensor cores
+//
+// A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
+// flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
+// bytes on it.
+//
+// Shared memory is addressed by 32-bit numbers here: what these instructions take.
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+// One arrival, and that many bytes to come.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+// Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
+// tensor become zeros, and count as bytes.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                         int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// The way back. Elements outside are dropped. What this thread started since its last commit is a
+// group.
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y,
+                                          int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group"
+                 " [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tma_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until shared memory of all but the last `left` groups has been read; until all is written.
+template <int left> __device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory");
+}
+__device__ __forceinline__ void tma_wait_all(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Ordinary stores of this thread to shared memory are seen by the copy engine.
+__device__ __forceinline__ void tma_fence(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
+// how its groups of 8 rows of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64
+// elements wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other,
+// and the next 16 k are 32 bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a
+// box of 64 k (8,192 bytes) further on, and the next 16 k are 16 rows (2,048 bytes) on. The low
+// word holds the address, in units of 16 bytes, so it can be moved by adding.
+__device__ __forceinline__ uint32_t operand_low(uint32_t at, int across_k) {
+    return at / 16 | (across_k ? 8192 / 16 : 1) << 16;
+}
+__device__ __forceinline__ uint64_t operand(uint32_t low) {
+    return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;         // bit 62: swizzle of 128 bytes
+}
+
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
+
+// d (64,BN) = (add ? d : 0) + x (64,16) w (BN,16)^T, for a warpgroup. Asynchronous: d must not be
+// touched between fence and wait.
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uint64_t w, int add) {
+    static_assert(BN == 256 || BN == 128, "two widths are spelled out");
+    if constexpr (BN == 256) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
+            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
+            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
+            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
+            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "}, %128, %129, p, 1, 1, 0, %131; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, %64, %65, p, 1, 1, 0, %67; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    }
+}
+// Registers written before are seen by the tensor cores.
+__device__ __forceinline__ void wgmma_fence(void) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most `left` committed groups are running.
+template <int left> __device__ __forceinline__ void wgmma_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory");
+}
+// The compiler does not know that d changes between commit and wait: no use of d moves up over
+// this.
+template <int n> __device__ __forceinline__ void keep_order(float (&d)[n]) {
+    #pragma unroll
+    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
+}
+
+// Registers move from the warpgroup that only starts copies to those that hold sums.
+template <int n> __device__ __forceinline__ void registers_give(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n> __device__ __forceinline__ void registers_take(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&two;
+}
+
+__device__ __forceinline__ void store_two(uint32_t to, float a, float b) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(a), "f"(b) : "memory");
+}
+
+// Four 8 x 8 matrices of bf16, as they lie in the sums' registers, to shared memory: lane l gives
+// the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// -------------------------------------------------------------------------------------------------
+// 4.2 The grouped product
+//
+// A tile is 128 rows x BN columns of one group, and 64 k at a time of X and W lie in shared memory:
+// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
+// two consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its
+// bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
+// what comes of them is never stored. A warpgroup whose 64 rows are all past the group's end skips
+// the arithmetic.
+//
+// Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
+// row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
+// the CTAs are at work on about 2,048 x 2,048 outputs, whose X and W stay in L2. How many rows a
+// group has is known only on the device, so each role finds its tiles itself. A sum's terms and
+// their order depend on neither: same inputs, same bits.
+//
+// K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
+// quarter of a block's arithmetic. The sums are rounded once, at the end.
+
+enum {
+    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a tile; k of a stage: 128 bytes, one swizzle
+    PRODUCT_BAND = 16,                      // row tiles that share a walk over the columns
+    PRODUCT_GROUPS = 384,                   // most groups: their offsets are kept in shared memory
+    PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
+};
+
+struct ProductShape {
+    int E, rows, N, K, KU;
+    int by_rows;                    // groups are row ranges (offset); else all rows, other columns
+    int out_add;                    // fp32 only: out += instead of =
+    size_t ldo, out_group;          // elements from row to row, from group to group
+};
+
+// Shared memory, in bytes from a multiple of 1,024 (from which the swizzle counts).
+template <int BN> struct ProductMemory {
+    enum {
+        X_STAGE = PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
+        STAGES = 192 * 1024 / (X_STAGE + W_STAGE),
+        X = 0, W = X + STAGES * X_STAGE,
+        OUT = W + STAGES * W_STAGE,             // two boxes of 16 rows x 128 bytes for each warp
+        FULL = OUT + PRODUCT_WARPS * 4096, EMPTY = FULL + STAGES * 8,
+        OFFSET = EMPTY + STAGES * 8, SIZE = OFFSET + (PRODUCT_GROUPS + 1) * 4,
+    };
+};
+
+struct ProductTile {
+    int group, row, rows, n;        // first row of X and out; rows left in the group; first column
+};
+
+// Where a walk over all tiles stands: tiles before `group` count `before`.
+struct ProductWalk { int group, before; };
+
+// Tile number `index`; 0 when there is none.
+template <int BN>
+__device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, int index,
+                                            const int *offset, const ProductShape &s) {
+    int columns = (s.N + BN - 1) / BN, first, rows, tiles;
+    for (;; walk.group++) {
+        if (walk.group >= s.E) { return 0; }
+        first = s.by_rows ? offset[walk.group] : 0;
+        rows = s.by_rows ? offset[walk.group + 1] - first : s.rows;
+        tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+        if (index - walk.before < tiles * columns) { break; }
+        walk.before += tiles * columns;
+    }
+    int i = index - walk.before, band = i / (PRODUCT_BAND * columns);
+    int height = min((int)PRODUCT_BAND, tiles - band * PRODUCT_BAND);
+    i -= band * PRODUCT_BAND * columns;
+    int m = band * PRODUCT_BAND + i % height;
+    t.group = walk.group;
+    t.row = first + m * PRODUCT_ROWS;
+    t.rows = rows - m * PRODUCT_ROWS;
+    t.n = i / height * BN;
+    return 1;
+}
+
+// A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32
+// fp32) through two buffers of shared memory, while the next tile's products run. The 16-byte
+// chunks of a row are permuted by its number (the swizzle): no bank conflicts.
+template <int BN, int OUT_F32>
+__device__ __forceinline__ void product_store(const CUtensorMap *map, const float (&sum)[BN / 2],
+                                              uint32_t buffers, int n, int row, int slice) {
+    int lane = threadIdx.x % 32;
+    const int wide = OUT_F32 ? 32 : 64;
+    #pragma unroll
+    for (int box = 0; box < BN / wide; box++) {
+        uint32_t to = buffers + box % 2 * 2048;
+        const float *d = sum + box * wide / 2;
+        if (lane == 0) { tma_wait_read<1>(); }          // the buffer's last box is on its way
+        __syncwarp();
+        if (OUT_F32) {          // lane l holds two columns of rows l / 4 and l / 4 + 8
+            uint32_t line = to + lane / 4 * 128 + lane % 2 * 8;
+            #pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t chunk = ((2 * j + lane % 4 / 2) ^ (lane / 4)) * 16;
+                store_two(line + chunk, d[4 * j], d[4 * j + 1]);
+                store_two(line + chunk + 8 * 128, d[4 * j + 2], d[4 * j + 3]);
+            }
+        } else {
+            #pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                store_matrices(to + lane % 16 * 128 + ((j + lane / 16) ^ (lane % 8)) * 16,
+                               pack_bf16(d[4 * j], d[4 * j + 1]),
+                               pack_bf16(d[4 * j + 2], d[4 * j + 3]),
+                               pack_bf16(d[4 * j + 4], d[4 * j + 5]),
+                               pack_bf16(d[4 * j + 6], d[4 * j + 7]));
+            }
+        }
+        tma_fence();
+        __syncwarp();
+        if (lane == 0) {
+            tma_store(map, to, n + box * wide, row, slice);
+            tma_commit();
+        }
+    }
+}
+
+// The same for a warp with fewer than 16 rows: straight from the registers. Rare, and slow.
+template <int BN, typename Out>
+__device__ __forceinline__ void product_store_some(Out *out, size_t ldo, const float (&sum)[BN / 2],
+                                                   int rows, int columns) {
+    int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int i = 0; i < BN / 4; i++) {      // lane l holds two columns of rows l / 4 and l / 4 + 8
+        int r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
+        if (r >= rows || c >= columns) { continue; }
+        Out *to = out + r * ldo + c;
+        to[0] = (Out)sum[2 * i], to[1] = (Out)sum[2 * i + 1];
+    }
+}
+
+// out += sums, added in L2, where the numbers lie: no round trip. Each number gets one term per
+// launch, so that no order shows in the result. Subnormal results become 0.
+template <int BN>
+__device__ __forceinline__ void product_add(float *out, size_t ldo, const float (&sum)[BN / 2],
+                                            int rows, int columns) {
+    int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int i = 0; i < BN / 4; i++) {
+        int r = lane / 4 + i % 2 * 8, c = lane % 4 * 2 + i / 2 * 8;
+        if (r >= rows || c >= columns) { continue; }
+        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"
+                     :: "l"(out + r * ldo + c), "f"(sum[2 * i]), "f"(sum[2 * i + 1]) : "memory");
+    }
+}
+
+template <int BN, int W_BY_K, int OUT_F32>
+__global__ void __launch_bounds__(384, 1)
+product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
+               const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+               const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
+               const int *offset, const __grid_constant__ ProductShape s) {
+    extern __shared__ unsigned char dynamic[];
+    typedef ProductMemory<BN> M;
+    uint32_t unaligned = shared_address(dynamic), base;
+    // volatile: computed once, not again in every turn of a loop
+    asm volatile("add.u32 %0, %1, %2;" : "=r"(base) : "r"(unaligned), "r"(-unaligned % 1024));
+    int *groups = (int *)(dynamic + (base - unaligned) + M::OFFSET);
+    int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < M::STAGES; i++) {
+            barrier_init(base + M::FULL + 8 * i, 1);
+            barrier_init(base + M::EMPTY + 8 * i, PRODUCT_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (s.by_rows) {
+        for (int i = threadIdx.x; i <= s.E; i += blockDim.x) { groups[i] = offset[i]; }
+    }
+    __syncthreads();
+
+    ProductTile t;
+    ProductWalk walk = { 0, 0 };
+    int slot = 0, index = blockIdx.x, more = product_tile<BN>(t, walk, index, groups, s);
+    uint32_t phase = 0;
+    auto next_stage = [&] { if (++slot == M::STAGES) { slot = 0, phase ^= 1; } };
+    if (warpgroup == 2) {
+        registers_give<40>();
+        // A stage on its way: 16 KB of X or U, BN * 128 bytes of W or V.
+        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k) {
+            uint32_t x = base + M::X + slot * M::X_STAGE, w = base + M::W + slot * M::W_STAGE;
+            uint32_t full = base + M::FULL + 8 * slot;
+            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+            barrier_expect(full, M::X_STAGE + M::W_STAGE);
+            tma_load(x, of_x, full, k, t.row, s.by_rows ? 0 : t.group);
+            const int wide = W_BY_K ? 64 : BN;
+            #pragma unroll
+            for (int i = 0; i < BN; i += wide) {
+                int n = t.n + i;
+                tma_load(w + i * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
+            }
+            next_stage();
+        };
+        if (threadIdx.x == 256) {
+            while (more) {
+                for (int k = 0; k < s.K; k += PRODUCT_K) { load(&map_x, &map_w, k); }
+                for (int k = 0; k < s.KU; k += PRODUCT_K) { load(&map_u, &map_v, k); }
+                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+            }
+        }
+    } else {
+        registers_take<232>();
+        // Blocks of 64 k, and what is left of the border in steps of 16.
+        int blocks = (s.K + PRODUCT_K - 1) / PRODUCT_K + s.KU / PRODUCT_K;
+        int steps = (s.KU % PRODUCT_K + 15) / 16;
+        const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
+        uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
+        uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
+        while (more) {
+            float sum[BN / 2];
+            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
+                for (int b = 0; b < blocks + (steps > 0); b++) {
+                    barrier_wait(base + M::FULL + 8 * slot, phase);
+                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
+                    next_stage();
+                }
+                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+                continue;
+            }
+            uint32_t before = 0, last = 0;      // `empty` of the stages that are still being read
+            for (int b = 0; b < blocks; b++) {
+                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+                uint32_t current = empty + 8 * slot;
+                barrier_wait(base + M::FULL + 8 * slot, phase);
+                wgmma_fence();
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step), operand(w + k * w_step),
+                                             b | k);
+                }
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (b > 0 && lane == 0) { barrier_arrive(before); }
+                before = current;
+                next_stage();
+            }
+            if (steps) {
+                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+                last = empty + 8 * slot;
+                barrier_wait(base + M::FULL + 8 * slot, phase);
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (k < steps) {
+                        wgmma_fence();
+                        wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step),
+                                                 operand(w + k * w_step), 1);
+                        wgmma_commit();
+                    }
+                }
+                next_stage();
+            }
+            ProductTile done = t;
+            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+            wgmma_wait<0>();
+            keep_order(sum);
+            if (lane == 0) {
+                barrier_arrive(before);
+                if (steps) { barrier_arrive(last); }
+            }
+
+            int row = done.row + warp * 16, rows = done.rows - warp * 16;
+            typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
+            Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
+            if (OUT_F32 && s.out_add) {
+                product_add<BN>((float *)to, s.ldo, sum, rows, s.N - done.n);
+            } else if (rows >= 16) {
+                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, done.n, row,
+                                           s.by_rows ? 0 : done.group);
+            } else if (rows > 0) {
+                product_store_some<BN>(to, s.ldo, sum, rows, s.N - done.n);
+            }
+        }
+        if (lane == 0) { tma_wait_all(); }
+    }
+}
+
+// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
+// box_height rows of 128 bytes, swizzled. pitch and slice are in elements.
+static CUtensorMap tensor_map(const void *base, int is_f32, int width, int height, int depth,
+                              size_t pitch, size_t slice, int box_height) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                   12000, cudaEnableDefault, &found));
+    }
+    CUtensorMap map;
+    size_t size_of = is_f32 ? 4 : 2;
+    cuuint64_t size[3] = { (cuuint64_t)width, (cuuint64_t)height, (cuuint64_t)depth };
+    cuuint64_t bytes[2] = { pitch * size_of, slice * size_of };
+    cuuint32_t box[3] = { (cuuint32_t)(128 / size_of), (cuuint32_t)box_height, 1 };
+    cuuint32_t every[3] = { 1, 1, 1 };
+    CUresult r = encode(&map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size,
+                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) {
+        gpuRequire(!"a tensor map of this shape");
+    }
+    return map;
+}
+
+// What a product reads and writes. All zero but what is set. N, K, KU, the strides are multiples of
+// 8, pointers of 16 bytes. Rows of out that belong to no group are not touched.
+struct Product {
+    void *out;              // (rows,N), rows ldo apart: bf16, or float if out_f32
+    size_t ldo;
+    int out_f32, out_add;   // out_add (fp32 only): out += instead of =
+    const bf16 *x;          // (rows,K), rows ldx apart
+    size_t ldx;
+    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k
+    int w_by_k;             // also of v
+    const bf16 *u;          // border (rows,KU), rows ldu apart, and
+    size_t ldu;
+    const bf16 *v;          // (E,N,KU), or (E,KU,N); KU = 0: none
+    const int *offset;      // device (E+1): rows of each group. NULL: every group has all rows, and
+    size_t x_group;         // its columns of x and of out start that many elements after the last's
+    size_t out_group;
+    int E, rows, N, K, KU;  // rows: of the buffers, at least offset[E]
+    int ctas;               // most CTAs to use; 0: all SMs
+    int width;              // columns of a tile, 128 or 256; 0: by the shape
+};
+
+// The narrower tile wins where the wide one leaves SMs idle: it costs about 8 % more per output.
+static int product_width(const Product &p, int ctas) {
+    double cost[2];
+    for (int i = 0; i < 2; i++) {
+        int width = i ? 256 : 128;
+        size_t tiles = p.offset ? (size_t)p.rows / PRODUCT_ROWS + p.E / 2 + 1
+                                : (size_t)p.E * ((p.rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS);
+        tiles *= (p.N + width - 1) / width;
+        cost[i] = (double)((tiles + ctas - 1) / ctas) * (i ? 2 : 1.08);
+    }
+    return cost[1] <= cost[0] ? 256 : 128;
+}
+
+static void grouped_product(const Product &p) {
+    typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
+                        const int *, ProductShape);
+    static Kernel *const kernels[2][2][2] = {       // [256 wide][w_by_k][out_f32]
+        { { product_kernel<128, 0, 0>, product_kernel<128, 0, 1> },
+          { product_kernel<128, 1, 0>, product_kernel<128, 1, 1> } },
+        { { product_kernel<256, 0, 0>, product_kernel<256, 0, 1> },
+          { product_kernel<256, 1, 0>, product_kernel<256, 1, 1> } } };
+    static int sms;
+    if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
+    if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
+        || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
+        || (p.offset == NULL && p.E > 1 && p.KU)) {
+        gpuRequire(!"a product of this shape");
+    }
+    if (sms == 0) {
+        int device;
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    }
+    int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
+    int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
+    auto weights = [&](const bf16 *w, int K) {
+        return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
+                        : tensor_map(w, 0, K, p.N, p.E, K, (size_t)p.N * K, box);
+    };
+    CUtensorMap out = tensor_map(p.out, p.out_f32, p.N, p.rows, depth, p.ldo,
+                                 depth > 1 ? p.out_group : p.ldo, 16);
+    CUtensorMap x = tensor_map(p.x, 0, p.K, p.rows, depth, p.ldx, depth > 1 ? p.x_group : p.ldx,
+                               PRODUCT_ROWS);
+    CUtensorMap w = weights(p.w, p.K), u = x, v = w;
+    if (p.KU) {
+        u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
+        v = weights(p.v, p.KU);
+    }
+    ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
+                       p.offset ? 0 : p.out_group };
+    Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
+    int bytes = 1024 + (width == 256 ? (int)ProductMemory<256>::SIZE
+                                     : (int)ProductMemory<128>::SIZE);
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<ctas, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
+    cudaCheck(cudaGetLastError());
+}
+}   // namespace grouped
+
+// -------------------------------------------------------------------------------------------------
+// 4.3 Experts: widen, multiply
 
 // Two e2m1 codes of a byte, times 2^(scale - 127), as a pair of bf16: exact.
 __device__ inline float e2m1_value(unsigned nibble) {
@@ -997,29 +1554,42 @@ static bf16 *widened_fp4(const uint8_t *w, const uint8_t *scale, int E, int C, i
     return wide;
 }
 
+// The groups' offsets on the device, in the workspace.
+static const int *device_offsets(const int *offset, int E) {
+    int *copy = (int *)workspace(sizeof(int) * (size_t)(E + 1));
+    cudaCheck(cudaMemcpyAsync(copy, offset, sizeof(int) * (size_t)(E + 1), cudaMemcpyHostToDevice,
+                              stream));
+    return copy;
+}
+
 extern "C" void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset,
                                         const uint8_t *w, const uint8_t *scale, int E, int C,
                                         int O) {
     if (offset[E] == 0) { return; }
     const size_t mark = workspace_mark();
-    const bf16 *wide = widened_fp4(w, scale, E, C, O);
-    for (int e = 0; e < E; e++) {
-        product(out + (size_t)offset[e] * O, CUDA_R_16BF, inp + (size_t)offset[e] * C,
-                wide + (size_t)e * O * C, offset[e + 1] - offset[e], C, O, 0);
-    }
+    grouped::Product p = {};
+    p.out = out, p.ldo = O;
+    p.x = inp, p.ldx = C;
+    p.w = widened_fp4(w, scale, E, C, O);
+    p.offset = device_offsets(offset, E);
+    p.E = E, p.rows = offset[E], p.N = O, p.K = C;
+    grouped::grouped_product(p);
     workspace_release(mark);
 }
 
+// dinp += dout W: the same wide copy, read across its rows.
 extern "C" void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset,
                                          const uint8_t *w, const uint8_t *scale, int E, int C,
                                          int O) {
     if (offset[E] == 0) { return; }
     const size_t mark = workspace_mark();
-    const bf16 *wide = widened_fp4(w, scale, E, C, O);
-    for (int e = 0; e < E; e++) {
-        product_transposed(dinp + (size_t)offset[e] * C, CUDA_R_32F, dout + (size_t)offset[e] * O,
-                           wide + (size_t)e * O * C, offset[e + 1] - offset[e], C, O, 1);
-    }
+    grouped::Product p = {};
+    p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
+    p.x = dout, p.ldx = O;
+    p.w = widened_fp4(w, scale, E, C, O), p.w_by_k = 1;
+    p.offset = device_offsets(offset, E);
+    p.E = E, p.rows = offset[E], p.N = C, p.K = O;
+    grouped::grouped_product(p);
     workspace_release(mark);
 }
 

@@ -467,7 +467,7 @@ static inline void config_fixed(const Json *j, int object, const char *key, cons
     const char *have = i < 0 ? "missing" : json_text(j, i);
     int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
     if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
-        refuse("%s: %s is %.*s, expected %s HINT: this trainer reads DeepSeek-V4-Flash, not its Base "
+        refuse("%s: %s is %.*s, expected %s HINT: DeepSeek-V4-Flash can be trained, not its Base "
                "or another model", j->file, key, length, have, want);
     }
 }
@@ -519,19 +519,15 @@ void config_load(Config *c, const char *dir) {
     config_fixed(&j, quantization, "fmt", "e4m3");
     config_fixed(&j, quantization, "scale_fmt", "ue8m0");
     int block = json_get(&j, quantization, "weight_block_size", '[');
-    for (int d = 1; d <= 2; d++) {
-        if (j.tok[block].size != 2 || json_size(&j, block + d) != FP8_BLOCK) {
-            refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
-        }
+    if (j.tok[block].size != 2 || json_size(&j, block + 1) != FP8_BLOCK ||
+        json_size(&j, block + 2) != FP8_BLOCK) {
+        refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
     }
     int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
-    if (n < c->layers) {            // more are fine: they belong to the drafter
-        refuse("%s: compress_ratios has %d entries for %d layers", path, n, c->layers);
-    }
-    for (int l = 0; l < c->layers; l++) {
-        size_t ratio = json_size(&j, ratios + 1 + l);
+    for (int l = 0; l < c->layers; l++) {       // more are fine: they belong to the drafter
+        size_t ratio = l < n ? json_size(&j, ratios + 1 + l) : NOWHERE;
         if (ratio != 0 && ratio != 4 && ratio != 128) {
-            refuse("%s: entry %d of compress_ratios is not 0, 4 or 128", path, l);
+            refuse("%s: entry %d of %d in compress_ratios is not 0, 4 or 128", path, l, n);
         }
         c->ratio[l] = (int)ratio;
     }
@@ -939,7 +935,7 @@ static inline float float_from_f16(uint16_t h) {
 // Writes them from there, or reads them to there; values == NULL: they must be zero.
 static inline void stream_run(Stream *s, size_t first, real *values, size_t stride, size_t n) {
     const size_t size = s->type == DT_F32 ? 4 : 2, at = s->base + first * size;
-    unsigned char bytes[4096];
+    unsigned char bytes[16384];
     if (s->error) { return; }
     if (at != s->at && fseeko(s->f, (off_t)at, SEEK_SET) != 0) { s->error = errno; }
     s->at = at + n * size;
@@ -1379,8 +1375,9 @@ static inline void training_verify(const char *path) {
 int training_find(const char *out, char *path, size_t size) {
     char file[PATH_SIZE], name[64] = "";
     FILE *f = fopen(path_make(file, out, "/latest", ""), "rb");
-    if (f == NULL) { return 0; }
-    if (fscanf(f, "%63s", name) != 1 || strncmp(name, "checkpoint-", 11) || strchr(name, '/')) {
+    if (f == NULL && errno == ENOENT) { return 0; }
+    if (f == NULL || fscanf(f, "%63s", name) != 1 || strncmp(name, "checkpoint-", 11) != 0 ||
+        strchr(name, '/')) {
         refuse("%s does not name a checkpoint HINT: write the newest one's name into it", file);
     }
     fclose(f);
@@ -1388,7 +1385,8 @@ int training_find(const char *out, char *path, size_t size) {
     // If a save over the same step was killed between its renames, the old one is still there.
     if (access(file, F_OK) != 0) { strncat(file, ".old", sizeof file - strlen(file) - 1); }
     training_verify(file);
-    return snprintf(path, size, "%s", file) < (int)size;
+    require(snprintf(path, size, "%s", file) < (int)size);
+    return 1;
 }
 
 // Reads masters and moments of the checkpoint at path.

@@ -5,14 +5,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0 skipped=0
-
-# check MESSAGE COMMAND...: counts one check.
-check() {
-    local message=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else echo "FAIL $message"; failed=$((failed + 1)); fi
-}
+. test/check.sh
 
 # Writes a module with two twins, and the kernels.cu that belongs to it, both right.
 example() {
@@ -108,18 +101,17 @@ test_run() {
       echo $? > good.code
       LIMIT=1 bash run.sh -s why ../good.sh ../bad.sh ../liar.sh ../crash.sh ../hang.sh ../none > all
       echo $? > all.code ) 2> /dev/null
-    check "run.sh, one good program" [ "$(tail -n 1 "$dir/run/good") $(cat "$dir/run/good.code")" = \
-        "3 passed, 0 failed, 1 skipped 0" ]
-    check "run.sh, all kinds of failure" [ "$(tail -n 1 "$dir/run/all") $(cat "$dir/run/all.code")" = \
-        "9 passed, 6 failed, 2 skipped 1" ]
+    check "run.sh, one good program" same "3 passed, 0 failed, 1 skipped 0" \
+        "$(tail -n 1 "$dir/run/good") $(cat "$dir/run/good.code")"
+    check "run.sh, all kinds of failure" same "9 passed, 6 failed, 2 skipped 1" \
+        "$(tail -n 1 "$dir/run/all") $(cat "$dir/run/all.code")"
     check "run.sh does not show a FAIL line" grep -q '^FAIL x' "$dir/run/all"
 }
 
 # The top level is fixed by the user: design.md section 2.
 test_top_level() {
     if ! git rev-parse --is-inside-work-tree > /dev/null 2>&1; then
-        echo "skip top level: not a git checkout"
-        skipped=$((skipped + 1))
+        skip "top level: not a git checkout"
         return
     fi
     local extra
@@ -132,5 +124,4 @@ test_twins
 test_lines
 test_run
 test_top_level
-echo "test_house: $passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ]
+closing test_house
