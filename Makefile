@@ -5,14 +5,12 @@
 #   make              ./train                        make SAN=1       with address and UB sanitizers
 #   make deps         fetch jsmn.h and stb, no root  make ACT=float   activations in fp32
 #   make test         all tests without a GPU        make help        the rest
-#
 # Everything that is built lies in build/, except ./train. The flags of the last build are recorded
 # in build/flags, so that switching a flavour, or finding a package, builds again.
 
 CC ?= cc
 NVCC ?= nvcc
 CUDA_ARCH ?= 90a
-CUDA ?= 0
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
@@ -56,6 +54,17 @@ BASE := $(CPPFLAGS) -std=gnu11 $(OPTIMIZE) $(NATIVE) $(CFLAGS) $(if $(OPENMP),-f
     $(WARNINGS) $(INCLUDES)
 LIBS = $(LDFLAGS) $(LDLIBS) -lm
 
+# What nvcc can do: yes, or the reason why not. Asked once: it takes a second.
+GENCODE := -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH)
+NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; \
+    mkdir -p build; echo '__global__ void probe(void) { }' > build/probe.cu; $(NVCC) $(GENCODE) \
+    -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && echo yes || echo broken)
+# ./train gets the kernels where nvcc works, unless another flavour is asked for: they store bf16.
+ifneq ($(NEEDS_CC),)
+  CUDA ?= $(if $(ACT)$(REAL)$(filter 1,$(SAN)),0,$(if $(filter yes,$(NVCC_WORKS)),1,0))
+  CUDA := $(CUDA)
+endif
+
 # The recorded flags are rewritten, and so everything is rebuilt, only when they differ.
 SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) $(NVCC) $(CUDA_ARCH) cuda=$(CUDA) \
     jsmn=$(JSMN) stb=$(STB))
@@ -69,8 +78,7 @@ build/flags:
 
 # --------------------------------------------------------------------------------------------------
 # The trainer: train.c includes every other C file, so it is one compiler run. kernels.cu is the
-# other translation unit; nvcc compiles it without a GPU. The trainer does not start GPUs yet, so
-# it is linked without kernels unless CUDA=1 asks for them; make test-gpu always wants them.
+# other translation unit; nvcc compiles it without a GPU, and ./train looks for one when it starts.
 
 MODULES := $(wildcard *.c dev/*.c dev/data/prep.c)
 train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.o)
@@ -78,7 +86,7 @@ train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.
 	    "$(if $(OPENMP),✓ OpenMP found,✗ OpenMP not found -> one thread; clang needs libomp-dev)" \
 	    "$(if $(JSMN),✓ jsmn.h found,✗ jsmn.h not found -> no -m and no --resume; make deps)" \
 	    "$(if $(STB),✓ stb headers found,✗ stb headers not found -> no loss.png; make deps)" \
-	    "→ $(if $(filter 1,$(CUDA)),with kernels.cu,CPU only: this version does not train on GPUs)"
+	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc, or ACT or SAN -> CPU only)"
 	@rm -f $@
 ifeq ($(CUDA),1)
 	$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF build/train.d -MT $@ -c train.c -o build/train.o
@@ -88,18 +96,14 @@ else
 endif
 
 # 177: a helper of the contract that only C files use.
-NVCCFLAGS := -O3 -arch=sm_$(CUDA_ARCH) -Xcompiler -Wall,-Wextra -Werror all-warnings \
+NVCCFLAGS := -O3 -std=c++17 $(GENCODE) -Xcompiler -Wall,-Wextra -Werror all-warnings \
     -diag-suppress 177
-NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp)
+NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) \
+    -Xlinker -rpath=$(realpath $(dir $(shell command -v $(NVCC)))../lib64)
 CUDA_LIBS := -lcublas $(LIBS)
 build/kernels.o: kernels.cu build/flags
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
-# What nvcc can do: yes, or the reason why not. Asked only by the goals below: it takes a second.
-NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; mkdir -p build; \
-    echo '__global__ void probe(void) { }' > build/probe.cu; \
-    $(NVCC) -arch=sm_$(CUDA_ARCH) -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && \
-    echo yes || echo broken)
 kernels.o cuda-check:
 	@case $(NVCC_WORKS) in \
 	yes) $(MAKE) build/kernels.o && echo "✓ nvcc found: kernels.cu compiles for sm_$(CUDA_ARCH)" ;; \
@@ -151,7 +155,8 @@ COMPILE_TEST = @echo "cc $(@F)"; rm -f $@; $(CC) $(BASE) -MMD -MP -MF $@.d $< -o
 -include $(wildcard build/*.d)
 
 test:
-	-@$(MAKE) -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc)) train build/train_float $(TESTS) $(GPU_TESTS)
+	-@$(MAKE) -k CUDA=$(CUDA) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc)) \
+	    train build/train_float $(TESTS) $(GPU_TESTS)
 	@bash test/run.sh $(TESTS) $(GPU_TESTS) test/test_cli.sh test/test_house.sh
 
 # The twins against the C text. Without nvcc, build/test_kernels of the list above says skipped.
@@ -191,5 +196,4 @@ help:
 	@echo "make test         every test that needs no GPU; logs in build/*.log"
 	@echo "make test-gpu     the same, and every kernel against its C text"
 	@echo "make check        every module alone without a warning, GPU() lines, kernels.cu with nvcc"
-	@echo "make kernels.o    build/kernels.o, where there is nvcc"
 	@echo "make clean        removes build/ and ./train"

@@ -224,7 +224,7 @@ void linear_fp8_forward_gpu(act *out, const act *inp, const uint8_t *w, const ui
                             int C, int O);
 void linear_bf16_forward_gpu(real *out, const act *inp, const bf16 *w, int T, int C, int O);
 void linear_bf16_backward_gpu(real *dinp, const real *dout, const bf16 *w, int T, int C, int O);
-void narrow_gpu(act *out, const real *x, size_t n);
+void narrow_gpu(act *out, const real *inp, size_t n);
 void swiglu_forward_gpu(act *h, const act *g, const act *v, const real *weight, float limit, int T,
                         int F);
 void swiglu_backward_gpu(act *dg, act *dv, real *dweight, const real *dh, const act *g, const act
@@ -867,7 +867,7 @@ extern "C" void linear_bf16_backward_gpu(real *dinp, const real *dout, const bf1
 }
 
 // Rounds n reals to storage: the GPU's store_rows.
-extern "C" void narrow_gpu(act *out, const real *x, size_t n) { narrow(out, x, n); }
+extern "C" void narrow_gpu(act *out, const real *inp, size_t n) { narrow(out, inp, n); }
 
 // The clamped SwiGLU. One block per row, so that the row's weight gradient has one owner.
 //   bytes: forward 6 F per row, backward 4 F + 4 F + 4 F = 12 F.
@@ -1739,11 +1739,45 @@ __global__ void lora_wgrad_add_kernel(float *grad, const float *sum, float s, in
     grad[e * each + (KIND == FACTOR_A ? r * N + c : c * R + r)] += s * all;
 }
 
+__global__ void narrow_factor_kernel(bf16 *out, const float *w, float s, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) { out[i] = __float2bfloat16(s * w[i]); }
+}
+
+// s times n numbers of a factor, or of u, as the tensor cores read them; in the workspace.
+static const bf16 *narrow_factor(const float *w, float s, size_t n) {
+    bf16 *out = (bf16 *)workspace(sizeof(bf16) * n);
+    narrow_factor_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, w, s, n);
+    cudaCheck(cudaGetLastError());
+    return out;
+}
+
+// Ranks that the tensor cores take; others go by the kernels above.
+static int rank_fits(int R) { return R % 8 == 0; }
+
+// Rows of x (rows,K) by groups: offset on the device, NULL for one dense group.
+static grouped::Product product_of(const bf16 *x, int K, const int *offset, int E, int rows, int N) {
+    grouped::Product p = {};
+    p.x = x, p.ldx = K;
+    p.offset = offset;
+    p.E = E, p.rows = rows, p.N = N, p.K = K;
+    return p;
+}
+
 template <int KIND>
-static void lora_down(float *u, const bf16 *x, const float *w, float s, const Groups &g, int E,
-                      int N, int R) {
+static void lora_down(float *u, const bf16 *x, const float *w, float s, const Groups &g,
+                      const int *offset, int E, int N, int R) {
     const int most = longest_group(g, E);
     if (most == 0) { return; }
+    if (rank_fits(R)) {             // A lies as (E,R,N), B as (E,N,R)
+        const size_t mark = workspace_mark();
+        grouped::Product p = product_of(x, N, offset, E, g.at[E], R);
+        p.out = u, p.ldo = R, p.out_f32 = 1;
+        p.w = narrow_factor(w, s, (size_t)E * R * N), p.w_by_k = KIND == FACTOR_B;
+        grouped::grouped_product(p);
+        workspace_release(mark);
+        return;
+    }
     lora_down_kernel<KIND><<<dim3(blocks_for(most, 32), E), 256, 0, stream>>>(u, x, w, s, g, N, R);
     cudaCheck(cudaGetLastError());
 }
@@ -1774,27 +1808,56 @@ static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, cons
     workspace_release(mark);
 }
 
-// out = W x + s B (A x).
+// out = W x + s B (A x), for the groups of a wide copy: B joins the product as R more columns of W,
+// u as R more columns of x, so that the sum is rounded once.
+static void lora_forward(act *out, real *u, const act *inp, const bf16 *wide, const real *a,
+                         const real *b, float s, const Groups &g, const int *offset, int E, int C,
+                         int O, int R) {
+    const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
+    grouped::Product p = product_of(inp, C, offset, E, g.at[E], O);
+    p.out = out, p.ldo = O;
+    p.w = wide;
+    const int adapted = a != NULL && R > 0;
+    if (adapted) { lora_down<FACTOR_A>(u, inp, a, 1, g, offset, E, C, R); }
+    if (adapted && rank_fits(R) && rows) {
+        p.u = narrow_factor(u, 1, rows * R), p.ldu = R;
+        p.v = narrow_factor(b, s, (size_t)E * O * R), p.KU = R;
+    }
+    grouped::grouped_product(p);
+    if (adapted && !rank_fits(R)) { lora_up<FACTOR_B>(out, u, b, s, g, E, O, R); }
+    workspace_release(mark);
+}
+
+// du = s B^T dy; dx += W^T dy + A^T du; dB += s dy u^T; dA += du x^T.
+static void lora_backward(real *dinp, real *da, real *db, const act *dout, const act *inp,
+                          const real *u, const bf16 *wide, const real *a, const real *b, float s,
+                          const Groups &g, const int *offset, int E, int C, int O, int R) {
+    const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
+    const int adapted = a != NULL && R > 0;
+    float *du = (float *)workspace(sizeof(float) * rows * R);
+    grouped::Product p = product_of(dout, O, offset, E, g.at[E], C);
+    p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
+    p.w = wide, p.w_by_k = 1;
+    if (adapted) { lora_down<FACTOR_B>(du, dout, b, s, g, offset, E, O, R); }
+    if (adapted && rank_fits(R) && rows) {
+        p.u = narrow_factor(du, 1, rows * R), p.ldu = R;
+        p.v = narrow_factor(a, 1, (size_t)E * R * C), p.KU = R;
+    }
+    grouped::grouped_product(p);
+    if (adapted) {
+        if (!rank_fits(R)) { lora_up<FACTOR_A>(dinp, du, a, 1, g, E, C, R); }
+        lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
+        lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
+    }
+    workspace_release(mark);
+}
+
 extern "C" void lora_linear_forward_gpu(act *out, real *u, const act *inp, const uint8_t *w,
                                         const uint8_t *scale, const real *a, const real *b, float s,
                                         int T, int C, int O, int R) {
-    linear_fp8_forward_gpu(out, inp, w, scale, T, C, O);
-    if (a == NULL || R == 0) { return; }
-    const Groups all = one_group(T);
-    lora_down<FACTOR_A>(u, inp, a, 1, all, 1, C, R);
-    lora_up<FACTOR_B>(out, u, b, s, all, 1, O, R);
-}
-
-// The adapter's part of a backward: du = s B^T dy; dx += A^T du; dB += s dy u^T; dA += du x^T.
-static void lora_backward(real *dinp, real *da, real *db, const act *dout, const act *inp,
-                          const real *u, const real *a, const real *b, float s, const Groups &g,
-                          int E, int C, int O, int R) {
     const size_t mark = workspace_mark();
-    float *du = (float *)workspace(sizeof(float) * (size_t)g.at[E] * R);
-    lora_down<FACTOR_B>(du, dout, b, s, g, E, O, R);
-    lora_up<FACTOR_A>(dinp, du, a, 1, g, E, C, R);
-    lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
-    lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
+    if (T == 0) { return; }
+    lora_forward(out, u, inp, widened_fp8(w, scale, C, O), a, b, s, one_group(T), NULL, 1, C, O, R);
     workspace_release(mark);
 }
 
@@ -1803,35 +1866,40 @@ extern "C" void lora_linear_backward_gpu(real *dinp, real *da, real *db, const a
                                          const uint8_t *scale, const real *a, const real *b,
                                          float s, int T, int C, int O, int R) {
     const size_t mark = workspace_mark();
-    product_transposed(dinp, CUDA_R_32F, dout, widened_fp8(w, scale, C, O), T, C, O, 1);
+    if (T == 0) { return; }
+    lora_backward(dinp, da, db, dout, inp, u, widened_fp8(w, scale, C, O), a, b, s, one_group(T),
+                  NULL, 1, C, O, R);
     workspace_release(mark);
-    if (a && R) { lora_backward(dinp, da, db, dout, inp, u, a, b, s, one_group(T), 1, C, O, R); }
 }
 
 extern "C" void lora_experts_forward_gpu(act *out, real *u, const act *inp, const int *offset,
                                          const uint8_t *w, const uint8_t *scale, const real *a,
                                          const real *b, float s, int E, int C, int O, int R) {
-    experts_fp4_forward_gpu(out, inp, offset, w, scale, E, C, O);
-    if (a == NULL || R == 0) { return; }
-    const Groups g = groups_of(offset, E);
-    lora_down<FACTOR_A>(u, inp, a, 1, g, E, C, R);
-    lora_up<FACTOR_B>(out, u, b, s, g, E, O, R);
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    lora_forward(out, u, inp, widened_fp4(w, scale, E, C, O), a, b, s, groups_of(offset, E),
+                 device_offsets(offset, E), E, C, O, R);
+    workspace_release(mark);
 }
 
 extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout,
                                           const act *inp, const real *u, const int *offset,
                                           const uint8_t *w, const uint8_t *scale, const real *a,
                                           const real *b, float s, int E, int C, int O, int R) {
-    experts_fp4_backward_gpu(dinp, dout, offset, w, scale, E, C, O);
-    if (a && R) {
-        lora_backward(dinp, da, db, dout, inp, u, a, b, s, groups_of(offset, E), E, C, O, R);
-    }
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    lora_backward(dinp, da, db, dout, inp, u, widened_fp4(w, scale, E, C, O), a, b, s,
+                  groups_of(offset, E), device_offsets(offset, E), E, C, O, R);
+    workspace_release(mark);
 }
 
 // u (rows,R) = A_e h, what the backward of w2 needs of its forward.
 extern "C" void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a,
                                       int E, int F, int R) {
-    if (a && R) { lora_down<FACTOR_A>(u, h, a, 1, groups_of(offset, E), E, F, R); }
+    const size_t mark = workspace_mark();
+    if (a == NULL || R == 0 || offset[E] == 0) { return; }
+    lora_down<FACTOR_A>(u, h, a, 1, groups_of(offset, E), device_offsets(offset, E), E, F, R);
+    workspace_release(mark);
 }
 
 // Sum of squares in double: fixed blocks, each a fixed tree, added in order on the host.

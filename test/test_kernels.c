@@ -186,10 +186,10 @@ static void test_linears(int T, int C, int O, int R) {
            linear_bf16_backward(X(dinb), X(doutb), X(wb), T, C, O); });
     compare_act("linear fp8", plain, (size_t)T * O, BF16);
     compare_act("lora linear out", out, (size_t)T * O, BF16);
-    compare_real("lora linear u", u, (size_t)T * R, FP32);
-    compare_real("lora linear dinp", dinp, (size_t)T * C, 1e-4);
-    compare_real("lora linear da", da, (size_t)R * C, 1e-4);
-    compare_real("lora linear db", db, (size_t)O * R, 1e-4);
+    compare_real("lora linear u", u, (size_t)T * R, BF16);      // A is rounded to bf16
+    compare_real("lora linear dinp", dinp, (size_t)T * C, BF16);
+    compare_real("lora linear da", da, (size_t)R * C, BF16);
+    compare_real("lora linear db", db, (size_t)O * R, BF16);
     compare_real("linear bf16", outb, (size_t)T * O, FP32);
     compare_real("linear bf16 dinp", dinb, (size_t)T * C, BF16);     // its dout is rounded to bf16
 }
@@ -211,11 +211,11 @@ static void test_experts(int C, int O, int R) {
                                  X(a), X(b), 2, E, C, O, R);
            lora_experts_down(X(u2), X(inp), offset, X(a), E, C, R); });
     compare_act("experts out", out, (size_t)T * O, BF16);
-    compare_real("experts u", u, (size_t)T * R, FP32);
-    compare_real("experts u again", u2, (size_t)T * R, FP32);
-    compare_real("experts dinp", dinp, (size_t)T * C, 1e-4);
-    compare_real("experts da", da, (size_t)E * R * C, 1e-4);
-    compare_real("experts db", db, (size_t)E * O * R, 1e-4);
+    compare_real("experts u", u, (size_t)T * R, BF16);
+    compare_real("experts u again", u2, (size_t)T * R, BF16);
+    compare_real("experts dinp", dinp, (size_t)T * C, BF16);
+    compare_real("experts da", da, (size_t)E * R * C, BF16);
+    compare_real("experts db", db, (size_t)E * O * R, BF16);
 }
 
 static void test_routing(int T, int C, int E, int K) {

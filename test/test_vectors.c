@@ -215,7 +215,7 @@ static void test_trace(void) {
     destroy(&m);
 }
 
-static int by_name(const void *a, const void *b) {
+static int tensor_order(const void *a, const void *b) {
     return strcmp((*(Tensor *const *)a)->name, (*(Tensor *const *)b)->name);
 }
 
@@ -229,7 +229,7 @@ static void test_draws(void) {
     double *want = load_vector(&f, "checksums", 2 * m.n_tensors);
     Tensor **sorted = NEW(Tensor *, m.n_tensors);
     for (size_t i = 0; i < m.n_tensors; i++) { sorted[i] = &m.tensors[i]; }
-    qsort(sorted, m.n_tensors, sizeof *sorted, by_name);
+    qsort(sorted, m.n_tensors, sizeof *sorted, tensor_order);
     for (size_t i = 0; i < m.n_tensors; i++) {
         const Tensor *t = sorted[i];
         size_t n = 1;
