@@ -7,15 +7,19 @@
 //     kernels.cu (contract) <- fp8.c <- mxfp4.c <- lora.c <- moe.c <- refit.c <- train.c
 //
 // It is a unity build: each .c includes the one before it, `cc train.c` compiles the whole CPU
-// trainer, and `nvcc kernels.cu` will compile the device code. There are no headers.
+// trainer, and `nvcc kernels.cu` the device code. There are no headers.
 //
-// Contents of part 1
-//   1.1 types, and the places where a value is rounded
-//   1.2 errors: one line that says what, where, and what to do
-//   1.3 twins: how a C function finds its kernel
-//   1.4 launchers: the prototypes of what the device code offers
-//   1.5 memory: one arena per class, counted first, then filled, then closed
-//   1.6 random numbers: the same bytes on every machine and any number of ranks
+// Contents
+//   1.1 types, and the places where a      2 helpers; the device, its memory, copies
+//       value is rounded                   3 numbers and dense products (fp8.c)
+//   1.2 errors: one line that says what,   4 packed experts: the grouped product (mxfp4.c)
+//       where, and what to do              5 adapters and optimizers (lora.c)
+//   1.3 twins: how a C function finds      6 routing, permutation, combine (moe.c)
+//       its kernel                         7 norms, RoPE, hyper-connections (train.c)
+//   1.4 launchers: what the device offers  8 compressors, indexer (train.c)
+//   1.5 memory: counted, filled, closed    9 attention forward, backward (train.c)
+//   1.6 random numbers: the same bytes    10 head and cross-entropy (train.c)
+//       on every machine
 #ifndef KERNELS_CU
 #define KERNELS_CU
 #include <math.h>
@@ -3004,8 +3008,9 @@ extern "C" void indexer_select_gpu(int *selected, const act *q, const act *k, co
 // -------------------------------------------------------------------------------------------------
 // 9 Attention (train.c 5.4)
 //
-// A first version, to be replaced by the winners of dev/cuda: one warp per query and head, or per
-// key, its lanes sharing the D dims; every dot product is a shuffle tree.
+// First kernels for any shape: one warp per query and head, or per key, its lanes sharing the D
+// dims; every dot product is a shuffle tree. They serve the tiny model. The real one's 64 heads of
+// 512 dims have kernels on the tensor cores, whose ladders are in dev/cuda: 9.1 and 9.2.
 
 // The i-th key row that token t attends to, of n = attended_count: window rows, then entries.
 __device__ inline int attended_count(const AttentionShape &a, const int *selected, int t,
@@ -3055,7 +3060,6 @@ __global__ void attention_forward_kernel(act *out, real *lse, const act *q, cons
     if (lane == 0) { lse[row] = max + logf(sum); }
 }
 
-// needs #include <cuda.h> and <cudaTypedefs.h> at the top of the device code
 static void attention_forward_naive(act *out, real *lse, const act *q, const act *kv,
                                       const act *entries, const float *sink, const int *selected,
                                       AttentionShape a) {
@@ -3071,6 +3075,12 @@ static void attention_forward_naive(act *out, real *lse, const act *q, const act
     }
     cudaCheck(cudaGetLastError());
 }
+
+// -------------------------------------------------------------------------------------------------
+// 9.1 Attention forward on tensor cores: 64 heads of 512 dims (dev/cuda/attention_forward.cu)
+//
+// A block takes one token at a time: its 64 heads are the rows of a product with 64 keys after the
+// other, which all heads share, so a key is read once per token.
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
