@@ -524,7 +524,7 @@ void config_load(Config *c, const char *dir) {
         refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
     }
     int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
-    if (n < c->layers) { refuse("%s: compress_ratios has %d entries for %d layers", path, n, c->layers); }
+    if (n < c->layers) { refuse("%s: %d compress_ratios for %d layers", path, n, c->layers); }
     for (int l = 0; l < c->layers; l++) {       // more are fine: they belong to the drafter
         size_t ratio = json_size(&j, ratios + 1 + l);
         if (ratio != 0 && ratio != 4 && ratio != 128) {
