@@ -30,6 +30,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 // -------------------------------------------------------------------------------------------------
 // 1.1 Types
@@ -118,6 +119,7 @@ enum {
     HC_MIX = 2 * HC + HC * HC,          // mixing numbers per token and site: 4 pre, 4 post, 16 comb
     FP8_BLOCK = 128,                    // one e8m0 scale per 128 x 128 codes of a dense matrix
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
+    WIDE_EXPERTS = 32,                  // as many are widened to bf16 at a time, on the GPU
 };
 
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
@@ -175,6 +177,8 @@ static inline void die_at(const char *file, int line, int code, const char *form
 // A rule of the program itself, not of its input: breaking it is a bug here.
 #define require(condition) do { if (!(condition)) { \
     die(EXIT_USAGE, "internal: %s does not hold", #condition); } } while (0)
+// An input that cannot be used: one line, exit code 1.
+#define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
 #endif
 
 // -------------------------------------------------------------------------------------------------
@@ -221,6 +225,8 @@ void gpu_upload(void *to, const void *from_h, size_t bytes);
 void gpu_download(void *to_h, const void *from, size_t bytes);
 void gpu_sync(void);
 void gpu_memory(size_t *used_h, size_t *total_h);
+void gpu_mark(int i);
+void gpu_marks(double *at_h, int n);
 void scale_reals_gpu(real *x, double scale, size_t n);
 void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);
 // Numbers and dense products (fp8.c)
@@ -266,7 +272,7 @@ void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, c
 void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
                         real *weights, const real *logits, const bf16 *gate, float scale, int norm,
                         int T, int C, int K);
-void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int T, int K, int C);
+void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
 void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
 void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
 void dispatch_backward_gpu(real *dinp, const act *home_dx, const int *slot_row, int T, int K, int
@@ -281,7 +287,7 @@ void rope_apply_gpu(act *x, const real *table, const int *position, int sign, in
                     int rope);
 void norm_rope_forward_gpu(act *out, real *rstd, const act *inp, const bf16 *w, const real *table,
                            const int *position, float eps, int T, int H, int D, int rope);
-void norm_rope_backward_gpu(act *dinp, const act *dout, const act *inp, const real *rstd, const real
+void norm_rope_backward_gpu(act *dinp, const act *dout, const act *out, const real *rstd, const real
                             *table, const int *position, int T, int H, int D, int rope);
 void key_norm_rope_backward_gpu(act *dinp, const real *dout, const act *inp, const real *rstd, const
                                 bf16 *w, const real *table, const int *position, int n, int D, int
@@ -506,6 +512,69 @@ static inline HD float random_uniform(uint64_t key, uint64_t i) {
 }
 
 // -------------------------------------------------------------------------------------------------
+// 1.7 Phases
+//
+// Where the time of a step goes. phase(p) says what the program does from here on, until the next
+// call; on a GPU it leaves an event between the kernels, so that nothing waits. Off unless --bench.
+
+enum { PHASE_STREAMS, PHASE_PRODUCTS, PHASE_ENTRIES, PHASE_INDEXER, PHASE_ATTENTION, PHASE_ROUTE,
+       PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
+enum { PASS_FORWARD, PASS_AGAIN, PASS_BACKWARD, PASSES, PHASE_MARKS = 4096 };
+
+#ifndef __CUDACC__
+static const char *const phase_names[PHASES] = {
+    "streams", "projections", "compressors", "indexer", "attention core", "routing", "exchange",
+    "experts", "shared expert", "head and loss", "update" };
+
+static struct {
+    int on, pass, n;                        // pass: PASS_* of the calls that follow; n: calls
+    int what[PHASE_MARKS];                  // phase and pass that began with each call
+    double at[PHASE_MARKS + 1];             // when
+    double seconds[PHASES][PASSES];
+} phases;
+
+// Seconds, from some time in the past.
+static inline double clock_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+static inline void phase_mark(int i) {
+    GPU(gpu_mark(i))
+    phases.at[i] = clock_seconds();
+}
+
+// Ends the last phase and adds up all of them.
+static inline void phases_end(void) {
+    const int n = phases.n;
+    if (n == 0) { return; }
+    phase_mark(n);
+    if (ON_GPU) {
+#ifdef USE_CUDA
+        gpu_marks(phases.at, n + 1);
+#endif
+    }
+    for (int i = 0; i < n; i++) {
+        phases.seconds[phases.what[i] / PASSES][phases.what[i] % PASSES] +=
+            phases.at[i + 1] - phases.at[i];
+    }
+    phases.n = 0;
+}
+
+static inline void phase(int p) {
+    if (!phases.on) { return; }
+    if (phases.n == PHASE_MARKS) { phases_end(); }
+    phases.what[phases.n] = p * PASSES + phases.pass;
+    phase_mark(phases.n++);
+}
+static inline void phase_in(int p, int pass) {
+    phases.pass = pass;
+    phase(p);
+}
+#endif // !__CUDACC__
+
+// -------------------------------------------------------------------------------------------------
 // Device code
 #ifdef __CUDACC__
 #include <cublas_v2.h>
@@ -701,7 +770,10 @@ extern "C" void gpu_start(int device, char *name_h, size_t size) {
 }
 
 extern "C" void gpu_alloc(void **p, size_t bytes) {
-    cudaCheck(cudaMalloc(p, bytes));
+    *p = NULL;
+    const cudaError_t error = cudaMalloc(p, bytes);
+    if (error == cudaErrorMemoryAllocation) { (void)cudaGetLastError(); return; }   // p says it
+    cudaCheck(error);
     cudaCheck(cudaMemset(*p, 0, bytes));
 }
 
@@ -739,6 +811,22 @@ extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
     size_t free_bytes;
     cudaCheck(cudaMemGetInfo(&free_bytes, total_h));
     *used_h = *total_h - free_bytes;
+}
+
+// Phases: an event between the kernels, and when the first n happened, in seconds.
+static cudaEvent_t marks[PHASE_MARKS + 1];
+extern "C" void gpu_mark(int i) {
+    if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
+    cudaCheck(cudaEventRecord(marks[i], stream));
+}
+
+extern "C" void gpu_marks(double *at_h, int n) {
+    cudaCheck(cudaEventSynchronize(marks[n - 1]));
+    for (int i = 0; i < n; i++) {
+        float ms;
+        cudaCheck(cudaEventElapsedTime(&ms, marks[0], marks[i]));
+        at_h[i] = 1e-3 * ms;
+    }
 }
 
 __global__ void scale_reals_kernel(real *x, float scale, size_t n) {
@@ -1566,37 +1654,6 @@ static const int *device_offsets(const int *offset, int E) {
     return copy;
 }
 
-extern "C" void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset,
-                                        const uint8_t *w, const uint8_t *scale, int E, int C,
-                                        int O) {
-    if (offset[E] == 0) { return; }
-    const size_t mark = workspace_mark();
-    grouped::Product p = {};
-    p.out = out, p.ldo = O;
-    p.x = inp, p.ldx = C;
-    p.w = widened_fp4(w, scale, E, C, O);
-    p.offset = device_offsets(offset, E);
-    p.E = E, p.rows = offset[E], p.N = O, p.K = C;
-    grouped::grouped_product(p);
-    workspace_release(mark);
-}
-
-// dinp += dout W: the same wide copy, read across its rows.
-extern "C" void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset,
-                                         const uint8_t *w, const uint8_t *scale, int E, int C,
-                                         int O) {
-    if (offset[E] == 0) { return; }
-    const size_t mark = workspace_mark();
-    grouped::Product p = {};
-    p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
-    p.x = dout, p.ldx = O;
-    p.w = widened_fp4(w, scale, E, C, O), p.w_by_k = 1;
-    p.offset = device_offsets(offset, E);
-    p.E = E, p.rows = offset[E], p.N = C, p.K = O;
-    grouped::grouped_product(p);
-    workspace_release(mark);
-}
-
 // -------------------------------------------------------------------------------------------------
 // 5 Adapters and optimizers (lora.c)
 //
@@ -1876,25 +1933,58 @@ extern "C" void lora_linear_backward_gpu(real *dinp, real *da, real *db, const a
     workspace_release(mark);
 }
 
+// The next run of experts, from *first on, that are widened together: at most WIDE_EXPERTS, without
+// those at either end that have no rows. Returns how many, 0 at the end; g: their rows, from 0.
+static int expert_run(Groups *g, int *first, const int *offset, int E) {
+    while (*first < E && offset[*first + 1] == offset[*first]) { ++*first; }
+    int n = min((int)WIDE_EXPERTS, E - *first);
+    while (n > 0 && offset[*first + n] == offset[*first + n - 1]) { n--; }
+    for (int i = 0; i <= n; i++) { g->at[i] = offset[*first + i] - offset[*first]; }
+    return n;
+}
+
 extern "C" void lora_experts_forward_gpu(act *out, real *u, const act *inp, const int *offset,
                                          const uint8_t *w, const uint8_t *scale, const real *a,
                                          const real *b, float s, int E, int C, int O, int R) {
-    const size_t mark = workspace_mark();
-    if (offset[E] == 0) { return; }
-    lora_forward(out, u, inp, widened_fp4(w, scale, E, C, O), a, b, s, groups_of(offset, E),
-                 device_offsets(offset, E), E, C, O, R);
-    workspace_release(mark);
+    Groups g;
+    for (int e = 0, n; (n = expert_run(&g, &e, offset, E)) > 0; e += n) {
+        const size_t mark = workspace_mark(), row = offset[e], at = (size_t)e * O * C;
+        const bf16 *wide = widened_fp4(w + at / 2, scale + at / FP4_BLOCK, n, C, O);
+        lora_forward(out + row * O, u + row * R, inp + row * C, wide,
+                     a ? a + (size_t)e * R * C : NULL, b ? b + (size_t)e * O * R : NULL, s, g,
+                     device_offsets(g.at, n), n, C, O, R);
+        workspace_release(mark);
+    }
 }
 
 extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout,
                                           const act *inp, const real *u, const int *offset,
                                           const uint8_t *w, const uint8_t *scale, const real *a,
                                           const real *b, float s, int E, int C, int O, int R) {
-    const size_t mark = workspace_mark();
-    if (offset[E] == 0) { return; }
-    lora_backward(dinp, da, db, dout, inp, u, widened_fp4(w, scale, E, C, O), a, b, s,
-                  groups_of(offset, E), device_offsets(offset, E), E, C, O, R);
-    workspace_release(mark);
+    Groups g;
+    for (int e = 0, n; (n = expert_run(&g, &e, offset, E)) > 0; e += n) {
+        const size_t mark = workspace_mark(), row = offset[e], at = (size_t)e * O * C;
+        const size_t at_a = (size_t)e * R * C, at_b = (size_t)e * O * R;
+        const bf16 *wide = widened_fp4(w + at / 2, scale + at / FP4_BLOCK, n, C, O);
+        lora_backward(dinp + row * C, da + at_a, db + at_b, dout + row * O, inp + row * C,
+                      u + row * R, wide, a ? a + at_a : NULL, b ? b + at_b : NULL, s, g,
+                      device_offsets(g.at, n), n, C, O, R);
+        workspace_release(mark);
+    }
+}
+
+// Without adapters.
+extern "C" void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset,
+                                        const uint8_t *w, const uint8_t *scale, int E, int C,
+                                        int O) {
+    lora_experts_forward_gpu(out, NULL, inp, offset, w, scale, NULL, NULL, 1, E, C, O, 0);
+}
+
+extern "C" void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset,
+                                         const uint8_t *w, const uint8_t *scale, int E, int C,
+                                         int O) {
+    lora_experts_backward_gpu(dinp, NULL, NULL, dout, NULL, NULL, offset, w, scale, NULL, NULL, 1,
+                              E, C, O, 0);
 }
 
 // u (rows,R) = A_e h, what the backward of w2 needs of its forward.
@@ -2076,9 +2166,9 @@ __global__ void pack_rows_kernel(act *home, const act *inp, const int *row_slot,
     for (int i = threadIdx.x; i < C / 8; i += blockDim.x) { to[i] = from[i]; }
 }
 
-extern "C" void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int T, int K, int C) {
-    if (T == 0) { return; }
-    pack_rows_kernel<<<T * K, row_threads(C), 0, stream>>>(home, inp, row_slot, K, C);
+extern "C" void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C) {
+    if (n == 0) { return; }
+    pack_rows_kernel<<<n, row_threads(C), 0, stream>>>(home, inp, row_slot, K, C);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2289,11 +2379,48 @@ extern "C" void norm_rope_forward_gpu(act *out, real *rstd, const act *inp, cons
     cudaCheck(cudaGetLastError());
 }
 
-// forward: out = rotate(norm(inp)): turn back, then the norm's backward. G: type of the gradient.
-template <int NV, typename G>
-__global__ void norm_rope_backward_kernel(act *dinp, const G *dout, const act *inp,
-                                          const real *rstd, const bf16 *w, const real *table,
-                                          const int *position, size_t rows, int H, int rope) {
+// Its backward from out, with no weight: dinp = rstd * turned back (dout - out * mean(dout * out)).
+// dinp may be dout. bytes: 4 D read + 2 D written; queries at T = 4,096: 805 MB, 187 us.
+template <int NV>
+__global__ void norm_rope_backward_kernel(act *dinp, const act *dout, const act *out,
+                                          const real *rstd, const real *table, const int *position,
+                                          size_t rows, int H, int rope) {
+    const int D = NV * 32, lane = threadIdx.x % 32, first = lane * NV;
+    const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) { return; }
+    float y[NV], d[NV], sum = 0;
+    load_row<NV>(y, out + row * D + first);
+    load_row<NV>(d, dout + row * D + first);
+    #pragma unroll
+    for (int i = 0; i < NV; i++) { sum += d[i] * y[i]; }
+    const float r = rstd[row], mean = warp_sum(sum) / D;
+    #pragma unroll
+    for (int i = 0; i < NV; i++) { d[i] = r * (d[i] - y[i] * mean); }
+    const float *turn = table + (size_t)position[row / H] * rope - (D - rope);
+    #pragma unroll
+    for (int i = 0; i < NV; i += 2) {
+        if (first + i >= D - rope) { rotate_pair(d[i], d[i + 1], turn + first + i, -1); }
+    }
+    store_row<NV>(dinp + row * D + first, d);
+}
+
+extern "C" void norm_rope_backward_gpu(act *dinp, const act *dout, const act *out, const real *rstd,
+                                       const real *table, const int *position, int T, int H, int D,
+                                       int rope) {
+    const size_t rows = (size_t)T * H;
+    if (rows == 0) { return; }
+    gpuRequire(D == 512 || D == 128);
+    auto kernel = D == 512 ? norm_rope_backward_kernel<16> : norm_rope_backward_kernel<4>;
+    kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(dinp, dout, out, rstd, table, position, rows, H,
+                                                    rope);
+    cudaCheck(cudaGetLastError());
+}
+
+// The same for keys and entries: a weight, so from inp, and a gradient in float.
+template <int NV>
+__global__ void key_norm_rope_backward_kernel(act *dinp, const float *dout, const act *inp,
+                                              const real *rstd, const bf16 *w, const real *table,
+                                              const int *position, int rows, int rope) {
     const int D = NV * 32, lane = threadIdx.x % 32, first = lane * NV;
     const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) { return; }
@@ -2301,14 +2428,14 @@ __global__ void norm_rope_backward_kernel(act *dinp, const G *dout, const act *i
     load_row<NV>(x, inp + row * D + first);
     load_row<NV>(d, dout + row * D + first);
     const float r = rstd[row];
-    const float *turn = table + (size_t)position[row / H] * rope - (D - rope);
+    const float *turn = table + (size_t)position[row] * rope - (D - rope);
     #pragma unroll
     for (int i = 0; i < NV; i += 2) {
         if (first + i >= D - rope) { rotate_pair(d[i], d[i + 1], turn + first + i, -1); }
     }
     #pragma unroll
     for (int i = 0; i < NV; i++) {
-        d[i] *= w ? __bfloat162float(w[first + i]) : 1;
+        d[i] *= __bfloat162float(w[first + i]);
         sum += d[i] * (x[i] * r);
     }
     const float mean = warp_sum(sum) / D;
@@ -2317,34 +2444,14 @@ __global__ void norm_rope_backward_kernel(act *dinp, const G *dout, const act *i
     store_row<NV>(dinp + row * D + first, d);
 }
 
-template <typename G>
-static void norm_rope_backward_launch(act *dinp, const G *dout, const act *inp, const real *rstd,
-                                      const bf16 *w, const real *table, const int *position,
-                                      size_t rows, int H, int D, int rope) {
-    if (rows == 0) { return; }
-    const int grid = blocks_for(rows, 8);
-    if (D == 512) {
-        norm_rope_backward_kernel<16, G><<<grid, 256, 0, stream>>>(dinp, dout, inp, rstd, w, table,
-                                                                   position, rows, H, rope);
-    } else {
-        gpuRequire(D == 128);
-        norm_rope_backward_kernel<4, G><<<grid, 256, 0, stream>>>(dinp, dout, inp, rstd, w, table,
-                                                                  position, rows, H, rope);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-extern "C" void norm_rope_backward_gpu(act *dinp, const act *dout, const act *inp, const real *rstd,
-                                       const real *table, const int *position, int T, int H, int D,
-                                       int rope) {
-    norm_rope_backward_launch(dinp, dout, inp, rstd, NULL, table, position, (size_t)T * H, H, D,
-                              rope);
-}
-
 extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const act *inp,
                                            const real *rstd, const bf16 *w, const real *table,
                                            const int *position, int n, int D, int rope) {
-    norm_rope_backward_launch(dinp, dout, inp, rstd, w, table, position, (size_t)n, 1, D, rope);
+    if (n == 0) { return; }
+    gpuRequire(D == 512 || D == 128);
+    auto kernel = D == 512 ? key_norm_rope_backward_kernel<16> : key_norm_rope_backward_kernel<4>;
+    kernel<<<blocks_for(n, 8), 256, 0, stream>>>(dinp, dout, inp, rstd, w, table, position, n, rope);
+    cudaCheck(cudaGetLastError());
 }
 
 // ---- hyper-connections

@@ -15,7 +15,7 @@
 // crooked routing costs time, never memory and never a token. The sums are written so that 1, 2 and
 // 4 ranks give the same output, bit for bit. Formulas: deepseek-v4-flash.md 3.6, 6.10 and 6.11.
 //
-// What it refuses to do: drop tokens, train the router, add an auxiliary loss, keep g and v.
+// What it refuses to do: drop tokens, train the router, add an auxiliary loss.
 //
 // Contents
 //   1 ranks: launch and supervisor        5 routers
@@ -32,7 +32,6 @@
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <tgmath.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -86,13 +85,6 @@ int comm_ranks(void) { return comm.ranks; }
 int comm_ep(void) { return comm.ep; }
 int comm_ep_rank(void) { return comm.rank % comm.ep; }
 
-// Seconds, from some time in the past.
-static inline double comm_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec + 1e-9 * now.tv_nsec;
-}
-
 // Sends sig to every child that still runs.
 static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
     for (int r = 0; r < ranks; r++) {
@@ -133,9 +125,9 @@ static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals
             if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
             if (ended == EXIT_INTERRUPTED) { continue; }
             comm_report(r, status);
-            deadline = comm_clock() + 0.5;
+            deadline = clock_seconds() + 0.5;
         }
-        if (deadline > 0 && comm_clock() > deadline) { comm_kill(pid, ranks, SIGKILL); }
+        if (deadline > 0 && clock_seconds() > deadline) { comm_kill(pid, ranks, SIGKILL); }
     }
     exit(code);
 }
@@ -243,7 +235,7 @@ static inline void comm_wait(int which, int i, const char *collective, const cha
         if (tries < 100) { continue; }
         if (tries < 1000) { sched_yield(); continue; }
         nanosleep(&nap, NULL);
-        double now = comm_clock();
+        double now = clock_seconds();
         if (start == 0) { start = now; }
         if (comm.timeout_s > 0 && now - start > comm.timeout_s) {
             die(EXIT_COMM, "%s (%s): waited %g s for rank %d HINT: see what that rank was doing, "
@@ -391,9 +383,9 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
 // -------------------------------------------------------------------------------------------------
 // 4 Sizes and buffers of a layer
 //
-// From forward to backward only the routing is kept. Everything else is scratch that all layers
-// share: the rows' two homes (before and after their trip), and room at the experts for the rows of
-// one round.
+// From forward to backward the routing is kept, and the hidden rows if there is room for them.
+// Everything else is scratch that all layers share: the rows' two homes (before and after their
+// trip), and room at the experts for the rows of one round.
 
 typedef struct {                // sizes of one MoE layer
     int C, E, K, F, R;          // channels, experts (all ranks), experts per token, expert width,
@@ -414,9 +406,15 @@ typedef struct {                // frozen weights and adapters of one MoE layer
     Lora e1, e2, e3, l1, l2, l3;                    // adapters: routed w1 w2 w3, shared w1 w2 w3
 } MoeWeights;
 
+typedef struct {                // the first products of n rows
+    act *g, *v;                 // (n,F) w1 x, w3 x; NULL: not kept
+    real *u1, *u3;              // (n,R) A x of their adapters
+} MoeHidden;
+
 typedef struct {                // kept from forward to backward, per layer
     int *ids;                   // (T,K) the experts of each token
     real *weights, *logits;     // (T,K) their routing weights and router logits
+    MoeHidden experts, shared;  // of moe_capacity and T rows
 } MoeSaved;
 
 typedef struct {
@@ -431,23 +429,49 @@ typedef struct {
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
     int *offset;                // (local+1) local expert e has rows offset[e] .. offset[e+1]-1
-    // Rows at home, in travelling order: sent from here, come back to here.
-    act *home_x, *home_y;       // (T*K,C)
+    // Rows at home, in travelling order: a round's are sent from here, all come back to here.
+    act *home_x, *home_y;       // (T*K,C), with one rank home_x (capacity,C)
     real *home_w, *home_dw;     // (T*K)
     // The same rows at their experts, grouped by expert. With one rank they stay at home: NULL.
     act *rows_x, *rows_y;       // (capacity,C)
     real *rows_w, *rows_dw;     // (capacity)
     void *staging;              // (capacity) rows, grouped by the rank they come from
     // What an expert computes: n = max(capacity, T) rows, used by the shared expert too.
-    act *g, *v, *h, *dv;        // (n,F)
-    real *u1, *u2, *u3;         // (n,R) A x of the three adapters
-    real *dh, *dx;              // (n,F), (n,C)
+    MoeHidden hidden;
+    act *h, *dv;                // (n,F)
+    real *u2;                   // (n,R) A h
+    real *dh, *dx;              // (n,F), (capacity,C)
 } MoeScratch;
 
-void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T) {
+static inline MoeHidden hidden_alloc(int class_, const MoeDims *d, size_t n) {
+    MoeHidden h;
+    h.g = MEM(act, class_, n * d->F);
+    h.v = MEM(act, class_, n * d->F);
+    h.u1 = MEM(real, class_, n * d->R);
+    h.u3 = MEM(real, class_, n * d->R);
+    return h;
+}
+
+// Rows that a rank works off in a round, in calls of at most T tokens per rank. With several ranks
+// half again as many as even routing brings, so that most calls need one round. One rank knows how
+// many rows there are; its rounds only bound the scratch, and are long enough to cost nothing.
+enum { MOE_ROUND = 24576 };
+static inline int moe_capacity(const MoeDims *d, int T) {
+    const long slots = (long)T * d->K, even = slots + (slots + 1) / 2;
+    const long capacity = comm_ep() > 1 ? even : slots < MOE_ROUND ? slots : MOE_ROUND;
+    require(capacity < INT_MAX);
+    return capacity > 0 ? (int)capacity : 1;
+}
+
+// keep: the hidden rows too, so that the backward need not compute them again.
+void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
+    memset(s, 0, sizeof *s);
     s->ids = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->weights = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->logits = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
+    if (!keep) { return; }
+    s->experts = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)moe_capacity(d, T));
+    s->shared = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)T);
 }
 
 // As moe_alloc_scratch, with any number of rows per round, the same on all ranks of the group.
@@ -455,6 +479,7 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
                                     int capacity) {
     const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E;
     const int n = capacity > T ? capacity : T, away = comm_ep() > 1 ? capacity : 0;
+    const size_t sent = away || slots < (size_t)capacity ? slots : (size_t)capacity;    // per round
     require(capacity > 0 && comm_ep() * slots + capacity < INT_MAX);
     memset(x, 0, sizeof *x);
     x->T = T;
@@ -472,34 +497,27 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     }
     x->row_slot = MEM(int, MEM_SCRATCH, slots);
     x->slot_row = MEM(int, MEM_SCRATCH, slots);
-    x->home_x = MEM(act, MEM_SCRATCH, slots * d->C);
+    x->home_x = MEM(act, MEM_SCRATCH, sent * d->C);
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
     x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_y = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_w = MEM(real, MEM_SCRATCH, away);
     x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
-    x->g = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
-    x->v = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    x->hidden = hidden_alloc(MEM_SCRATCH, d, (size_t)n);
     x->h = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
-    x->u1 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
     x->u2 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
-    x->u3 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
     if (!training) { return; }
     x->home_dw = MEM(real, MEM_SCRATCH, slots);
     x->rows_dw = MEM(real, MEM_SCRATCH, away);
     x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
     x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
-    x->dx = MEM(real, MEM_SCRATCH, (size_t)n * d->C);
+    x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
 }
 
-// Scratch for calls of at most T tokens per rank, T equal on all ranks. With several ranks a round
-// has room for half again as many rows as even routing brings, so most calls need one round; with
-// one rank the number of rows is known, and one round always suffices.
+// Scratch for calls of at most T tokens per rank, T equal on all ranks.
 void moe_alloc_scratch(MoeScratch *s, const MoeDims *d, int T, int training) {
-    long slots = (long)T * d->K, capacity = comm_ep() == 1 ? slots : slots + (slots + 1) / 2;
-    require(capacity < INT_MAX);
-    moe_alloc_rounds(s, d, T, training, capacity > 0 ? (int)capacity : 1);
+    moe_alloc_rounds(s, d, T, training, moe_capacity(d, T));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -689,11 +707,12 @@ static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
     for (int i = 0; i < d->local; i++) { x->offset[i + 1] += x->offset[i]; }
 }
 
-// home[row] = inp (T,C) of the token that row belongs to: the only copy a row needs on one rank.
-void pack_rows(act *home, const act *inp, const int *row_slot, int T, int K, int C) {
-    GPU(pack_rows_gpu(home, inp, row_slot, T, K, C))
+// home[row] = inp (T,C) of the token that row belongs to, n rows: the only copy a row needs on one
+// rank.
+void pack_rows(act *home, const act *inp, const int *row_slot, int n, int K, int C) {
+    GPU(pack_rows_gpu(home, inp, row_slot, n, K, C))
     #pragma omp parallel for schedule(static)
-    for (int row = 0; row < T * K; row++) {
+    for (int row = 0; row < n; row++) {
         memcpy(home + (size_t)row * C, inp + (size_t)(row_slot[row] / K) * C, C * sizeof(act));
     }
 }
@@ -724,22 +743,19 @@ static inline void trip_regroup(void *out, const void *inp, int order, size_t ro
     }
 }
 
-// Where rows of `row_bytes` lie at their experts: at home with one rank, else in `rows`.
-static inline void *trip_place(void *home, void *rows, size_t row_bytes, const MoeScratch *x) {
-    return comm_ep() == 1 ? (unsigned char *)home + x->home_at * row_bytes : rows;
-}
+// Where rows lie at their experts: at home with one rank, else in `rows`.
+static inline void *trip_place(void *home, void *rows) { return comm_ep() == 1 ? home : rows; }
 
-// Sends this round's rows of home to their experts. Returns what arrives here, by expert.
+// Sends this round's rows, which begin at home, to their experts. Returns what arrives, by expert.
 static inline void *trip_there(void *rows, void *home, size_t row_bytes, int round, MoeScratch *x,
                                const MoeDims *d, const char *phase) {
-    if (comm_ep() == 1) { return trip_place(home, rows, row_bytes, x); }
+    if (comm_ep() == 1) { return home; }
     size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
     for (int r = 0; r < comm_ep(); r++) {
         send[r] = x->to[r] * row_bytes;
         recv[r] = x->from[r] * row_bytes;
     }
-    comm_all_to_all(COMM_EP, x->staging, recv, (unsigned char *)home + x->home_at * row_bytes, send,
-                    phase);
+    comm_all_to_all(COMM_EP, x->staging, recv, home, send, phase);
     trip_regroup(rows, x->staging, BY_EXPERT, row_bytes, round, x, d);
     return rows;
 }
@@ -754,35 +770,48 @@ static inline void trip_back(void *home, const void *rows, size_t row_bytes, int
         recv[r] = x->to[r] * row_bytes;
     }
     trip_regroup(x->staging, rows, BY_SOURCE, row_bytes, round, x, d);
-    comm_all_to_all(COMM_EP, (unsigned char *)home + x->home_at * row_bytes, recv, x->staging, send,
-                    phase);
+    comm_all_to_all(COMM_EP, home, recv, x->staging, send, phase);
 }
 
 // -------------------------------------------------------------------------------------------------
 // 7 The experts of this rank, the shared expert, combine
 //
-// An expert is two products into a wide space, a gate, and one product back. g, v and h are not
-// kept: the backward computes them again from the rows, which is two thirds of the forward's work
-// and saves more memory than anything else in the layer would.
+// An expert is two products into a wide space, a gate, and one product back. g and v are kept for
+// the backward if there is room; else it computes them again from the rows, which is two thirds of
+// the forward's work and saves more memory than anything else in the layer would. h always is.
+
+// Where this round's g and v go. They are kept only if there is one round of as many rows as fit.
+static inline MoeHidden *experts_place(MoeSaved *s, MoeScratch *x, const MoeDims *d) {
+    const int fits = x->rounds == 1 && x->offset[d->local] <= moe_capacity(d, x->T);
+    return s->experts.g && fits ? &s->experts : &x->hidden;
+}
 
 // h (n,F) = weight silu(w1 x) (w3 x), clamped, of the rows (n,C) that arrived; n = offset[local].
-static inline void experts_hidden(MoeScratch *x, const act *rows, const real *weight,
-                                  const MoeWeights *w, const MoeDims *d) {
-    lora_experts_forward(x->g, x->u1, rows, x->offset, w->w1, w->s1, w->e1.a, w->e1.b,
-                         d->lora_scale, d->local, d->C, d->F, d->R);
-    lora_experts_forward(x->v, x->u3, rows, x->offset, w->w3, w->s3, w->e3.a, w->e3.b,
-                         d->lora_scale, d->local, d->C, d->F, d->R);
-    swiglu_forward(x->h, x->g, x->v, weight, d->limit, x->offset[d->local], d->F);
+// again: the backward's call, for which g and v may have been kept.
+static inline void experts_hidden(MoeHidden *k, MoeScratch *x, const act *rows, const real *weight,
+                                  const MoeWeights *w, const MoeDims *d, int again) {
+    if (!again || k == &x->hidden) {
+        lora_experts_forward(k->g, k->u1, rows, x->offset, w->w1, w->s1, w->e1.a, w->e1.b,
+                             d->lora_scale, d->local, d->C, d->F, d->R);
+        lora_experts_forward(k->v, k->u3, rows, x->offset, w->w3, w->s3, w->e3.a, w->e3.b,
+                             d->lora_scale, d->local, d->C, d->F, d->R);
+    }
+    swiglu_forward(x->h, k->g, k->v, weight, d->limit, x->offset[d->local], d->F);
 }
 
 // The same for the shared expert: every token of inp (T,C), no weight.
-static inline void shared_hidden(MoeScratch *x, const act *inp, const MoeWeights *w,
-                                 const MoeDims *d, int T) {
-    lora_linear_forward(x->g, x->u1, inp, w->sh_w1, w->sh_s1, w->l1.a, w->l1.b, d->lora_scale, T,
-                        d->C, d->F, d->R);
-    lora_linear_forward(x->v, x->u3, inp, w->sh_w3, w->sh_s3, w->l3.a, w->l3.b, d->lora_scale, T,
-                        d->C, d->F, d->R);
-    swiglu_forward(x->h, x->g, x->v, NULL, d->limit, T, d->F);
+static inline MoeHidden *shared_place(MoeSaved *s, MoeScratch *x) {
+    return s->shared.g ? &s->shared : &x->hidden;
+}
+static inline void shared_hidden(MoeHidden *k, MoeScratch *x, const act *inp, const MoeWeights *w,
+                                 const MoeDims *d, int T, int again) {
+    if (!again || k == &x->hidden) {
+        lora_linear_forward(k->g, k->u1, inp, w->sh_w1, w->sh_s1, w->l1.a, w->l1.b, d->lora_scale,
+                            T, d->C, d->F, d->R);
+        lora_linear_forward(k->v, k->u3, inp, w->sh_w3, w->sh_s3, w->l3.a, w->l3.b, d->lora_scale,
+                            T, d->C, d->F, d->R);
+    }
+    swiglu_forward(x->h, k->g, k->v, NULL, d->limit, T, d->F);
 }
 
 // u (n,R) = A_e h: what the backward of w2 needs of its forward, without w2's large product.
@@ -815,11 +844,14 @@ TWIN(narrow)
 // Gradients of the rows (n,C) that arrived, from dy (n,C): dx (n,C) as act, overwriting dy, and
 // dweight (n). Adapter gradients +=.
 static inline void experts_backward(act *dy, real *dweight, const act *rows, const real *weight,
-                                    const MoeWeights *w, const MoeDims *d, MoeScratch *x) {
+                                    MoeHidden *k, const MoeWeights *w, const MoeDims *d,
+                                    MoeScratch *x) {
     const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
     const float s = d->lora_scale;
-    experts_hidden(x, rows, weight, w, d);
+    phase_in(PHASE_EXPERTS, PASS_AGAIN);
+    experts_hidden(k, x, rows, weight, w, d, 1);
     lora_experts_down(x->u2, x->h, x->offset, w->e2.a, E, F, R);
+    phase_in(PHASE_EXPERTS, PASS_BACKWARD);
 
     // forward: y = w2 h
     zero(x->dh, (size_t)n * F * sizeof(real));
@@ -827,12 +859,12 @@ static inline void experts_backward(act *dy, real *dweight, const act *rows, con
                           w->e2.a, w->e2.b, s, E, F, C, R);
     // forward: h = weight silu(min(g, L)) clamp(v, -L, L)
     act *dg = x->h, *dv = x->dv;            // h has done its work
-    swiglu_backward(dg, dv, dweight, x->dh, x->g, x->v, weight, d->limit, n, F);
+    swiglu_backward(dg, dv, dweight, x->dh, k->g, k->v, weight, d->limit, n, F);
     // forward: g = w1 x, v = w3 x
     zero(x->dx, (size_t)n * C * sizeof(real));
-    lora_experts_backward(x->dx, w->e1.da, w->e1.db, dg, rows, x->u1, x->offset, w->w1, w->s1,
+    lora_experts_backward(x->dx, w->e1.da, w->e1.db, dg, rows, k->u1, x->offset, w->w1, w->s1,
                           w->e1.a, w->e1.b, s, E, C, F, R);
-    lora_experts_backward(x->dx, w->e3.da, w->e3.db, dv, rows, x->u3, x->offset, w->w3, w->s3,
+    lora_experts_backward(x->dx, w->e3.da, w->e3.db, dv, rows, k->u3, x->offset, w->w3, w->s3,
                           w->e3.a, w->e3.b, s, E, C, F, R);
     // A gradient travels in the same width as an activation. It is rounded at home too, so that
     // bits do not depend on the number of ranks.
@@ -840,12 +872,14 @@ static inline void experts_backward(act *dy, real *dweight, const act *rows, con
 }
 
 // dinp (T,C) += gradient through the shared expert. Adapter gradients +=.
-static inline void shared_backward(real *dinp, const act *dout, const act *inp,
+static inline void shared_backward(real *dinp, const act *dout, const act *inp, MoeHidden *k,
                                    const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
     const int C = d->C, F = d->F, R = d->R, all[2] = { 0, T };
     const float s = d->lora_scale;
-    shared_hidden(x, inp, w, d, T);
+    phase_in(PHASE_SHARED, PASS_AGAIN);
+    shared_hidden(k, x, inp, w, d, T, 1);
     lora_experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
+    phase_in(PHASE_SHARED, PASS_BACKWARD);
 
     // forward: y = w2 h
     zero(x->dh, (size_t)T * F * sizeof(real));
@@ -853,11 +887,11 @@ static inline void shared_backward(real *dinp, const act *dout, const act *inp,
                          w->l2.a, w->l2.b, s, T, F, C, R);
     // forward: h = silu(min(g, L)) clamp(v, -L, L)
     act *dg = x->h, *dv = x->dv;
-    swiglu_backward(dg, dv, NULL, x->dh, x->g, x->v, NULL, d->limit, T, F);
+    swiglu_backward(dg, dv, NULL, x->dh, k->g, k->v, NULL, d->limit, T, F);
     // forward: g = w1 x, v = w3 x
-    lora_linear_backward(dinp, w->l1.da, w->l1.db, dg, inp, x->u1, w->sh_w1, w->sh_s1, w->l1.a,
+    lora_linear_backward(dinp, w->l1.da, w->l1.db, dg, inp, k->u1, w->sh_w1, w->sh_s1, w->l1.a,
                          w->l1.b, s, T, C, F, R);
-    lora_linear_backward(dinp, w->l3.da, w->l3.db, dv, inp, x->u3, w->sh_w3, w->sh_s3, w->l3.a,
+    lora_linear_backward(dinp, w->l3.da, w->l3.db, dv, inp, k->u3, w->sh_w3, w->sh_s3, w->l3.a,
                          w->l3.b, s, T, C, F, R);
 }
 
@@ -910,8 +944,8 @@ TWIN(dispatch_backward)
 // -------------------------------------------------------------------------------------------------
 // 8 The layer
 //
-// Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, compute
-// g and v again, bring dx and dw back. All ranks of an expert group call both together, those
+// Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring dx
+// and dw back. All ranks of an expert group call both together, those
 // without tokens too: their experts may still have visitors.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
@@ -920,56 +954,72 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
                  const MoeDims *d, MoeScratch *x, long *count_h, int T) {
     const int C = d->C, F = d->F, R = d->R, slots = T * d->K;
     const size_t row = C * sizeof(act);
+    phase(PHASE_ROUTE);
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
                   d->route_scale, d->norm_topk, T, d->E, d->K);
+    phase(PHASE_EXCHANGE);
     trip_begin(x, d, s->ids, T);
     for (int i = 0; count_h && i < slots; i++) { count_h[x->ids_h[i]]++; }
 
-    pack_rows(x->home_x, inp, x->row_slot, T, d->K, d->C);
+    phase(PHASE_ROUTE);
     pack_weights(x->home_w, s->weights, x->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
+        act *home_y = x->home_y + (size_t)x->home_at * C, *y = trip_place(home_y, x->rows_y);
+        pack_rows(x->home_x, inp, x->row_slot + x->home_at, x->home_rows, d->K, C);
+        phase(PHASE_EXCHANGE);
         const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x");
-        const real *weight = trip_there(x->rows_w, x->home_w, sizeof(real), round, x, d, "moe w");
-        act *y = trip_place(x->home_y, x->rows_y, row, x);
-        experts_hidden(x, rows, weight, w, d);
+        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
+                                        d, "moe w");
+        phase(PHASE_EXPERTS);
+        experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
         lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
                              d->lora_scale, d->local, F, C, R);
-        trip_back(x->home_y, y, row, round, x, d, "moe y");
+        phase(PHASE_EXCHANGE);
+        trip_back(home_y, y, row, round, x, d, "moe y");
     }
-    shared_hidden(x, inp, w, d, T);
+    phase(PHASE_SHARED);
+    shared_hidden(shared_place(s, x), x, inp, w, d, T, 0);
     lora_linear_forward(out, x->u2, x->h, w->sh_w2, w->sh_s2, w->l2.a, w->l2.b, d->lora_scale, T,
                         F, C, R);
+    phase(PHASE_ROUTE);
     combine_forward(out, x->home_y, x->slot_row, T, d->K, C);
 }
 
 // dinp (T,C) += gradient of inp, through the routing weights, the routed and the shared experts;
 // adapter gradients +=. dout (T,C); s and inp (T,C) as in the forward.
-void moe_backward(real *dinp, const act *dout, const MoeSaved *s, const act *inp,
-                  const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
-    const int slots = T * d->K;
-    const size_t row = d->C * sizeof(act);
+void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, const MoeWeights *w,
+                  const MoeDims *d, MoeScratch *x, int T) {
+    const int C = d->C, slots = T * d->K;
+    const size_t row = C * sizeof(act);
     require(x->dx != NULL || x->T == 0);    // scratch of a training run
+    phase(PHASE_EXCHANGE);
     trip_begin(x, d, s->ids, T);
-    pack_rows(x->home_x, inp, x->row_slot, T, d->K, d->C);
-    // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
-    pack_rows(x->home_y, dout, x->row_slot, T, d->K, d->C);
+    phase(PHASE_ROUTE);
     pack_weights(x->home_w, s->weights, x->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
+        const int *row_slot = x->row_slot + x->home_at;
+        act *home_y = x->home_y + (size_t)x->home_at * C;
+        real *home_dw = x->home_dw + x->home_at, *dweight = trip_place(home_dw, x->rows_dw);
+        pack_rows(x->home_x, inp, row_slot, x->home_rows, d->K, C);
+        // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
+        pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
+        phase(PHASE_EXCHANGE);
         const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x again");
-        const real *weight = trip_there(x->rows_w, x->home_w, sizeof(real), round, x, d,
-                                        "moe w again");
-        act *dy = trip_there(x->rows_y, x->home_y, row, round, x, d, "moe dy");
-        real *dweight = trip_place(x->home_dw, x->rows_dw, sizeof(real), x);
-        experts_backward(dy, dweight, rows, weight, w, d, x);
-        trip_back(x->home_y, dy, row, round, x, d, "moe dx");       // in place of the dy it sent
-        trip_back(x->home_dw, dweight, sizeof(real), round, x, d, "moe dw");
+        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
+                                        d, "moe w again");
+        act *dy = trip_there(x->rows_y, home_y, row, round, x, d, "moe dy");
+        experts_backward(dy, dweight, rows, weight, experts_place(s, x, d), w, d, x);
+        phase(PHASE_EXCHANGE);
+        trip_back(home_y, dy, row, round, x, d, "moe dx");      // in place of the dy it sent
+        trip_back(home_dw, dweight, sizeof(real), round, x, d, "moe dw");
     }
+    phase(PHASE_ROUTE);
     route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, w->gate,
-                   d->route_scale, d->norm_topk, T, d->C, d->K);
-    dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, d->C);
-    shared_backward(dinp, dout, inp, w, d, x, T);
+                   d->route_scale, d->norm_topk, T, C, d->K);
+    dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, C);
+    shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T);
 }
 #endif // MOE_C

@@ -114,7 +114,7 @@ size_t disk_free(const char *path) {
 // A line every two seconds on rank 0, so that long work can be told from a hang.
 static inline void progress(const char *what, size_t done, size_t total, double start,
                             double *last) {
-    double now = comm_clock();
+    double now = clock_seconds();
     if (comm_rank() != 0 || now - *last < 2) { return; }
     *last = now;
     printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
@@ -651,7 +651,7 @@ static inline const char *want_read(const Want *w) {
 
 // Reads all tensors that have a pointer. Of several that fail, the first one is reported.
 static inline void wants_read(Want *want, size_t n) {
-    double start = comm_clock(), last = start;
+    double start = clock_seconds(), last = start;
     size_t total = 0, done = 0, bad = n;
     const char *error = NULL;
     for (size_t i = 0; i < n; i++) {
@@ -1085,7 +1085,7 @@ static inline void roster_write(Save *v, const Roster *f) {
     const size_t tensors = f->file == FILE_OPTIMIZER ? 2 * f->n : f->n;
     size_t data = 0, n = sizeof start + roster_header(NULL, f, tensors, &data);
     size_t padded = (n + 7) / 8 * 8;        // blanks align the data, as the format's library does
-    double begin = comm_clock(), last = begin;
+    double begin = clock_seconds(), last = begin;
     const char *name = file_names[f->file];
     FILE *out = comm_rank() == 0 ? save_open(v, v->temporary, name, "wb") : NULL;
     if (out) {

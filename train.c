@@ -438,33 +438,31 @@ void norm_rope_forward(act *out, real *rstd, const act *inp, const bf16 *w, cons
 }
 TWIN(norm_rope_forward)
 
-// One head of its backward, on reals, in place.
-static inline void norm_rope_row_backward(real *d, const act *inp, real rstd, const bf16 *w,
-                                          const real *turn, int D, int rope) {
-    // forward: out = rotate(norm(inp)); so turn back, then the norm's backward
-    rotate(d + D - rope, turn, rope, -1);
-    rmsnorm_row_backward(d, inp, rstd, w, D);
-}
-
-// dinp (T,H,D) from dout (T,H,D) of the queries; dinp may be dout.
-void norm_rope_backward(act *dinp, const act *dout, const act *inp, const real *rstd,
+// dinp (T,H,D) from dout (T,H,D) of the queries and the forward's out; dinp may be dout. The forward
+// may work in place: with no weight its output tells all that the backward needs of its input.
+void norm_rope_backward(act *dinp, const act *dout, const act *out, const real *rstd,
                         const real *table, const int *position, int T, int H, int D, int rope) {
-    GPU(norm_rope_backward_gpu(dinp, dout, inp, rstd, table, position, T, H, D, rope))
+    GPU(norm_rope_backward_gpu(dinp, dout, out, rstd, table, position, T, H, D, rope))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        real d[D];
+        real d[D], y[D];
         for (int h = 0; h < H; h++) {
             size_t row = (size_t)t * H + h;
             load_rows(d, dout + row * D, (size_t)D);
-            norm_rope_row_backward(d, inp + row * D, rstd[row], NULL,
-                                   table + (size_t)position[t] * rope, D, rope);
+            load_rows(y, out + row * D, (size_t)D);
+            // forward: y = rotate(x), x = inp * rstd. A rotation leaves <dy, y> = <dx, x>, so the
+            // norm's backward, dinp = rstd * (dx - x * mean(dx * x)), can come before turning back.
+            real mean = dot(d, y, D) / D;
+            for (int i = 0; i < D; i++) { d[i] = rstd[row] * (d[i] - y[i] * mean); }
+            rotate(d + D - rope, table + (size_t)position[t] * rope, rope, -1);
             store_rows(dinp + row * D, d, (size_t)D);
         }
     }
 }
 TWIN(norm_rope_backward)
 
-// The same for keys and entries: one head, a weight, and a gradient that was summed in real.
+// The same for keys and entries: one head, a weight, so inp is needed, and a gradient that was
+// summed in real.
 void key_norm_rope_backward(act *dinp, const real *dout, const act *inp, const real *rstd,
                             const bf16 *w, const real *table, const int *position, int n, int D,
                             int rope) {
@@ -473,8 +471,9 @@ void key_norm_rope_backward(act *dinp, const real *dout, const act *inp, const r
     for (int row = 0; row < n; row++) {
         real d[D];
         memcpy(d, dout + (size_t)row * D, sizeof d);
-        norm_rope_row_backward(d, inp + (size_t)row * D, rstd[row], w,
-                               table + (size_t)position[row] * rope, D, rope);
+        // forward: out = rotate(norm(inp)); so turn back, then the norm's backward
+        rotate(d + D - rope, table + (size_t)position[row] * rope, rope, -1);
+        rmsnorm_row_backward(d, inp + (size_t)row * D, rstd[row], w, D);
         store_rows(dinp + (size_t)row * D, d, (size_t)D);
     }
 }
@@ -694,20 +693,22 @@ void hc_collapse_backward(real *dX, real *dpre, const act *du, const act *X, con
 }
 TWIN(hc_collapse_backward)
 
-// Y[j] (T,HC,C) = post[j] o + sum_i comb[i][j] X[i], o (T,C) the sublayer's output.
+// Y[j] (T,HC,C) = post[j] o + sum_i comb[i][j] X[i], o (T,C) the sublayer's output. Y may be X.
 void hc_deal_forward(act *Y, const act *o, const act *X, const real *post, const real *comb, int T,
                      int C) {
     GPU(hc_deal_forward_gpu(Y, o, X, post, comb, T, C))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        const act *X_t = X + (size_t)t * HC * C, *o_t = o + (size_t)t * C;
+        const act *o_t = o + (size_t)t * C;
         const real *mix = comb + (size_t)t * HC * HC;
+        real x[HC * C];
+        load_rows(x, X + (size_t)t * HC * C, (size_t)HC * C);
         for (int j = 0; j < HC; j++) {
             real p = post[(size_t)t * HC + j];
             for (int c = 0; c < C; c++) {
                 st(Y + ((size_t)t * HC + j) * C + c, p * ld(o_t + c) +
-                   mix[j] * ld(X_t + c) + mix[HC + j] * ld(X_t + C + c) +
-                   mix[2 * HC + j] * ld(X_t + 2 * C + c) + mix[3 * HC + j] * ld(X_t + 3 * C + c));
+                   mix[j] * x[c] + mix[HC + j] * x[C + c] +
+                   mix[2 * HC + j] * x[2 * C + c] + mix[3 * HC + j] * x[3 * C + c]);
             }
         }
     }
@@ -1227,15 +1228,16 @@ typedef struct {
 typedef struct {
     Site attn, ffn;
     act *cq_raw, *cq;           // (T,Q) low-rank query, before and after its norm
-    act *q_raw, *q;             // (T,H,D) before and after norm and RoPE
-    act *kv_raw, *kv;           // (T,D) likewise; key and value at once
+    act *q;                     // (T,H,D) after norm and RoPE, which work in place
+    act *kv_raw, *kv;           // (T,D) before and after; key and value at once
     real *cq_rstd, *q_rstd, *kv_rstd, *entry_rstd;      // (T), (T,H), (T), (P)
     real *K, *Z;                // (T,halves*D) the compressor's projections
     act *pooled, *entries;      // (P,D) before and after norm and RoPE
     act *o;                     // (T,H,D) attention output, turned back to position 0
     real *lse;                  // (T,H)
     act *v, *a;                 // (T,G*O), (T,C): group outputs; the sublayer's output
-    act *X_mid;                 // (T,HC,C) streams between the two sites
+    act *X_mid;                 // (T,HC,C) streams between the two sites; if they need not be
+                                // kept they lie where the layer's output goes
     real *uq_a, *uq_b, *ukv, *uo_b;     // (T,R) adapters' A x
 } LayerActs;
 
@@ -1255,7 +1257,7 @@ typedef struct {
     act *du;                    // (T,C) of the collapsed streams
     real *dpre, *dpost, *dcomb, *dm;
     real *dv;                   // (T,G*O)
-    act *do_, *dq;              // (T,H,D)
+    act *do_;                   // (T,H,D)
     real *delta;                // (T,H)
     real *dkv, *dentries;       // (T,D), (P,D)
     act *dkv_raw, *dpooled;
@@ -1269,12 +1271,16 @@ typedef struct {
     act *pooled, *keys, *q;     // (P,dim) x 2, (T,heads,dim)
 } IndexScratch;
 
+// What the backward pass computes again: nothing, the experts' hidden rows, or the whole layer from
+// its input.
+enum { RECOMPUTE_NONE, RECOMPUTE_MOE, RECOMPUTE_FULL };
+
 typedef struct {
     int R;                      // adapter rank
     float alpha;
     unsigned targets;           // bits TARGET_*
     int max_tokens;             // of a micro-batch or a sample
-    int recompute;              // 1: full, 0: none
+    int recompute;              // RECOMPUTE_*
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
 } ModelOptions;
@@ -1327,6 +1333,7 @@ static AttentionShape attention_shape(const Model *m, int layer) {
 // Streams -> mixing weights -> the sublayer's normalised input.
 static void site_enter(Site *s, const act *X, HyperConnection hc, const bf16 *norm,
                        const Config *c, int T) {
+    phase(PHASE_STREAMS);
     hc_logits_forward(s->m, s->r, X, hc.fn, c->norm_eps, T, c->C, HC_MIX);
     hc_weights_forward(s->pre, s->post, s->comb, s->m, hc.base, hc.scale, c->hc_eps, T, c->hc_iters);
     hc_collapse_forward(s->u, X, s->pre, T, c->C);
@@ -1340,6 +1347,7 @@ static void site_leave_backward(Model *m, const Site *s, const act *X, HyperConn
     const Config *c = &m->config;
     Gradients *g = &m->grad;
     int T = m->documents.T;
+    phase(PHASE_STREAMS);
     rmsnorm_backward(g->du, g->dx, s->u, s->rstd, norm, T, c->C);
     hc_collapse_backward(g->dX, g->dpre, g->du, X, s->pre, T, c->C);
     hc_weights_backward(g->dm, g->dpre, g->dpost, g->dcomb, s->m, hc.base, hc.scale, c->hc_eps, T,
@@ -1352,6 +1360,7 @@ static void entries_forward(LayerActs *a, const Model *m, const Layer *l, Attent
     const Config *c = &m->config;
     const int *position = m->documents.of[entries_of(shape.ratio)].position;
     int N = halves(shape.ratio) * c->D;
+    phase(PHASE_ENTRIES);
     linear_bf16_forward(a->K, a->attn.x, l->pool.wkv, shape.T, c->C, N);
     linear_bf16_forward(a->Z, a->attn.x, l->pool.wgate, shape.T, c->C, N);
     pool_forward(a->pooled, a->K, a->Z, l->pool.ape, shape, position, c->D);
@@ -1366,6 +1375,7 @@ static void indexer_forward(int *selected, Model *m, const Layer *l, const Layer
     const int *position = m->documents.of[entries_of(shape.ratio)].position;
     IndexScratch *s = &m->index;
     int heads = c->index_heads, dim = c->index_dim, N = halves(shape.ratio) * dim;
+    phase(PHASE_INDEXER);
     linear_bf16_forward(s->K, a->attn.x, l->index_pool.wkv, shape.T, c->C, N);
     linear_bf16_forward(s->Z, a->attn.x, l->index_pool.wgate, shape.T, c->C, N);
     pool_forward(s->pooled, s->K, s->Z, l->index_pool.ape, shape, position, dim);
@@ -1396,13 +1406,14 @@ static void attention_sublayer(Model *m, int i, LayerActs *a, int again) {
     int T = shape.T, R = m->options.R, N = c->H * c->D;
     const act *x = a->attn.x;
 
+    phase(PHASE_PRODUCTS);
     lora_linear_forward(a->cq_raw, a->uq_a, x, l->wq_a, l->sq_a, l->lq_a.a, l->lq_a.b, scale,
                         T, c->C, c->Q, R);
     rmsnorm_forward(a->cq, a->cq_rstd, a->cq_raw, l->q_norm, c->norm_eps, T, c->Q);
-    lora_linear_forward(a->q_raw, a->uq_b, a->cq, l->wq_b, l->sq_b, l->lq_b.a, l->lq_b.b, scale,
+    lora_linear_forward(a->q, a->uq_b, a->cq, l->wq_b, l->sq_b, l->lq_b.a, l->lq_b.b, scale,
                         T, c->Q, N, R);
-    norm_rope_forward(a->q, a->q_rstd, a->q_raw, NULL, rope, shape.position, c->norm_eps,
-                      T, c->H, c->D, c->rope_dim);
+    norm_rope_forward(a->q, a->q_rstd, a->q, NULL, rope, shape.position, c->norm_eps, T, c->H, c->D,
+                      c->rope_dim);
     lora_linear_forward(a->kv_raw, a->ukv, x, l->wkv, l->skv, l->lkv.a, l->lkv.b, scale,
                         T, c->C, c->D, R);
     norm_rope_forward(a->kv, a->kv_rstd, a->kv_raw, l->kv_norm, rope, shape.position, c->norm_eps,
@@ -1410,8 +1421,10 @@ static void attention_sublayer(Model *m, int i, LayerActs *a, int again) {
     if (shape.ratio) { entries_forward(a, m, l, shape); }
     int indexed = indexer_matters(m, saved, i);
     if (indexed && !again) { indexer_forward(saved->selected, m, l, a, shape); }
+    phase(PHASE_ATTENTION);
     attention_forward(a->o, a->lse, a->q, a->kv, a->entries, l->sink,
                       indexed ? saved->selected : NULL, shape);
+    phase(PHASE_PRODUCTS);
     // Values carry the rotation of their own position; turned back by the query's, what is left
     // depends on the distance alone.
     rope_apply(a->o, rope, shape.position, -1, T, c->H, c->D, c->rope_dim);
@@ -1428,19 +1441,35 @@ static void layer_first_half(Model *m, int i, LayerActs *a, int again) {
     int T = m->documents.T;
     site_enter(&a->attn, X, l->hc_attn, l->attn_norm, c, T);
     attention_sublayer(m, i, a, again);
+    phase(PHASE_STREAMS);
     hc_deal_forward(a->X_mid, a->a, X, a->attn.post, a->attn.comb, T, c->C);
     site_enter(&a->ffn, a->X_mid, l->hc_ffn, l->ffn_norm, c, T);
 }
 
-// X_out (T,HC,C) from saved[i].X.
-static void layer_forward(Model *m, int i, act *X_out, const int *token) {
-    LayerActs *a = m->options.recompute ? m->acts : &m->acts[i];
+// Where layer i's output goes: the next layer's input.
+static inline act *layer_output(const Model *m, int i) {
+    return i + 1 < m->config.layers ? m->saved[i + 1].X : m->X_out;
+}
+
+// The activations of layer i: its own, or those that all layers share.
+static inline LayerActs *layer_acts(Model *m, int i) {
+    if (m->options.recompute == RECOMPUTE_FULL) {
+        m->acts->X_mid = layer_output(m, i);
+        return m->acts;
+    }
+    return &m->acts[i];
+}
+
+// layer_output(i) (T,HC,C) from saved[i].X.
+static void layer_forward(Model *m, int i, const int *token) {
+    LayerActs *a = layer_acts(m, i);
     LayerSaved *s = &m->saved[i];
     int T = m->documents.T;
     layer_first_half(m, i, a, 0);
     moe_forward(s->f, &s->moe, a->ffn.x, token, &m->layer[i].moe, &m->moe, &m->moe_scratch,
                 m->expert_count, T);
-    hc_deal_forward(X_out, s->f, a->X_mid, a->ffn.post, a->ffn.comb, T, m->config.C);
+    phase(PHASE_STREAMS);
+    hc_deal_forward(layer_output(m, i), s->f, a->X_mid, a->ffn.post, a->ffn.comb, T, m->config.C);
 }
 
 // From g->dentries to dx: the compressor's backward.
@@ -1449,6 +1478,7 @@ static void entries_backward(Model *m, const Layer *l, const LayerActs *a, Atten
     const int *position = m->documents.of[entries_of(shape.ratio)].position;
     Gradients *g = &m->grad;
     int N = halves(shape.ratio) * c->D;
+    phase(PHASE_ENTRIES);
     key_norm_rope_backward(g->dpooled, g->dentries, a->pooled, a->entry_rstd, l->pool.norm,
                            m->rope[1], position, shape.P, c->D, c->rope_dim);
     pool_backward(g->dK, g->dZ, g->dpooled, a->K, a->Z, l->pool.ape, shape, position, c->D);
@@ -1467,22 +1497,25 @@ static void attention_sublayer_backward(Model *m, int i, const LayerActs *a) {
     float scale = m->adapters.scale;
     int T = shape.T, R = m->options.R, N = c->H * c->D;
 
+    phase(PHASE_PRODUCTS);
     zero(g->dv, sizeof(real) * (size_t)T * c->G * c->O);
     lora_linear_backward(g->dv, l->lo_b.da, l->lo_b.db, g->dout, a->v, a->uo_b, l->wo_b, l->so_b,
                          l->lo_b.a, l->lo_b.b, scale, T, c->G * c->O, c->C, R);
     group_output_backward(g->do_, g->dv, l->wo_a, l->so_a, T, c->G, N / c->G, c->O);
+    phase(PHASE_ATTENTION);
     // <do, o> does not change when both are turned, so it is taken while both are turned back.
     attention_delta(g->delta, g->do_, a->o, T, c->H, c->D);
+    act *dq = a->o;                         // o has done its work
     rope_apply(g->do_, rope, shape.position, 1, T, c->H, c->D, c->rope_dim);
-    attention_backward_query(g->dq, g->do_, g->delta, a->lse, a->q, a->kv, a->entries, selected,
+    attention_backward_query(dq, g->do_, g->delta, a->lse, a->q, a->kv, a->entries, selected,
                              shape);
     attention_backward_key(g->dkv, g->dentries, g->do_, g->delta, a->lse, a->q, a->kv, a->entries,
                            selected, shape);
 
-    norm_rope_backward(g->dq, g->dq, a->q_raw, a->q_rstd, rope, shape.position, T, c->H, c->D,
-                       c->rope_dim);
+    phase(PHASE_PRODUCTS);
+    norm_rope_backward(dq, dq, a->q, a->q_rstd, rope, shape.position, T, c->H, c->D, c->rope_dim);
     zero(g->dcq, sizeof(real) * (size_t)T * c->Q);
-    lora_linear_backward(g->dcq, l->lq_b.da, l->lq_b.db, g->dq, a->cq, a->uq_b, l->wq_b, l->sq_b,
+    lora_linear_backward(g->dcq, l->lq_b.da, l->lq_b.db, dq, a->cq, a->uq_b, l->wq_b, l->sq_b,
                          l->lq_b.a, l->lq_b.b, scale, T, c->Q, N, R);
     rmsnorm_backward(g->dcq_raw, g->dcq, a->cq_raw, a->cq_rstd, l->q_norm, T, c->Q);
     lora_linear_backward(g->dx, l->lq_a.da, l->lq_a.db, g->dcq_raw, a->attn.x, a->uq_a, l->wq_a,
@@ -1495,16 +1528,18 @@ static void attention_sublayer_backward(Model *m, int i, const LayerActs *a) {
 }
 
 // g->dX: gradient of the layer's output in, of its input out. The first half of the layer is run
-// again unless it was kept; moe_backward redoes the experts' first products itself.
+// again unless it was kept; its streams may take the place of an output that is done with.
 static void layer_backward(Model *m, int i) {
     const Config *c = &m->config;
     const Layer *l = &m->layer[i];
-    LayerActs *a = m->options.recompute ? m->acts : &m->acts[i];
+    LayerActs *a = layer_acts(m, i);
     LayerSaved *s = &m->saved[i];
     Gradients *g = &m->grad;
     int T = m->documents.T;
-    if (m->options.recompute) { layer_first_half(m, i, a, 1); }
+    phases.pass = PASS_AGAIN;
+    if (m->options.recompute == RECOMPUTE_FULL) { layer_first_half(m, i, a, 1); }
 
+    phase_in(PHASE_STREAMS, PASS_BACKWARD);
     hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, s->f, a->X_mid, a->ffn.post, a->ffn.comb,
                      T, c->C);
     zero(g->dx, sizeof(real) * (size_t)T * c->C);
@@ -1577,6 +1612,7 @@ static void head_enter(Model *m) {
     HyperConnection hc = m->globals.hc_head;
     Site *s = &m->head;
     int T = m->documents.T;
+    phase(PHASE_HEAD);
     hc_logits_forward(s->m, s->r, m->X_out, hc.fn, c->norm_eps, T, c->C, HC);
     hc_head_weights_forward(s->pre, s->m, hc.base, hc.scale, c->hc_eps, T);
     hc_collapse_forward(s->u, m->X_out, s->pre, T, c->C);
@@ -1597,6 +1633,7 @@ static void head_backward(Model *m, double scale) {
     Site *s = &m->head;
     Gradients *g = &m->grad;
     int T = m->documents.T;
+    phase_in(PHASE_HEAD, PASS_BACKWARD);
     scale_reals(m->dhead, scale, (size_t)T * c->C);
     zero(g->dX, sizeof(real) * (size_t)T * HC * c->C);
     rmsnorm_backward(g->du, m->dhead, s->u, s->rstd, m->globals.norm, T, c->C);
@@ -1717,15 +1754,14 @@ static void site_alloc(Site *s, int class_, size_t T, int C, int M) {
     s->rstd = MEM(real, class_, T);
 }
 
-// Room for one layer's activations. ratio 4 has the most of everything.
-static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R) {
+// Room for one layer's activations. ratio 4 has the most of everything. keep: until the backward.
+static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R, int keep) {
     int class_ = MEM_ACTIVATIONS;
     size_t N = (size_t)c->H * c->D, P = T / 4;
     site_alloc(&a->attn, class_, T, c->C, HC_MIX);
     site_alloc(&a->ffn, class_, T, c->C, HC_MIX);
     a->cq_raw = MEM(act, class_, T * c->Q);
     a->cq = MEM(act, class_, T * c->Q);
-    a->q_raw = MEM(act, class_, T * N);
     a->q = MEM(act, class_, T * N);
     a->kv_raw = MEM(act, class_, T * c->D);
     a->kv = MEM(act, class_, T * c->D);
@@ -1741,15 +1777,15 @@ static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R) {
     a->lse = MEM(real, class_, T * c->H);
     a->v = MEM(act, class_, T * c->G * c->O);
     a->a = MEM(act, class_, T * c->C);
-    a->X_mid = MEM(act, class_, T * HC * c->C);
+    if (keep) { a->X_mid = MEM(act, class_, T * HC * c->C); }
     a->uq_a = MEM(real, class_, T * R);
     a->uq_b = MEM(real, class_, T * R);
     a->ukv = MEM(real, class_, T * R);
     a->uo_b = MEM(real, class_, T * R);
 }
 
+// Those that live through a whole layer.
 static void gradients_alloc(Gradients *g, const Config *c, size_t T) {
-    size_t N = (size_t)c->H * c->D, P = T / 4;
     g->dX = MEM(real, MEM_SCRATCH, T * HC * c->C);
     g->dout = MEM(act, MEM_SCRATCH, T * c->C);
     g->dx = MEM(real, MEM_SCRATCH, T * c->C);
@@ -1758,9 +1794,13 @@ static void gradients_alloc(Gradients *g, const Config *c, size_t T) {
     g->dpost = MEM(real, MEM_SCRATCH, T * HC);
     g->dcomb = MEM(real, MEM_SCRATCH, T * HC * HC);
     g->dm = MEM(real, MEM_SCRATCH, T * HC_MIX);
+}
+
+// Those that live inside the attention sublayer only.
+static void attention_gradients_alloc(Gradients *g, const Config *c, size_t T) {
+    size_t N = (size_t)c->H * c->D, P = T / 4;
     g->dv = MEM(real, MEM_SCRATCH, T * c->G * c->O);
     g->do_ = MEM(act, MEM_SCRATCH, T * N);
-    g->dq = MEM(act, MEM_SCRATCH, T * N);
     g->delta = MEM(real, MEM_SCRATCH, T * c->H);
     g->dkv = MEM(real, MEM_SCRATCH, T * c->D);
     g->dentries = MEM(real, MEM_SCRATCH, P * c->D);
@@ -1795,7 +1835,7 @@ static void saved_alloc(Model *m, size_t T) {
         s->X = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
         if (!training && i == 1) { continue; }
         s->f = MEM(act, MEM_ACTIVATIONS, T * c->C);
-        moe_alloc_saved(&s->moe, &m->moe, (int)T);
+        moe_alloc_saved(&s->moe, &m->moe, (int)T, m->options.recompute == RECOMPUTE_NONE);
         int selects = truncates && (c->ratio[i] == 4 || !training);
         s->selected = selects ? MEM(int, MEM_ACTIVATIONS, T * c->index_topk) : NULL;
     }
@@ -1805,7 +1845,7 @@ static void saved_alloc(Model *m, size_t T) {
 // Bytes that kernels use inside themselves: the largest of a layer's experts widened to bf16, a
 // chunk of logits and their gradients, a chunk of index scores, a dense matrix beside a gradient.
 static size_t workspace_bytes(const Config *c, int local, size_t T) {
-    size_t experts = 2 * (size_t)local * c->F * c->C;
+    size_t experts = 2 * (size_t)(local < WIDE_EXPERTS ? local : WIDE_EXPERTS) * c->F * c->C;
     size_t head = 6 * (T < 512 ? T : 512) * (size_t)c->V;
     size_t index = 4 * 256 * (T / 4) * (size_t)(c->index_heads + 1);
     size_t wide = (size_t)c->H * c->D * c->Q, joined = (size_t)c->C * c->G * c->O;
@@ -1829,7 +1869,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     size_t T = (size_t)o->max_tokens;
     m->config = *c;
     m->options = *o;
-    m->options.recompute = o->recompute || !o->training;
+    if (!o->training) { m->options.recompute = RECOMPUTE_FULL; }
     m->n_tensors = 0;
     m->moe = (MoeDims){
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
@@ -1869,18 +1909,14 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     m->token = MEM(int, MEM_SCRATCH, T);
     m->target = MEM(int, MEM_SCRATCH, T);
     m->logits = MEM(real, MEM_SCRATCH, c->V);
-    saved_alloc(m, T);
-    for (int i = 0; i < (m->options.recompute ? 1 : c->layers); i++) {
-        acts_alloc(&m->acts[i], c, T, o->R);
-    }
-    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C, HC);
     m->loss = MEM(real, MEM_ACTIVATIONS, T);
-    index_alloc(&m->index, c, T);
-    moe_alloc_scratch(&m->moe_scratch, &m->moe, (int)T, o->training);
-    if (o->training) {
-        m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
-        gradients_alloc(&m->grad, c, T);
-    }
+    saved_alloc(m, T);
+    int full = m->options.recompute == RECOMPUTE_FULL;
+    size_t mark = mem_mark(MEM_ACTIVATIONS);
+    for (int i = 0; i < (full ? 1 : c->layers); i++) { acts_alloc(&m->acts[i], c, T, o->R, !full); }
+    if (full) { mem_release(MEM_ACTIVATIONS, mark); }   // the head comes after them, and before
+    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C, HC);
+    if (o->training) { gradients_alloc(&m->grad, c, T); }
 #ifdef USE_CUDA
     if (on_gpu) {
         size_t bytes = workspace_bytes(c, m->moe.local, T);
@@ -1890,6 +1926,17 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
 #else
     (void)workspace_bytes;
 #endif
+    // Never in use at the same time, so they share their place: the experts' rows, the indexer's
+    // keys, the attention's gradients, the gradient that waits between the head's two passes.
+    mark = mem_mark(MEM_SCRATCH);
+    moe_alloc_scratch(&m->moe_scratch, &m->moe, (int)T, o->training);
+    mem_release(MEM_SCRATCH, mark);
+    index_alloc(&m->index, c, T);
+    mem_release(MEM_SCRATCH, mark);
+    if (!o->training) { return; }
+    attention_gradients_alloc(&m->grad, c, T);
+    mem_release(MEM_SCRATCH, mark);
+    m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
 }
 
 // The host's lists; the arenas are the caller's.
@@ -1926,13 +1973,12 @@ void model_load(Model *m, const char *dir) {
 static void model_run(Model *m, const Batch *b) {
     const Config *c = &m->config;
     require(b->T <= m->options.max_tokens);
+    phase_in(PHASE_STREAMS, PASS_FORWARD);
     documents_set(&m->documents_h, b->doc_start, b->docs);
     documents_upload(&m->documents, &m->documents_h);
     upload(m->token, b->token, sizeof(int) * (size_t)b->T);
     embed_forward(m->saved[0].X, m->globals.embed, m->token, b->T, c->C);
-    for (int i = 0; i < c->layers; i++) {
-        layer_forward(m, i, i + 1 < c->layers ? m->saved[i + 1].X : m->X_out, m->token);
-    }
+    for (int i = 0; i < c->layers; i++) { layer_forward(m, i, m->token); }
     head_enter(m);
 }
 
@@ -2000,6 +2046,7 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
 // piece: the loss is divided by the labels of all ranks, and no one has to ask for them.
 #include "dev/data/prep.c"  // defines: Data, Rows, data_*, text_tokens, prompt_tokens, token_text
 #include "dev/plot.c"       // defines: log_parse, plot_loss
+#include "dev/options.c"    // defines: Option, option_*, options_from_argv, EACH_OPTION
 
 // Micro-batches that so many rows take: the same number on every rank, because all must join in
 // every exchange of tokens. A rank whose rows are used up runs empty ones.
@@ -2125,7 +2172,7 @@ static inline void train_step(Trainer *r, Report *report) {
     Adapters *a = &r->model.adapters;
     int per_step = opt.per_step / opt.seq, ranks = comm_ranks(), step = r->step + 1;
     size_t taken = (size_t)r->step * per_step, n = a->n_dense + a->n_expert;
-    double began = comm_clock(), loss = 0;
+    double began = clock_seconds(), loss = 0;
     char where[128] = "";
 
     if (opt.overfit) { data_seek(&r->train, 0); }       // the same rows again
@@ -2135,6 +2182,7 @@ static inline void train_step(Trainer *r, Report *report) {
     // the same divisor, so how rows are dealt out changes nothing but the order of the sums.
     double scale = r->rows.labels ? 1.0 / (double)r->rows.labels : 0;
 
+    phase_in(PHASE_UPDATE, PASS_FORWARD);
     zero(a->g, n * sizeof *a->g);
     memset(r->model.expert_count, 0, (size_t)r->config.E * sizeof *r->model.expert_count);
     for (int i = 0; i < micro_batches(r->rows.rows, opt.batch, ranks); i++) {
@@ -2144,6 +2192,7 @@ static inline void train_step(Trainer *r, Report *report) {
         model_backward(&r->model, &r->batch, scale);
     }
 
+    phase_in(PHASE_UPDATE, PASS_BACKWARD);
     // Before gradients are added up is the last moment to tell whose they were.
     const char *name = *where ? where
                      : isfinite(sum_squares(a->g, n)) ? NULL : adapters_first_nonfinite(a, a->g);
@@ -2164,7 +2213,8 @@ static inline void train_step(Trainer *r, Report *report) {
     report->tokens = r->rows.tokens;
     report->labels = r->rows.labels;
     report->epoch = r->rows.epoch;
-    report->seconds = comm_clock() - began;
+    phases_end();
+    report->seconds = clock_seconds() - began;
     r->loss = report->loss;
     r->step = step;
 }
@@ -2172,7 +2222,7 @@ static inline void train_step(Trainer *r, Report *report) {
 // The mean loss over the labels of the first so many micro-batches of d, 0: of all of it. With
 // progress a line now and then.
 static inline double validate(Trainer *r, Data *d, int batches, int progress) {
-    double loss = 0, labels = 0, told = comm_clock();
+    double loss = 0, labels = 0, told = clock_seconds();
     int ranks = comm_ranks();
     data_seek(d, 0);
     for (int i = 0; batches == 0 || i < batches; i++) {
@@ -2181,8 +2231,8 @@ static inline double validate(Trainer *r, Data *d, int batches, int progress) {
         batch_fill(&r->batch, &r->rows, 0, opt.batch, comm_rank(), ranks);
         loss += model_forward(&r->model, &r->batch, 0);
         labels += (double)r->rows.labels;
-        if (progress && comm_clock() - told > 5) {
-            told = comm_clock();
+        if (progress && clock_seconds() - told > 5) {
+            told = clock_seconds();
             say("val    %zu/%zu rows\n", d->next, d->rows);
         }
     }
@@ -2366,25 +2416,10 @@ void plot_at_exit(void) {
 // strongest of four sources: the command line, the --config file, the run or adapter that is gone
 // on with, the default.
 
-enum { FLAG, WHOLE, COUNT, NUMBER, TEXT, WORD, MAYBE }; // WHOLE >= 0, COUNT >= 1, MAYBE: [text]
-enum { FROM_DEFAULT, FROM_STATE, FROM_FILE, FROM_ARGV };
 // What state.json keeps: nothing, what shapes the run, what even --eval must agree with.
 enum { NOT_KEPT, KEPT, MODEL };
 
-typedef struct {
-    const char *name;
-    char letter;                // 0: none
-    int kind;                   // FLAG ...
-    void *at;                   // the field of opt
-    const char *normal;         // default with -m
-    const char *arg;            // its name in --help; WORD: the words
-    int kept;                   // KEPT ...
-    const char *help, *tiny;    // tiny: default of the built-in model, where it is another one
-    const char *text;           // what it is set to, and by whom: FROM_*
-    int from;
-} Option;
-
-static Option options[] = {
+static Option option_table[] = {
     // What is trained, on what, and where results go.
     {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
     {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
@@ -2456,178 +2491,10 @@ static Option options[] = {
     {"help", 'h', FLAG, &opt.help, "0", "", NOT_KEPT, .help = ""},
     {"version", 0, FLAG, &opt.version, "0", "", NOT_KEPT, .help = ""},
 };
-enum { OPTIONS = sizeof options / sizeof options[0] };
-#define EACH_OPTION(o) (Option *o = options; o < options + OPTIONS; o++)
-
-// Is word one of the words in "a|b|c"?
-static inline int is_word(const char *words, const char *word) {
-    size_t length = strlen(word);
-    for (const char *w = words; w; w = strchr(w, '|') ? strchr(w, '|') + 1 : NULL) {
-        if (strncmp(w, word, length) == 0 && (w[length] == '|' || w[length] == 0)) { return 1; }
-    }
-    return 0;
-}
-
-// Sets an option, unless a stronger source has. where: of the value, for messages ("FILE:3: ").
-static inline void option_set(Option *o, const char *text, int from, const char *where) {
-    char *end;
-    double number = strtod(text, &end);
-    int is_number = *text && !*end && isfinite(number) && number >= (o->kind == COUNT);
-    int is_whole = is_number && number <= INT_MAX && number == floor(number);
-    if (from < o->from) { return; }
-    refuse_if(o->kind == NUMBER && !is_number, "%s--%s: '%s' is not a number from 0 on", where,
-              o->name, text);
-    refuse_if((o->kind == WHOLE || o->kind == COUNT) && !is_whole, "%s--%s: '%s' is not a whole "
-              "number from %d on", where, o->name, text, o->kind == COUNT);
-    refuse_if(o->kind == WORD && !is_word(o->arg, text), "%s--%s: '%s' is none of %s", where,
-              o->name, text, o->arg);
-    refuse_if(o->kind == FLAG && !is_word("0|1|no|yes|off|on|false|true", text),
-              "%s--%s: '%s' is neither true nor false", where, o->name, text);
-    char *copy = strdup(text);
-    for (size_t n = strlen(copy); strstr(o->arg, "DIR") && n > 1 && copy[n - 1] == '/'; ) {
-        copy[--n] = 0;          // so that the last part of a path is a name
-    }
-    o->text = copy;
-    o->from = from;
-    if (o->kind == FLAG) {
-        *(int *)o->at = is_word("1|yes|on|true", text);
-        o->text = *(int *)o->at ? "1" : "0";
-    } else if (o->kind == WHOLE || o->kind == COUNT) {
-        *(int *)o->at = (int)number;
-    } else if (o->kind == NUMBER) {
-        *(double *)o->at = number;
-    } else {
-        *(const char **)o->at = o->text;
-    }
-}
-
-// By its name, or by its letter where that is not 0; NULL if there is none.
-static inline Option *option_find(const char *name, size_t length, char letter) {
-    for EACH_OPTION(o) {
-        int same = strlen(o->name) == length && memcmp(o->name, name, length) == 0;
-        if (letter ? o->letter == letter : same) { return o; }
-    }
-    return NULL;
-}
-
-// The option that sets this field of opt.
-static inline Option *option_of(const void *field) {
-    Option *o = options;
-    while (o->at != field) { o++; }
-    return o;
-}
-
-// Did the user say it, on the command line or in a file?
-static inline int is_given(const void *field) { return option_of(field)->from >= FROM_FILE; }
-
-// Writes a derived number back into the table, so that it is printed and kept like a given one.
-static inline void option_derive(int *field, double value) {
-    char text[32];
-    snprintf(text, sizeof text, "%.0f", value);
-    option_set(option_of(field), text, option_of(field)->from, "derived ");
-}
-
-// How many letters must be changed, added or dropped to turn a (n) into b (Levenshtein).
-static inline int edit_distance(const char *a, size_t n, const char *b) {
-    int row[64], m = (int)strlen(b);
-    for (int j = 0; j <= m; j++) { row[j] = j; }
-    for (size_t i = 0; i < n; i++) {
-        int diagonal = row[0]++;
-        for (int j = 1; j <= m; j++) {
-            int change = diagonal + (a[i] != b[j - 1]);
-            int shift = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
-            diagonal = row[j];
-            row[j] = change < shift ? change : shift;
-        }
-    }
-    return row[m];
-}
-
-// Ends the process, with the name that is nearest to what was typed. One letter is a misremembered
-// short option: nearest is a name that begins with it.
-static inline void option_unknown(const char *where, const char *name, size_t length) {
-    const Option *nearest = option_of(&opt.help);
-    int best = length == 1 ? 1 : INT_MAX;
-    for EACH_OPTION(o) {
-        int distance = length == 1 ? (o->name[0] | 32) != (*name | 32)
-                                   : edit_distance(name, length, o->name);
-        if (distance < best) { best = distance; nearest = o; }
-    }
-    die(EXIT_USAGE, "%sunknown option %s%.*s HINT: did you mean --%s? --help lists all", where,
-        *where ? "" : length == 1 ? "-" : "--", (int)length, name, nearest->name);
-}
-
-// --name value, --name=value, -n value, -nvalue.
-static inline void options_from_argv(int argc, char **argv) {
-    for (int i = 1; i < argc; i++) {
-        int letter = argv[i][0] == '-' && argv[i][1] != '-';
-        const char *name = argv[i] + 2 - letter, *value = NULL;
-        refuse_if(argv[i][0] != '-' || *name == 0, "'%s' is not an option HINT: ./train --help",
-                  argv[i]);
-        size_t length = letter ? 1 : strcspn(name, "=");
-        Option *o = option_find(name, length, letter ? *name : 0);
-        if (o == NULL) { option_unknown("", name, length); }
-        if (name[length]) {
-            value = name + length + !letter;
-        } else if (o->kind == FLAG) {
-            value = "1";
-        } else if (o->kind == MAYBE && (i + 1 == argc || argv[i + 1][0] == '-')) {
-            value = "latest";
-        } else {
-            refuse_if(++i == argc, "--%s needs a value: %s", o->name, o->arg);
-            value = argv[i];
-        }
-        option_set(o, value, FROM_ARGV, "");
-    }
-}
-
-// Removes the blanks around a text, in place.
-static inline char *trim(char *text) {
-    text += strspn(text, " \t\r\n");
-    size_t length = strlen(text);
-    while (length > 0 && strchr(" \t\r\n", text[length - 1])) { text[--length] = 0; }
-    return text;
-}
-
-// --config: lines `name = value`. A line that begins with # is a comment.
-static inline void options_from_file(const char *path) {
-    FILE *file = fopen(path, "r");
-    char text[4096], where[PATH_SIZE + 32];
-    refuse_if(file == NULL, "--config: cannot read %s: %s", path, strerror(errno));
-    for (int line = 1; fgets(text, sizeof text, file); line++) {
-        char *name = trim(text), *equals = strchr(text, '=');
-        snprintf(where, sizeof where, "%.1000s:%d: ", path, line);
-        if (*name == 0 || *name == '#') { continue; }
-        refuse_if(equals == NULL, "%s'%s' is not `name = value`", where, name);
-        *equals = 0;
-        name = trim(name);
-        Option *o = option_find(name, strlen(name), 0);
-        if (o == NULL) { option_unknown(where, name, strlen(name)); }
-        option_set(o, trim(equals + 1), FROM_FILE, where);
-    }
-    fclose(file);
-}
-
-static inline void options_help(void) {
-    printf("usage: ./train [options]\n\nFine-tunes DeepSeek-V4-Flash with LoRA. Without options a "
-           "tiny model of the\nsame shape trains on the CPU, in under a minute.\n\n");
-    for EACH_OPTION(o) {
-        char left[128];
-        int is_list = o->kind == WORD, used = snprintf(left, sizeof left, "%c%c%c --%s",
-            o->letter ? '-' : ' ', o->letter ? o->letter : ' ', o->letter ? ',' : ' ', o->name);
-        snprintf(left + used, sizeof left - used, " %s", is_list ? "WORD" : o->arg);
-        printf("  %-26s %s%s%s", left, is_list ? o->arg : "", is_list && *o->help ? ": " : "",
-               o->help);
-        if (o->kind != FLAG && *o->normal) { printf(" [%s]", o->normal); }
-        if (o->tiny) { printf(" [tiny: %s]", o->tiny); }
-        printf("\n");
-    }
-}
-
 // What the table promises and this version does not do yet. value NULL: any.
 static inline void options_refuse(void) {
     static const struct { void *field; const char *value; } later[] = {
-        {&opt.optimizer, "muon"}, {&opt.precision, "fp8"}, {&opt.recompute, "moe"},
+        {&opt.optimizer, "muon"}, {&opt.precision, "fp8"},
         {&opt.skip_bad_rows, "1"}, {&opt.loss_on, NULL} };
     for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
         const Option *o = option_of(later[i].field);
@@ -2749,9 +2616,16 @@ static inline int adapter_naming(void) {
 // Reads all options. checkpoint (PATH_SIZE): the one to resume from, or "".
 static inline void options_read(int argc, char **argv, char *checkpoint) {
     *checkpoint = 0;
+    options.first = option_table;
+    options.n = sizeof option_table / sizeof option_table[0];
     for EACH_OPTION(o) { option_set(o, o->normal, FROM_DEFAULT, ""); }
     options_from_argv(argc, argv);
-    if (opt.help) { options_help(); exit(EXIT_OK); }
+    if (opt.help) {
+        options_help("usage: ./train [options]\n\nFine-tunes DeepSeek-V4-Flash with LoRA. Without "
+                     "options a tiny model of the\nsame shape trains on the CPU, in under a "
+                     "minute.\n\n");
+        exit(EXIT_OK);
+    }
     if (opt.version) { printf("train 0.1, LoRA for DeepSeek-V4-Flash\n"); exit(EXIT_OK); }
     if (*opt.config) { options_from_file(opt.config); }
     options_refuse();
@@ -2880,19 +2754,22 @@ static inline ModelOptions plan_memory(Trainer *r) {
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
     double need = 0, available = memory_free();
-    // Nothing is computed again where there is room to keep everything, with a fifth to spare.
-    for (o.recompute = strcmp(opt.recompute, "full") == 0; ; o.recompute++) {
+    // As little is computed again as there is room for, with a tenth to spare.
+    static const char *const recompute[] = { "none", "moe", "full" };
+    int fits = strcmp(opt.recompute, "fits") == 0;
+    for (o.recompute = 0; !fits && strcmp(opt.recompute, recompute[o.recompute]); ) { o.recompute++; }
+    for (; ; o.recompute++) {
         mem_count();
         model_alloc(&r->model, &r->config, &o);
         need = memory_used() * opt.ranks;
-        if (o.recompute || need < 0.8 * available || strcmp(opt.recompute, "none") == 0) { break; }
+        if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
     for (int c = 0; c < MEM_CLASSES; c++) {
         say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
     }
     say("plan   %-11s %s per rank, %s on %d rank%s of %s free | recompute %s | %s\n", "total",
         bytes_text(memory_used()), bytes_text(need), opt.ranks, plural(opt.ranks),
-        bytes_text(available), o.recompute ? "full" : "none", need > available ? "too much" : "OK");
+        bytes_text(available), recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
             bytes_text(need), bytes_text(available));
@@ -3022,7 +2899,7 @@ static inline const char *base_name(void) { return *opt.model ? opt.model : "tin
 
 // Everything that --resume needs. Collective, like adapter_save.
 static inline void save_training(Trainer *r) {
-    double began = comm_clock();
+    double began = clock_seconds();
     char *state = state_make(r);
     Adapters host = adapters_host(&r->model.adapters);
     training_save(opt.out, r->step, opt.keep, &host, &r->config, adapter_naming(), base_name(),
@@ -3030,7 +2907,7 @@ static inline void save_training(Trainer *r) {
     adapters_host_end(&host, &r->model.adapters, 0);
     free(state);
     say("save  %5d | %s/checkpoint-%06d | %.1f s\n", r->step, opt.out, r->step,
-        comm_clock() - began);
+        clock_seconds() - began);
 }
 
 // Adapter, moments and place in the data from a checkpoint.
@@ -3084,7 +2961,7 @@ static inline int is_due(const Trainer *r, int every) {
 
 // All steps of a run. Returns the exit code.
 static inline int train(Trainer *r) {
-    double began = comm_clock();
+    double began = clock_seconds();
     Report report = { .stop = 0 };
     if (this_rank == 0 && *opt.resume) {        // a validation due at this step is done again
         log_rewind("training.jsonl", "loss", r->step);
@@ -3109,7 +2986,7 @@ static inline int train(Trainer *r) {
     adapter_save(out_path("adapter"), &host, &r->config, adapter_naming(), base_name());
     adapters_host_end(&host, &r->model.adapters, 0);
     char val[64] = "";
-    int seconds = (int)(comm_clock() - began);
+    int seconds = (int)(clock_seconds() - began);
     if (!isnan(r->val_loss)) { snprintf(val, sizeof val, " | val %.4f", r->val_loss); }
     say("done   %d steps%s | %dm %02ds | loss %.4f%s | adapter %s (r=%d alpha=%g, names=%s)\n",
         r->step, report.stop ? ", interrupted" : "", seconds / 60, seconds % 60, r->loss, val,
@@ -3124,18 +3001,54 @@ static inline void evaluate(Trainer *r) {
     log_validation(r->step, 0, validate(r, d, 0, 1));
 }
 
-// --bench: a first step that does not count, then N.
+// One of --bench's steps: its seconds, and how many of them each phase took.
+typedef struct { double seconds, phase[PHASES][PASSES]; } TimedStep;
+static int by_seconds(const void *a, const void *b) {
+    double x = ((const TimedStep *)a)->seconds, y = ((const TimedStep *)b)->seconds;
+    return (x > y) - (x < y);
+}
+
+// Forward, recomputed, backward, their sum and its share of the step, in a line.
+static inline void phase_say(const char *name, const double *seconds, double step) {
+    double sum = 0;
+    say("bench  %-15s", name);
+    for (int k = 0; k < PASSES; k++) { sum += seconds[k]; say(" %9.2f", 1e3 * seconds[k]); }
+    say(" %9.2f ms %6.1f %%\n", 1e3 * sum, 100 * sum / step);
+}
+
+// --bench: a first step that does not count, then N. The phases are those of the median step, and
+// add up to it: the last line is what the host did before its first kernel and after the last.
 static inline void bench(Trainer *r) {
     Report report;
-    double seconds = 0, tokens = 0;
+    int n = 0;
+    TimedStep *timed = host_alloc(sizeof *timed * (size_t)opt.bench);
     while (r->step < r->steps) {
+        memset(phases.seconds, 0, sizeof phases.seconds);
+        phases.on = r->step > 0;
         train_step(r, &report);
         log_step(&report, r->step, r->steps);
-        seconds += r->step > 1 ? report.seconds : 0;
-        tokens += r->step > 1 ? (double)report.tokens : 0;
+        if (!phases.on) { continue; }
+        timed[n].seconds = report.seconds;
+        memcpy(timed[n++].phase, phases.seconds, sizeof phases.seconds);
     }
-    say("done   %d steps without the first | mean %.2f ms | %.0f tok/s | mem %s\n", opt.bench,
-        1e3 * seconds / opt.bench, tokens / seconds, bytes_text(memory_used()));
+    qsort(timed, (size_t)n, sizeof *timed, by_seconds);
+    const TimedStep *median = &timed[(n - 1) / 2];
+    double sum[PASSES] = { 0 }, rest[PASSES] = { median->seconds };
+    say("bench  %-15s %9s %9s %9s %9s\n", "phase", "forward", "again", "backward", "sum");
+    for (int p = 0; p < PHASES; p++) {
+        phase_say(phase_names[p], median->phase[p], median->seconds);
+        for (int k = 0; k < PASSES; k++) {
+            sum[k] += median->phase[p][k];
+            rest[0] -= median->phase[p][k];
+        }
+    }
+    phase_say("host", rest, median->seconds);
+    sum[0] += rest[0];
+    phase_say("step", sum, median->seconds);
+    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s\n", n,
+        1e3 * median->seconds, (double)report.tokens / median->seconds,
+        bytes_text(memory_used()));
+    free(timed);
 }
 
 // --inspect: the tensors that a checkpoint of this model has, as they are stored.
@@ -3178,14 +3091,14 @@ static inline int run(Trainer *r, const char *checkpoint) {
             opt.alpha);
         return EXIT_OK;
     }
-    double began = comm_clock();
+    double began = clock_seconds();
     model_load(&r->model, base);
     if (*opt.init) {
         Adapters host = adapters_host(a);
         adapter_load(opt.init, &host, &r->config);
         adapters_host_end(&host, a, 1);
     }
-    say("load   %s | %.1f s\n", base ? base : "random base", comm_clock() - began);
+    say("load   %s | %.1f s\n", base ? base : "random base", clock_seconds() - began);
     if (*checkpoint) { resume(r, checkpoint); }
     mem.closed = 1;             // from here on memory does not grow
     if (opt.eval) { evaluate(r); return EXIT_OK; }

@@ -370,7 +370,7 @@ static void test_options(void) {
         {"--lora-targets attn,foo", 1, "'foo' is not a target"}, {"-t 1", 1, "a row has 2 to"},
         {"--optimizer muon", 1, "--optimizer muon is not there yet"},
         {"--gpus x", 1, "--gpus: 'x'"},
-        {"--precision fp8", 1, "--precision fp8"}, {"--recompute moe", 1, "--recompute moe"},
+        {"--precision fp8", 1, "--precision fp8"},
         {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
         {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
         {"-d 512 --ranks 4", 1, "multiple"}, {"--ranks 2 --ep 4", 1, "HINT: --ep 2"},

@@ -117,7 +117,7 @@ static void test_heads(int T, int Hn, int Dn) {
     int *position = ints(T);
     for (int t = 0; t < T; t++) { position[t] = t * 7 % 100; }
     BOTH({ norm_rope_forward(X(out), X(rstd), X(inp), NULL, X(table), X(position), 1e-6f, T, Hn, Dn, 64);
-           norm_rope_backward(X(dinp), X(dout), X(inp), X(rstd), X(table), X(position), T, Hn, Dn, 64);
+           norm_rope_backward(X(dinp), X(dout), X(out), X(rstd), X(table), X(position), T, Hn, Dn, 64);
            norm_rope_forward(X(kout), X(krstd), X(kinp), X(w), X(table), X(position), 1e-6f, T, 1, Dn, 64);
            key_norm_rope_backward(X(kd), X(kdout), X(kinp), X(krstd), X(w), X(table), X(position), T, Dn, 64);
            rope_apply(X(turned), X(table), X(position), -1, T, Hn, Dn, 64); });
@@ -244,7 +244,7 @@ static void test_routing(int T, int C, int E, int K) {
                          T, E, K);
            route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(gate), 1.5f, 1,
                           T, C, K);
-           pack_rows(X(home), X(inp), X(row_slot), T, K, C);
+           pack_rows(X(home), X(inp), X(row_slot), T * K, K, C);
            pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
            combine_forward(X(out), X(rows), X(slot_row), T, K, C);
            dispatch_backward(X(dinp2), X(rows), X(slot_row), T, K, C); });
@@ -404,15 +404,18 @@ static void test_model(const char *what, const Config *c, const int *length, int
     int chooses = c->K < c->E || c->index_topk < 100;
     size_t room_for = 1 << 25;
     double *cpu = NEW(double, room_for), *gpu = NEW(double, room_for);
-    size_t n = run_model(cpu, c, length, docs, 0, 1);
+    size_t n = run_model(cpu, c, length, docs, 0, RECOMPUTE_FULL);
     require(n <= room_for);
-    run_model(gpu, c, length, docs, 1, 1);
+    run_model(gpu, c, length, docs, 1, RECOMPUTE_FULL);
     printf(" %s: loss %.6f on the CPU, %.6f on the GPU\n", what, cpu[0], gpu[0]);
     check_close("loss, relative", 0, gpu[0] / cpu[0], 1, chooses ? 1e-2 : 1e-3);
     if (!chooses) { check_tensor(what, gpu + 1, cpu + 1, n - 1, 6e-2); }
     double *again = NEW(double, room_for);
-    run_model(again, c, length, docs, 1, 0);
-    check(memcmp(again, gpu, sizeof(double) * n) == 0, "%s: recompute none, other bits", what);
+    for (int recompute = RECOMPUTE_NONE; recompute < RECOMPUTE_FULL; recompute++) {
+        run_model(again, c, length, docs, 1, recompute);
+        check(memcmp(again, gpu, sizeof(double) * n) == 0, "%s: recompute %d, other bits", what,
+              recompute);
+    }
     free(cpu); free(gpu); free(again);
 }
 

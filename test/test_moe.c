@@ -110,17 +110,17 @@ static void end_somehow(void *arg) {
 static double ending(int how, int code, const char *name, const char *a, const char *b,
                      const char *c) {
     char text[4096];
-    double start = comm_clock();
+    double start = clock_seconds();
     memset(seen, 0, sizeof *seen);
     int got = run_child(end_somehow, &how, text, sizeof text);
-    double seconds = comm_clock() - start;
+    double seconds = clock_seconds() - start;
     check(got == code, "%s: exit code %d, want %d: %s", name, got, code, text);
     check(strstr(text, a) && strstr(text, b) && strstr(text, c), "%s: lacks %s, %s or %s: %s", name,
           a, b, c, text);
     char *newline = strchr(text, '\n');
     check(newline == NULL || newline[1] == 0, "%s: more than one line: %s", name, text);
     for (int r = 0; r < 4 && seen->pid[r]; r++) {       // orphans come to us: see main
-        while (waitpid(seen->pid[r], NULL, WNOHANG) == 0 && comm_clock() - start < 10) { nap(.01); }
+        while (waitpid(seen->pid[r], NULL, WNOHANG) == 0 && clock_seconds() - start < 10) { nap(.01); }
         check(kill(seen->pid[r], 0) != 0, "%s: rank %d is still there", name, r);
     }
     return seconds;
@@ -313,7 +313,7 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
         comm_all_to_all(COMM_EP, asked, four, x->to, four, "counts");
         expect(memcmp(asked, x->from, comm_ep() * sizeof(int)) == 0, "derived splits");
 
-        Tag *tags = trip_there(rows, home, sizeof(Tag), round, x, d, "there");
+        Tag *tags = trip_there(rows, home + x->home_at, sizeof(Tag), round, x, d, "there");
         for (int e = 0; e < d->local; e++) {
             for (int i = x->offset[e]; i < x->offset[e + 1]; i++) {
                 int source = tags[i].rank, order = tags[i].slot;
@@ -326,7 +326,7 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
         }
         arrived += n;
         sent += x->home_rows;
-        trip_back(home, tags, sizeof(Tag), round, x, d, "back");
+        trip_back(home + x->home_at, tags, sizeof(Tag), round, x, d, "back");
     }
     for (int row = 0; row < slots; row++) {
         int slot = x->row_slot_h[row];
@@ -512,7 +512,7 @@ typedef struct {
 static void layer_alloc(MoeSaved *s, MoeScratch *x, const MoeDims *d, int T, int capacity) {
     for (int counting = 1; counting >= 0; counting--) {
         if (counting) { mem_count(); } else { mem_open(); }
-        moe_alloc_saved(s, d, T);
+        moe_alloc_saved(s, d, T, 1);
         moe_alloc_scratch(x, d, T, 1);
         if (capacity) { moe_alloc_rounds(x, d, T, 1, capacity); }
     }

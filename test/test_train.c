@@ -8,7 +8,7 @@
 // lse without the sink; delta dropped; dkv without its value part; window one too long; entries
 // visible one token early; A and B halves of the compressor swapped; the first entry of a document
 // reading the tokens before it; ape dropped; o not turned back; norm's mean term dropped; topk in
-// descending order (is_selected misses); sign of rotate in norm_rope_row_backward.
+// descending order (is_selected misses); sign of rotate in norm_rope_backward.
 #include "model.h"
 
 // -------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ static void test_packing(void) {
     enum { DOCS = sizeof length / sizeof *length };
     Config c = t2_config(2);
     Model m;
-    build(&m, &c, 2, 728, 1, 5);
+    build(&m, &c, 2, 728, RECOMPUTE_FULL, 5);
     size_t n = adapter_elements(&m);
     Batch all = make_batch(length, DOCS, c.V);
     real *packed = NEW(real, n);
@@ -255,13 +255,15 @@ static void one_step(double *out, int recompute, int threads) {
 static void test_same_bits(void) {
     size_t n = 1 << 17;
     double *want = NEW(double, n), *got = NEW(double, n);
-    one_step(want, 1, 2);
-    one_step(got, 1, 1);
+    one_step(want, RECOMPUTE_FULL, 2);
+    one_step(got, RECOMPUTE_FULL, 1);
     check(memcmp(got, want, sizeof(double) * n) == 0, "one thread and two give the same bits");
-    one_step(got, 1, 3);
+    one_step(got, RECOMPUTE_FULL, 3);
     check(memcmp(got, want, sizeof(double) * n) == 0, "three threads and two give the same bits");
-    one_step(got, 0, 2);
+    one_step(got, RECOMPUTE_NONE, 2);
     check(memcmp(got, want, sizeof(double) * n) == 0, "recompute full and none: the same bits");
+    one_step(got, RECOMPUTE_MOE, 2);
+    check(memcmp(got, want, sizeof(double) * n) == 0, "recompute full and moe: the same bits");
     check(want[0] > 0 && isfinite(want[0]), "a loss of %g", want[0]);
     free(want);
     free(got);
@@ -275,7 +277,7 @@ static void test_empty_batch(void) {
     Model m;
     int start[1] = {0};
     Batch none = { .doc_start = start };
-    build(&m, &c, 2, 64, 1, 7);
+    build(&m, &c, 2, 64, RECOMPUTE_FULL, 7);
     check(model_forward(&m, &none, 1) == 0, "no tokens, no loss");
     model_backward(&m, &none, 1);
     check(sum_squares(m.adapters.g, adapter_elements(&m)) == 0, "no tokens, no gradient");
@@ -289,7 +291,7 @@ static void test_next_logits(void) {
     const int length[] = {200};
     Config c = t2_config(2);
     Model m;
-    build(&m, &c, 2, 200, 1, 8);
+    build(&m, &c, 2, 200, RECOMPUTE_FULL, 8);
     Batch b = make_batch(length, 1, c.V);
     float *logits = NEW(float, c.V), *again = NEW(float, c.V);
     for (int t = 0; t < b.T - 1; t++) { b.target[t] = -1; }
@@ -464,7 +466,7 @@ static void test_norm_gradients(void) {
     check_gradient("rmsnorm", loss_rmsnorm, NULL, G.X, d, gT * gC);
     for (int i = 0; i < gT * gH * gD; i++) { st(dout + i, G.direction[i]); }
     loss_norm_rope(NULL);
-    norm_rope_backward(d, dout, G.raw, G.rstd, G.rope, G.docs.position, gT, gH, gD, 4);
+    norm_rope_backward(d, dout, G.out, G.rstd, G.rope, G.docs.position, gT, gH, gD, 4);
     check_gradient("norm + rope, queries", loss_norm_rope, NULL, G.raw, d, gT * gH * gD);
     loss_norm_rope(G.w);
     key_norm_rope_backward(d, G.direction, G.raw, G.rstd, G.w, G.rope, G.docs.position, gT, gD, 4);
@@ -549,7 +551,7 @@ static void test_model_gradients(void) {
     c.index_topk = 8;
     c.swiglu_limit = 10;        // the clamp is a kink, and test_fp8.c's
     Model m;
-    build(&m, &c, 2, 184, 1, 9);
+    build(&m, &c, 2, 184, RECOMPUTE_FULL, 9);
     Batch b = make_batch(length, 3, c.V);
     size_t n = adapter_elements(&m);
     real *keep = NEW(real, n), *d = NEW(real, n);

@@ -122,7 +122,7 @@ static void test_case(int K, int seed) {
     snprintf(path, sizeof path, "%s/t2_top%d_seed%d.safetensors", VECTORS, K, seed);
     printf("%s\n", path);
     safetensors_open(&f, path, "run the tests from the top folder");
-    build(&m, &c, 2, T, 1, (uint64_t)seed);
+    build(&m, &c, 2, T, RECOMPUTE_FULL, (uint64_t)seed);
 
     int token[T], target[T], start[2] = {0, T};
     uint64_t key = random_key((uint64_t)seed, "tokens");
@@ -173,7 +173,7 @@ static void test_trace(void) {
     Model m;
     Safetensors f;
     ModelOptions o = { .R = 4, .alpha = 8, .targets = targets_parse("attn,shared,experts"),
-                       .max_tokens = 157, .recompute = 1, .training = 1, .seed = seed };
+                       .max_tokens = 157, .recompute = RECOMPUTE_FULL, .training = 1, .seed = seed };
     memset(&m, 0, sizeof m);
     mem_count();
     model_alloc(&m, &c, &o);
@@ -224,7 +224,7 @@ static void test_draws(void) {
     Config c = t2_config(2);
     Model m;
     Safetensors f;
-    build(&m, &c, 2, 16, 1, 1);
+    build(&m, &c, 2, 16, RECOMPUTE_FULL, 1);
     safetensors_open(&f, VECTORS "/t2_draws.safetensors", "run the tests from the top folder");
     double *want = load_vector(&f, "checksums", 2 * m.n_tensors);
     Tensor **sorted = NEW(Tensor *, m.n_tensors);

@@ -16,9 +16,6 @@
 #include "../../refit.c"    // defines: Config, file_open, file_pread
 #include <glob.h>
 
-// An input that cannot be used: one line, exit code 1.
-#define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
-
 #define TOKEN_LABEL 0x80000000u
 #define TOKEN_FIRST 0x40000000u
 #define TOKEN_ID 0x3FFFFFFFu
