@@ -119,7 +119,6 @@ enum {
     HC_MIX = 2 * HC + HC * HC,          // mixing numbers per token and site: 4 pre, 4 post, 16 comb
     FP8_BLOCK = 128,                    // one e8m0 scale per 128 x 128 codes of a dense matrix
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
-    WIDE_EXPERTS = 32,                  // as many are widened to bf16 at a time, on the GPU
 };
 
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
@@ -1228,15 +1227,63 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                  :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a nibble
+// with bit 3 gets that byte's sign bit eight times.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t by) {
+    uint32_t picked;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(by));
+    return picked;
+}
+
+// Eight e2m1 codes, times a power of two, as eight bf16: exact. The tables are the high and the low
+// bytes of 0, 0.5, 1, 1.5, 2, 3, 4, 6 as bf16.
+__device__ __forceinline__ uint4 widen_codes(uint32_t codes, __nv_bfloat162 scale) {
+    uint32_t value[4];
+    #pragma unroll
+    for (int half = 0; half < 2; half++, codes >>= 16) {
+        uint32_t low = pick_bytes(0xC0800000, 0xC0804000, codes & 0x7777);
+        uint32_t high = pick_bytes(0x3F3F3F00, 0x40404040, codes & 0x7777);
+        uint32_t sign = pick_bytes(0x80808080, 0x80808080, codes);      // 0x80, 0xFF if negative
+        high |= sign << 1 & 0x80808080;
+        value[2 * half] = pick_bytes(low, high, 0x5140);
+        value[2 * half + 1] = pick_bytes(low, high, 0x7362);
+    }
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 two = __hmul2(*(__nv_bfloat162 *)&value[i], scale);
+        value[i] = *(uint32_t *)&two;
+    }
+    return make_uint4(value[0], value[1], value[2], value[3]);
+}
+
+// 2^(b - 127) twice, as bf16.
+__device__ __forceinline__ __nv_bfloat162 scale_pair(uint32_t b) {
+    uint32_t bits = b ? b << 7 : 0x40;
+    bits |= bits << 16;
+    return *(__nv_bfloat162 *)&bits;
+}
+
+// 32 bytes of global memory that are read once or twice, with the rest of their 128 in L2.
+__device__ __forceinline__ uint4 load_once(const uint8_t *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ void store_chunk(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------
 // 4.2 The grouped product
 //
-// A tile is 128 rows x BN columns of one group, and 64 k at a time of X and W lie in shared memory:
-// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
-// two consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its
+// A tile is 128 MT rows x BN columns of one group, and 64 k at a time of X and W lie in shared
+// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
+// two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of the
+// tile each. A stage's `full` barrier counts its
 // bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
-// what comes of them is never stored. A warpgroup whose 64 rows are all past the group's end skips
-// the arithmetic.
+// what comes of them is never stored. Blocks past the group's end are skipped.
 //
 // Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
 // row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
@@ -1244,12 +1291,19 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
 // group has is known only on the device, so each role finds its tiles itself. A sum's terms and
 // their order depend on neither: same inputs, same bits.
 //
+// W is bf16, or packed fp4 that nobody ever sees wider: the copy engine then brings X only, and the
+// producer warpgroup turns 64 x BN codes per stage into bf16 in shared memory; those of the next
+// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half a
+// warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows. So
+// tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them alone
+// waits more than it works.
+//
 // K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
 // quarter of a block's arithmetic. The sums are rounded once, at the end.
 
 enum {
-    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a tile; k of a stage: 128 bytes, one swizzle
-    PRODUCT_BAND = 16,                      // row tiles that share a walk over the columns
+    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a box of X; k of a stage: 128 bytes
+    PRODUCT_BAND = 2048,                    // rows that share a walk over the columns
     PRODUCT_GROUPS = 384,                   // most groups: their offsets are kept in shared memory
     PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
 };
@@ -1259,12 +1313,13 @@ struct ProductShape {
     int by_rows;                    // groups are row ranges (offset); else all rows, other columns
     int out_add;                    // fp32 only: out += instead of =
     size_t ldo, out_group;          // elements from row to row, from group to group
+    const uint8_t *codes, *scales;  // W in fp4: (E,N,K/2) or (E,K,N/2), and a byte per 32 weights
 };
 
 // Shared memory, in bytes from a multiple of 1,024 (from which the swizzle counts).
-template <int BN> struct ProductMemory {
+template <int BN, int MT> struct ProductMemory {
     enum {
-        X_STAGE = PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
+        X_STAGE = MT * PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
         STAGES = 192 * 1024 / (X_STAGE + W_STAGE),
         X = 0, W = X + STAGES * X_STAGE,
         OUT = W + STAGES * W_STAGE,             // two boxes of 16 rows x 128 bytes for each warp
@@ -1281,27 +1336,68 @@ struct ProductTile {
 struct ProductWalk { int group, before; };
 
 // Tile number `index`; 0 when there is none.
-template <int BN>
+template <int BN, int MT>
 __device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, int index,
                                             const int *offset, const ProductShape &s) {
+    const int height_of = MT * PRODUCT_ROWS, band_of = PRODUCT_BAND / height_of;
     int columns = (s.N + BN - 1) / BN, first, rows, tiles;
     for (;; walk.group++) {
         if (walk.group >= s.E) { return 0; }
         first = s.by_rows ? offset[walk.group] : 0;
         rows = s.by_rows ? offset[walk.group + 1] - first : s.rows;
-        tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+        tiles = (rows + height_of - 1) / height_of;
         if (index - walk.before < tiles * columns) { break; }
         walk.before += tiles * columns;
     }
-    int i = index - walk.before, band = i / (PRODUCT_BAND * columns);
-    int height = min((int)PRODUCT_BAND, tiles - band * PRODUCT_BAND);
-    i -= band * PRODUCT_BAND * columns;
-    int m = band * PRODUCT_BAND + i % height;
+    int i = index - walk.before, band = i / (band_of * columns);
+    int height = min(band_of, tiles - band * band_of);
+    i -= band * band_of * columns;
+    int m = band * band_of + i % height;
     t.group = walk.group;
-    t.row = first + m * PRODUCT_ROWS;
-    t.rows = rows - m * PRODUCT_ROWS;
+    t.row = first + m * height_of;
+    t.rows = rows - m * height_of;
     t.n = i / height * BN;
     return 1;
+}
+
+// 64 weights of a stage: a line of 128 bytes as bf16. They lie along K, or across it.
+template <int BN> struct ProductCodes {
+    enum { LINES = BN / 128 };      // of a thread: number threadIdx.x % 128, and 128 further on
+    uint4 code[LINES][2];
+    uint32_t scale[LINES];          // two bytes
+};
+
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void product_fetch(ProductCodes<BN> &c, const ProductShape &s,
+                                              const ProductTile &t, int k) {
+    #pragma unroll
+    for (int i = 0; i < c.LINES; i++) {
+        // Lines past the last column read other weights instead; nothing is made of their products.
+        int line = threadIdx.x % 128 + 128 * i;
+        int row = W_BY_K ? k + line % 64 : min(t.n + line, s.N - 1);
+        int col = W_BY_K ? min(t.n + line / 64 * 64, s.N - 64) : k;
+        size_t at = W_BY_K ? ((size_t)t.group * s.K + row) * s.N + col
+                           : ((size_t)t.group * s.N + row) * s.K + col;
+        c.code[i][0] = load_once(s.codes + at / 2);
+        c.code[i][1] = load_once(s.codes + at / 2 + 16);
+        c.scale[i] = *(const uint16_t *)(s.scales + at / FP4_BLOCK);
+    }
+}
+
+// The lines go where the copy engine would have put them: chunks of 16 bytes, permuted by the row.
+template <int BN>
+__device__ __forceinline__ void product_widen(uint32_t w, const ProductCodes<BN> &c) {
+    #pragma unroll
+    for (int i = 0; i < c.LINES; i++) {
+        int line = threadIdx.x % 128 + 128 * i;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const uint4 &four = c.code[i][j / 4];
+            uint32_t word = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+            __nv_bfloat162 scale = scale_pair(c.scale[i] >> j / 4 * 8 & 255);
+            store_chunk(w + line * 128 + (j ^ line % 8) * 16, widen_codes(word, scale));
+        }
+    }
 }
 
 // A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32
@@ -1374,14 +1470,14 @@ __device__ __forceinline__ void product_add(float *out, size_t ldo, const float 
     }
 }
 
-template <int BN, int W_BY_K, int OUT_F32>
-__global__ void __launch_bounds__(384, 1)
+template <int BN, int MT, int W_BY_K, int OUT_F32, int W_FP4>
+__global__ void __launch_bounds__(W_FP4 ? 512 : 384, 1)
 product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
                const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
                const int *offset, const __grid_constant__ ProductShape s) {
     extern __shared__ unsigned char dynamic[];
-    typedef ProductMemory<BN> M;
+    typedef ProductMemory<BN, MT> M;
     uint32_t unaligned = shared_address(dynamic), base;
     // volatile: computed once, not again in every turn of a loop
     asm volatile("add.u32 %0, %1, %2;" : "=r"(base) : "r"(unaligned), "r"(-unaligned % 1024));
@@ -1389,7 +1485,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
     int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < M::STAGES; i++) {
-            barrier_init(base + M::FULL + 8 * i, 1);
+            barrier_init(base + M::FULL + 8 * i, W_FP4 ? 1 + 4 : 1);    // the engine, and 4 warps
             barrier_init(base + M::EMPTY + 8 * i, PRODUCT_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -1401,53 +1497,81 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
 
     ProductTile t;
     ProductWalk walk = { 0, 0 };
-    int slot = 0, index = blockIdx.x, more = product_tile<BN>(t, walk, index, groups, s);
+    int slot = 0, index = blockIdx.x, more = product_tile<BN, MT>(t, walk, index, groups, s);
     uint32_t phase = 0;
     auto next_stage = [&] { if (++slot == M::STAGES) { slot = 0, phase ^= 1; } };
-    if (warpgroup == 2) {
-        registers_give<40>();
-        // A stage on its way: 16 KB of X or U, BN * 128 bytes of W or V.
-        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k) {
+    if (warpgroup >= 2) {
+        const int border = (s.K + PRODUCT_K - 1) / PRODUCT_K * PRODUCT_K;   // first k of U and V
+        int k = 0;
+        // One stage further, in this tile or the next.
+        auto step = [&] {
+            next_stage();
+            if ((k += PRODUCT_K) < border + s.KU) { return; }
+            k = 0;
+            more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
+        };
+        // A stage on its way: MT * 16 KB of X or U, and of W or V BN * 128 bytes.
+        auto load = [&](const ProductTile &t, int k, int slot) {
+            const CUtensorMap *of_x = k < border ? &map_x : &map_u;
+            const CUtensorMap *of_w = k < border ? &map_w : &map_v;
+            int with_w = !W_FP4 || k >= border, wide = W_BY_K ? 64 : BN;
             uint32_t x = base + M::X + slot * M::X_STAGE, w = base + M::W + slot * M::W_STAGE;
             uint32_t full = base + M::FULL + 8 * slot;
-            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
-            barrier_expect(full, M::X_STAGE + M::W_STAGE);
-            tma_load(x, of_x, full, k, t.row, s.by_rows ? 0 : t.group);
-            const int wide = W_BY_K ? 64 : BN;
+            if (k >= border) { k -= border; }
+            barrier_expect(full, M::X_STAGE + (with_w ? M::W_STAGE : 0));
             #pragma unroll
-            for (int i = 0; i < BN; i += wide) {
+            for (int m = 0; m < MT; m++) {
+                tma_load(x + m * (M::X_STAGE / MT), of_x, full, k, t.row + m * PRODUCT_ROWS,
+                         s.by_rows ? 0 : t.group);
+            }
+            #pragma unroll
+            for (int i = 0; i < BN && with_w; i += wide) {
                 int n = t.n + i;
                 tma_load(w + i * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
             }
-            next_stage();
         };
-        if (threadIdx.x == 256) {
+        if constexpr (!W_FP4) {
+            registers_give<40>();
+            for (; more && threadIdx.x == 256; step()) {
+                barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+                load(t, k, slot);
+            }
+        } else {
+            registers_give<72>();
+            ProductCodes<BN> next;
+            if (warpgroup == 3 && more) { step(); }     // the two take turns
+            if (more && k < border) { product_fetch<BN, W_BY_K>(next, s, t, k); }
             while (more) {
-                for (int k = 0; k < s.K; k += PRODUCT_K) { load(&map_x, &map_w, k); }
-                for (int k = 0; k < s.KU; k += PRODUCT_K) { load(&map_u, &map_v, k); }
-                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+                const ProductCodes<BN> codes = next;
+                const ProductTile of = t;
+                const int at = k, in = slot;
+                const uint32_t parity = phase ^ 1;
+                step();
+                if (more) { step(); }
+                if (more && k < border) { product_fetch<BN, W_BY_K>(next, s, t, k); }
+                barrier_wait(base + M::EMPTY + 8 * in, parity);
+                if (threadIdx.x % 128 == 0) { load(of, at, in); }
+                if (at < border) {
+                    product_widen<BN>(base + M::W + in * M::W_STAGE, codes);
+                    tma_fence();                // the tensor cores read through the same door
+                    __syncwarp();
+                }
+                if (lane == 0) { barrier_arrive(base + M::FULL + 8 * in); }
             }
         }
     } else {
-        registers_take<232>();
+        registers_take<W_FP4 ? 184 : 232>();
         // Blocks of 64 k, and what is left of the border in steps of 16.
         int blocks = (s.K + PRODUCT_K - 1) / PRODUCT_K + s.KU / PRODUCT_K;
         int steps = (s.KU % PRODUCT_K + 15) / 16;
         const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
         uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
         uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
-        while (more) {
-            float sum[BN / 2];
-            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
-                for (int b = 0; b < blocks + (steps > 0); b++) {
-                    barrier_wait(base + M::FULL + 8 * slot, phase);
-                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
-                    next_stage();
-                }
-                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
-                continue;
-            }
-            uint32_t before = 0, last = 0;      // `empty` of the stages that are still being read
+        const int x_block = PRODUCT_ROWS * PRODUCT_K * 2 / 16;
+        float sum[MT][BN / 2];
+        uint32_t before = 0, last = 0;          // `empty` of the stages that are still being read
+        // All products of a tile, for the first `active` of this warpgroup's blocks.
+        auto products = [&](auto active) {
             for (int b = 0; b < blocks; b++) {
                 uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
                 uint32_t current = empty + 8 * slot;
@@ -1455,8 +1579,11 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step), operand(w + k * w_step),
-                                             b | k);
+                    #pragma unroll
+                    for (int m = 0; m < active.value; m++) {
+                        wgmma_m64k16<BN, W_BY_K>(sum[m], operand(x + m * x_block + k * x_step),
+                                                 operand(w + k * w_step), b | k);
+                    }
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
@@ -1464,40 +1591,60 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 before = current;
                 next_stage();
             }
-            if (steps) {
-                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
-                last = empty + 8 * slot;
-                barrier_wait(base + M::FULL + 8 * slot, phase);
+            if (steps == 0) { return; }
+            uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+            last = empty + 8 * slot;
+            barrier_wait(base + M::FULL + 8 * slot, phase);
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (k >= steps) { break; }
+                wgmma_fence();
                 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (k < steps) {
-                        wgmma_fence();
-                        wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step),
-                                                 operand(w + k * w_step), 1);
-                        wgmma_commit();
-                    }
+                for (int m = 0; m < active.value; m++) {
+                    wgmma_m64k16<BN, W_BY_K>(sum[m], operand(x + m * x_block + k * x_step),
+                                             operand(w + k * w_step), 1);
                 }
-                next_stage();
+                wgmma_commit();
+            }
+            next_stage();
+        };
+        while (more) {
+            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
+                for (int b = 0; b < blocks + (steps > 0); b++) {
+                    barrier_wait(base + M::FULL + 8 * slot, phase);
+                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
+                    next_stage();
+                }
+                more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
+                continue;
+            }
+            if (MT > 1 && (MT - 1) * PRODUCT_ROWS + warpgroup * 64 < t.rows) {
+                products(std::integral_constant<int, MT>());
+            } else {
+                products(std::integral_constant<int, 1>());
             }
             ProductTile done = t;
-            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+            more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
             wgmma_wait<0>();
-            keep_order(sum);
             if (lane == 0) {
                 barrier_arrive(before);
                 if (steps) { barrier_arrive(last); }
             }
-
-            int row = done.row + warp * 16, rows = done.rows - warp * 16;
-            typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
-            Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
-            if (OUT_F32 && s.out_add) {
-                product_add<BN>((float *)to, s.ldo, sum, rows, s.N - done.n);
-            } else if (rows >= 16) {
-                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, done.n, row,
-                                           s.by_rows ? 0 : done.group);
-            } else if (rows > 0) {
-                product_store_some<BN>(to, s.ldo, sum, rows, s.N - done.n);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                keep_order(sum[m]);
+                int row = m * PRODUCT_ROWS + warp * 16, rows = done.rows - row;
+                typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
+                row += done.row;
+                Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
+                if (OUT_F32 && s.out_add) {
+                    product_add<BN>((float *)to, s.ldo, sum[m], rows, s.N - done.n);
+                } else if (rows >= 16) {
+                    product_store<BN, OUT_F32>(&map_out, sum[m], base + M::OUT + warp * 4096,
+                                               done.n, row, s.by_rows ? 0 : done.group);
+                } else if (rows > 0) {
+                    product_store_some<BN>(to, s.ldo, sum[m], rows, s.N - done.n);
+                }
             }
         }
         if (lane == 0) { tma_wait_all(); }
@@ -1539,7 +1686,9 @@ struct Product {
     int out_f32, out_add;   // out_add (fp32 only): out += instead of =
     const bf16 *x;          // (rows,K), rows ldx apart
     size_t ldx;
-    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k
+    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k; NULL: fp4, in
+    const uint8_t *codes;   // half as many bytes, and a scale for 32 weights; N and K are multiples
+    const uint8_t *scales;  // of 64
     int w_by_k;             // also of v
     const bf16 *u;          // border (rows,KU), rows ldu apart, and
     size_t ldu;
@@ -1568,16 +1717,18 @@ static int product_width(const Product &p, int ctas) {
 static void grouped_product(const Product &p) {
     typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
                         const int *, ProductShape);
-    static Kernel *const kernels[2][2][2] = {       // [256 wide][w_by_k][out_f32]
-        { { product_kernel<128, 0, 0>, product_kernel<128, 0, 1> },
-          { product_kernel<128, 1, 0>, product_kernel<128, 1, 1> } },
-        { { product_kernel<256, 0, 0>, product_kernel<256, 0, 1> },
-          { product_kernel<256, 1, 0>, product_kernel<256, 1, 1> } } };
+    static Kernel *const kernels[3][2][2] = {       // [width][w_by_k][out_f32]
+        { { product_kernel<128, 1, 0, 0, 0>, product_kernel<128, 1, 0, 1, 0> },
+          { product_kernel<128, 1, 1, 0, 0>, product_kernel<128, 1, 1, 1, 0> } },
+        { { product_kernel<256, 1, 0, 0, 0>, product_kernel<256, 1, 0, 1, 0> },
+          { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
+        { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
+          { product_kernel<128, 2, 1, 0, 1>, product_kernel<128, 2, 1, 1, 1> } } };
     static int sms;
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
         || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
-        || (p.offset == NULL && p.E > 1 && p.KU)) {
+        || (p.offset == NULL && p.E > 1 && p.KU) || (p.codes && (p.K % 64 || p.N % 64))) {
         gpuRequire(!"a product of this shape");
     }
     if (sms == 0) {
@@ -1585,7 +1736,8 @@ static void grouped_product(const Product &p) {
         cudaCheck(cudaGetDevice(&device));
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
-    int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
+    int ctas = p.ctas ? p.ctas : sms;
+    int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
         return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
@@ -1595,56 +1747,22 @@ static void grouped_product(const Product &p) {
                                  depth > 1 ? p.out_group : p.ldo, 16);
     CUtensorMap x = tensor_map(p.x, 0, p.K, p.rows, depth, p.ldx, depth > 1 ? p.x_group : p.ldx,
                                PRODUCT_ROWS);
-    CUtensorMap w = weights(p.w, p.K), u = x, v = w;
+    CUtensorMap w = p.codes ? x : weights(p.w, p.K), u = x, v = w;
     if (p.KU) {
         u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
         v = weights(p.v, p.KU);
     }
     ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
-                       p.offset ? 0 : p.out_group };
-    Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
-    int bytes = 1024 + (width == 256 ? (int)ProductMemory<256>::SIZE
-                                     : (int)ProductMemory<128>::SIZE);
+                       p.offset ? 0 : p.out_group, p.codes, p.scales };
+    Kernel *kernel = kernels[p.codes ? 2 : width == 256][p.w_by_k][p.out_f32];
+    int bytes = 1024 + (p.codes ? (int)ProductMemory<128, 2>::SIZE :
+                        width == 256 ? (int)ProductMemory<256, 1>::SIZE
+                                     : (int)ProductMemory<128, 1>::SIZE);
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<ctas, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
+    kernel<<<ctas, p.codes ? 512 : 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
     cudaCheck(cudaGetLastError());
 }
 }   // namespace grouped
-
-// -------------------------------------------------------------------------------------------------
-// 4.3 Experts: widen, multiply
-
-// Two e2m1 codes of a byte, times 2^(scale - 127), as a pair of bf16: exact.
-__device__ inline float e2m1_value(unsigned nibble) {
-    // A float's exponent starts one bit higher: codes 2..7 are (2 + m) 2^(e-2), 0 and 1 are 0, 0.5.
-    const float v = __uint_as_float((nibble & 7) << 22) * 0x1p126f;
-    return __uint_as_float(__float_as_uint(v) | (nibble & 8) << 28);
-}
-
-// out (rows,C) bf16 from packed (rows,C/2) and scale (rows,C/32). 16 codes per thread.
-//   bytes: 0.53 read + 2 written per weight: one layer's 32 experts, 805 M weights, 2.04 GB, 0.5 ms.
-__global__ void widen_fp4_kernel(bf16 *out, const uint8_t *packed, const uint8_t *scale, size_t n) {
-    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 16;
-    if (at >= n) { return; }
-    const float s = e8m0_value(scale[at / FP4_BLOCK]);
-    const uint2 raw = *(const uint2 *)(packed + at / 2);
-    float x[16];
-    #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        x[i] = s * e2m1_value((i < 8 ? raw.x : raw.y) >> i % 8 * 4 & 15);
-    }
-    store8(out + at, x);
-    store8(out + at + 8, x + 8);
-}
-
-static bf16 *widened_fp4(const uint8_t *w, const uint8_t *scale, int E, int C, int O) {
-    const size_t n = (size_t)E * O * C;
-    gpuRequire(C % FP4_BLOCK == 0);
-    bf16 *wide = (bf16 *)workspace(sizeof(bf16) * n);
-    widen_fp4_kernel<<<blocks_for(n / 16, 256), 256, 0, stream>>>(wide, w, scale, n);
-    cudaCheck(cudaGetLastError());
-    return wide;
-}
 
 // The groups' offsets on the device, in the workspace.
 static const int *device_offsets(const int *offset, int E) {
@@ -1869,15 +1987,18 @@ static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, cons
     workspace_release(mark);
 }
 
-// out = W x + s B (A x), for the groups of a wide copy: B joins the product as R more columns of W,
+// The frozen matrices of a product, one for each group: a bf16 copy, or packed fp4.
+typedef struct { const bf16 *wide; const uint8_t *codes, *scales; } Matrices;
+
+// out = W x + s B (A x), group by group: B joins the product as R more columns of W,
 // u as R more columns of x, so that the sum is rounded once.
-static void lora_forward(act *out, real *u, const act *inp, const bf16 *wide, const real *a,
+static void lora_forward(act *out, real *u, const act *inp, Matrices w, const real *a,
                          const real *b, float s, const Groups &g, const int *offset, int E, int C,
                          int O, int R) {
     const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
     grouped::Product p = product_of(inp, C, offset, E, g.at[E], O);
     p.out = out, p.ldo = O;
-    p.w = wide;
+    p.w = w.wide, p.codes = w.codes, p.scales = w.scales;
     const int adapted = a != NULL && R > 0;
     if (adapted) { lora_down<FACTOR_A>(u, inp, a, 1, g, offset, E, C, R); }
     if (adapted && rank_fits(R) && rows) {
@@ -1891,14 +2012,14 @@ static void lora_forward(act *out, real *u, const act *inp, const bf16 *wide, co
 
 // du = s B^T dy; dx += W^T dy + A^T du; dB += s dy u^T; dA += du x^T.
 static void lora_backward(real *dinp, real *da, real *db, const act *dout, const act *inp,
-                          const real *u, const bf16 *wide, const real *a, const real *b, float s,
+                          const real *u, Matrices w, const real *a, const real *b, float s,
                           const Groups &g, const int *offset, int E, int C, int O, int R) {
     const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
     const int adapted = a != NULL && R > 0;
     float *du = (float *)workspace(sizeof(float) * rows * R);
     grouped::Product p = product_of(dout, O, offset, E, g.at[E], C);
     p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
-    p.w = wide, p.w_by_k = 1;
+    p.w = w.wide, p.codes = w.codes, p.scales = w.scales, p.w_by_k = 1;
     if (adapted) { lora_down<FACTOR_B>(du, dout, b, s, g, offset, E, O, R); }
     if (adapted && rank_fits(R) && rows) {
         p.u = narrow_factor(du, 1, rows * R), p.ldu = R;
@@ -1918,7 +2039,8 @@ extern "C" void lora_linear_forward_gpu(act *out, real *u, const act *inp, const
                                         int T, int C, int O, int R) {
     const size_t mark = workspace_mark();
     if (T == 0) { return; }
-    lora_forward(out, u, inp, widened_fp8(w, scale, C, O), a, b, s, one_group(T), NULL, 1, C, O, R);
+    lora_forward(out, u, inp, { widened_fp8(w, scale, C, O), NULL, NULL }, a, b, s,
+                 one_group(T), NULL, 1, C, O, R);
     workspace_release(mark);
 }
 
@@ -1928,49 +2050,31 @@ extern "C" void lora_linear_backward_gpu(real *dinp, real *da, real *db, const a
                                          float s, int T, int C, int O, int R) {
     const size_t mark = workspace_mark();
     if (T == 0) { return; }
-    lora_backward(dinp, da, db, dout, inp, u, widened_fp8(w, scale, C, O), a, b, s, one_group(T),
+    lora_backward(dinp, da, db, dout, inp, u, { widened_fp8(w, scale, C, O), NULL, NULL }, a, b, s,
+                  one_group(T),
                   NULL, 1, C, O, R);
     workspace_release(mark);
-}
-
-// The next run of experts, from *first on, that are widened together: at most WIDE_EXPERTS, without
-// those at either end that have no rows. Returns how many, 0 at the end; g: their rows, from 0.
-static int expert_run(Groups *g, int *first, const int *offset, int E) {
-    while (*first < E && offset[*first + 1] == offset[*first]) { ++*first; }
-    int n = min((int)WIDE_EXPERTS, E - *first);
-    while (n > 0 && offset[*first + n] == offset[*first + n - 1]) { n--; }
-    for (int i = 0; i <= n; i++) { g->at[i] = offset[*first + i] - offset[*first]; }
-    return n;
 }
 
 extern "C" void lora_experts_forward_gpu(act *out, real *u, const act *inp, const int *offset,
                                          const uint8_t *w, const uint8_t *scale, const real *a,
                                          const real *b, float s, int E, int C, int O, int R) {
-    Groups g;
-    for (int e = 0, n; (n = expert_run(&g, &e, offset, E)) > 0; e += n) {
-        const size_t mark = workspace_mark(), row = offset[e], at = (size_t)e * O * C;
-        const bf16 *wide = widened_fp4(w + at / 2, scale + at / FP4_BLOCK, n, C, O);
-        lora_forward(out + row * O, u + row * R, inp + row * C, wide,
-                     a ? a + (size_t)e * R * C : NULL, b ? b + (size_t)e * O * R : NULL, s, g,
-                     device_offsets(g.at, n), n, C, O, R);
-        workspace_release(mark);
-    }
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    lora_forward(out, u, inp, { NULL, w, scale }, a, b, s, groups_of(offset, E),
+                 device_offsets(offset, E), E, C, O, R);
+    workspace_release(mark);
 }
 
 extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout,
                                           const act *inp, const real *u, const int *offset,
                                           const uint8_t *w, const uint8_t *scale, const real *a,
                                           const real *b, float s, int E, int C, int O, int R) {
-    Groups g;
-    for (int e = 0, n; (n = expert_run(&g, &e, offset, E)) > 0; e += n) {
-        const size_t mark = workspace_mark(), row = offset[e], at = (size_t)e * O * C;
-        const size_t at_a = (size_t)e * R * C, at_b = (size_t)e * O * R;
-        const bf16 *wide = widened_fp4(w + at / 2, scale + at / FP4_BLOCK, n, C, O);
-        lora_backward(dinp + row * C, da + at_a, db + at_b, dout + row * O, inp + row * C,
-                      u + row * R, wide, a ? a + at_a : NULL, b ? b + at_b : NULL, s, g,
-                      device_offsets(g.at, n), n, C, O, R);
-        workspace_release(mark);
-    }
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    lora_backward(dinp, da, db, dout, inp, u, { NULL, w, scale }, a, b, s, groups_of(offset, E),
+                  device_offsets(offset, E), E, C, O, R);
+    workspace_release(mark);
 }
 
 // Without adapters.

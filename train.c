@@ -1842,10 +1842,10 @@ static void saved_alloc(Model *m, size_t T) {
     m->X_out = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
 }
 
-// Bytes that kernels use inside themselves: the largest of a layer's experts widened to bf16, a
+// Bytes that kernels use inside themselves: the largest of a layer's adapter factors narrowed, a
 // chunk of logits and their gradients, a chunk of index scores, a dense matrix beside a gradient.
-static size_t workspace_bytes(const Config *c, int local, size_t T) {
-    size_t experts = 2 * (size_t)(local < WIDE_EXPERTS ? local : WIDE_EXPERTS) * c->F * c->C;
+static size_t workspace_bytes(const Config *c, int local, size_t T, int R) {
+    size_t experts = 8 * (size_t)local * R * (c->C > c->F ? c->C : c->F);
     size_t head = 6 * (T < 512 ? T : 512) * (size_t)c->V;
     size_t index = 4 * 256 * (T / 4) * (size_t)(c->index_heads + 1);
     size_t wide = (size_t)c->H * c->D * c->Q, joined = (size_t)c->C * c->G * c->O;
@@ -1919,7 +1919,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     if (o->training) { gradients_alloc(&m->grad, c, T); }
 #ifdef USE_CUDA
     if (on_gpu) {
-        size_t bytes = workspace_bytes(c, m->moe.local, T);
+        size_t bytes = workspace_bytes(c, m->moe.local, T, o->R);
         void *base = mem_alloc(MEM_SCRATCH, bytes);
         if (base) { gpu_workspace(base, bytes); }
     }

@@ -440,7 +440,7 @@ int main(void) {
     test_heads(37, 64, 512); test_heads(5, 4, 128);
     test_streams(37, 4096); test_streams(5, 128); test_streams(1, 256);
     test_linears(37, 256, 384, 8); test_linears(130, 1024, 128, 3); test_linears(1, 128, 128, 16);
-    test_experts(256, 128, 8); test_experts(128, 256, 3);
+    test_experts(256, 128, 8); test_experts(128, 256, 3); test_experts(320, 576, 8);
     test_routing(37, 256, 256, 6); test_routing(5, 128, 8, 2);
     test_swiglu(37, 2048); test_swiglu(3, 128);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
