@@ -16,282 +16,20 @@
 // written under a temporary name, synced and renamed, so a run can be killed at any instruction.
 //
 // Contents
-//   1 files and folders       5 reading a checkpoint           9 adapter folders
-//   2 JSON                    6 do the scales fit?            10 training state
-//   3 safetensors headers     7 the two namings of an adapter
-//   4 config.json             8 saving together, loading alone
+//   1 safetensors headers        4 do the scales fit?           7 adapter folders
+//   2 config.json                5 two namings of an adapter    8 training state
+//   3 reading a checkpoint       6 saving, loading
 #ifndef REFIT_C
 #define REFIT_C
 #include "moe.c"            // defines: comm_*; below it Adapters, widen_fp8, widen_fp4
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/statvfs.h>
+#include "dev/data/files.c"    // defines: refuse, path_make, file_*, folder_*, json_*
 
-// -------------------------------------------------------------------------------------------------
-// 1 Files and folders
-//
-// What the C library leaves out: whole reads, removing and syncing folders. A file's bytes are safe
-// once the file is synced, its name only once its folder is.
-
-enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
-#define NOWHERE SIZE_MAX
-static const char damaged[] = "HINT: the file is damaged, fetch it again";
-static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char not_a_folder[] = "is this the right folder, and complete?";
+static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
-// Bad input: this file ends the process a lot.
-#define refuse(...) die(EXIT_USAGE, __VA_ARGS__)
-
-// out (PATH_SIZE) = the three parts, one after the other. Returns out.
-static inline char *path_make(char *out, const char *a, const char *b, const char *c) {
-    if (snprintf(out, PATH_SIZE, "%s%s%s", a, b, c) >= PATH_SIZE) {
-        refuse("the path %.60s... is longer than %d bytes", a, PATH_SIZE - 1);
-    }
-    return out;
-}
-
-// Reads n bytes from position `at`. Returns 0 or an errno; ENODATA: the file ends too early.
-static inline int file_pread(int fd, void *out, size_t n, size_t at) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)out + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno == EINTR) { continue; }
-        if (got <= 0) { return got < 0 ? errno : ENODATA; }
-        done += (size_t)got;
-    }
-    return 0;
-}
-
-// Opens a regular file for reading. The hint says what to do when there is none.
-static inline int file_open(const char *path, size_t *size, const char *hint) {
-    struct stat info;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-        refuse("cannot open %s: %s HINT: %s", path, fd < 0 ? strerror(errno) : "not a file", hint);
-    }
-    *size = (size_t)info.st_size;
-    return fd;
-}
-
-// The whole file, with a 0 behind it. The caller frees it.
-static inline char *file_read(const char *path, size_t *size, const char *hint) {
-    int fd = file_open(path, size, hint), error = *size > TEXT_MOST ? EFBIG : 0;
-    char *text = (char *)host_alloc(error ? 0 : *size + 1);
-    error = error ? error : file_pread(fd, text, *size, 0);
-    if (error) { refuse("cannot read %s: %s", path, strerror(error)); }
-    text[*size] = 0;
-    close(fd);
-    return text;
-}
-
-// The folder's entries reach the disk; some file systems cannot do that, and need not.
-static inline int folder_sync(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int error = fd < 0 || (fsync(fd) != 0 && errno != EINVAL) ? errno : 0;
-    if (fd >= 0) { close(fd); }
-    return error;
-}
-
-// Removes a folder of files, if it is there.
-static inline void folder_remove(const char *path) {
-    DIR *dir = opendir(path);
-    char file[PATH_SIZE];
-    for (struct dirent *e; dir && (e = readdir(dir)) != NULL;) {
-        if (e->d_name[0] != '.') { unlink(path_make(file, path, "/", e->d_name)); }
-    }
-    if (dir) { closedir(dir); }
-    rmdir(path);
-}
-
-// Bytes that can still be written to the file system of an existing path; 0 if it cannot be told.
-size_t disk_free(const char *path) {
-    struct statvfs info;
-    return statvfs(path, &info) == 0 ? (size_t)info.f_bavail * info.f_frsize : 0;
-}
-
-// A line every two seconds on rank 0, so that long work can be told from a hang.
-static inline void progress(const char *what, size_t done, size_t total, double start,
-                            double *last) {
-    double now = clock_seconds();
-    if (comm_rank() != 0 || now - *last < 2) { return; }
-    *last = now;
-    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
-           now - start, done / 1e9 / fmax(now - start, 1e-9));
-    fflush(stdout);
-}
-
 // -------------------------------------------------------------------------------------------------
-// 2 JSON
-//
-// jsmn cuts a text into tokens: where each value begins and ends, and how many children it has. It
-// forgives much ({"a" "b"}, {,}, 1.2.3, text behind the end), so json_skip holds the text against
-// the grammar first. Strings are then unescaped in place and ended with a 0: a token's text is a C
-// string. A key that is there twice is refused, because two readers may pick different ones.
-
-#if defined(__has_include)
-#if __has_include(<jsmn.h>)
-#define HAVE_JSMN
-#endif
-#endif
-#ifdef HAVE_JSMN
-#define JSMN_STATIC
-#define JSMN_STRICT
-#define JSMN_PARENT_LINKS       // without them a header of 70,000 tensors takes seconds
-#include <jsmn.h>               // Debian: libjsmn-dev
-#else                           // enough for everything to compile
-typedef struct { int type, start, end, size; } jsmntok_t;
-enum { JSMN_OBJECT = 1, JSMN_ARRAY, JSMN_STRING, JSMN_PRIMITIVE };
-#endif
-
-typedef struct {
-    const char *file;           // for messages; the caller's
-    char *text;
-    int n;
-    jsmntok_t *tok;             // (n) in the order of the text; token 0 is the whole value
-} Json;
-
-static inline const char *json_blanks(const char *s) { return s + strspn(s, " \t\r\n"); }
-
-// Behind the value that begins at s, blanks included; NULL if there is none.
-static inline const char *json_skip(const char *s, int depth) {
-    s = json_blanks(s);
-    const char *end = s + strcspn(s, ",:]} \t\r\n"), close = (char)(*s + 2);
-    const size_t length = (size_t)(end - s);
-    if (*s == '"') {
-        for (s++; *s != '"'; s++) {
-            s += *s == '\\';
-            if ((unsigned char)*s < ' ') { return NULL; }
-        }
-        return json_blanks(s + 1);
-    }
-    if (*s != '{' && *s != '[') {
-        char *number;
-        strtod(s, &number);         // it also knows inf, nan and 0x10
-        int good = length > 0 && number == end && strspn(s, "0123456789+-.eE") >= length;
-        good |= length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0);
-        return good || (length == 5 && memcmp(s, "false", 5) == 0) ? json_blanks(end) : NULL;
-    }
-    s = json_blanks(s + 1);
-    for (int more = 0; s && *s != close; more = 1) {        // '{' + 2 is '}', '[' + 2 is ']'
-        if (depth == JSON_DEPTH || (more && *s++ != ',')) { return NULL; }
-        if (close == '}') {
-            s = *json_blanks(s) == '"' ? json_skip(s, depth) : NULL;
-            if (s == NULL || *s++ != ':') { return NULL; }
-        }
-        s = json_skip(s, depth + 1);
-    }
-    return s ? json_blanks(s + 1) : NULL;
-}
-
-// Replaces one-letter escapes, in place, and ends the string with a 0. \u escapes stay as they are:
-// no name or value that we look for has any.
-static inline void json_unescape(char *s, jsmntok_t *t) {
-    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-    int out = t->start;
-    for (int i = t->start; i < t->end; i++) {
-        const char *escape = s[i] == '\\' ? strchr(from, s[i + 1]) : NULL;
-        if (escape) { i++; }
-        s[out++] = escape ? to[escape - from] : s[i];
-    }
-    t->end = out;
-    s[out] = 0;
-}
-
-// Parses text (length bytes and a 0), which j owns from here on.
-static inline void json_parse(Json *j, const char *file, char *text, size_t length) {
-    *j = (Json){ .file = file, .text = text };
-#ifdef HAVE_JSMN
-    jsmn_parser parser;
-    int good = json_skip(text, 0) == text + length;
-    for (int pass = 0; pass < 2 && good && j->n >= pass; pass++) {      // the first only counts
-        if (pass) { j->tok = (jsmntok_t *)host_alloc(sizeof(jsmntok_t) * (size_t)j->n); }
-        jsmn_init(&parser);
-        j->n = jsmn_parse(&parser, text, length, j->tok, (unsigned)j->n);
-    }
-#else
-    refuse("cannot read %s (%zu bytes): built without jsmn.h HINT: make deps, or install the "
-           "package libjsmn-dev; then make again", file, length);
-#endif
-    if (j->n <= 0) { refuse("%s is not valid JSON %s", file, damaged); }
-    for (int i = 0; i < j->n; i++) {
-        if (j->tok[i].type == JSMN_STRING) { json_unescape(text, &j->tok[i]); }
-    }
-}
-
-static inline void json_load(Json *j, const char *path, const char *hint) {
-    size_t size;
-    char *text = file_read(path, &size, hint);
-    json_parse(j, path, text, size);
-}
-
-static inline void json_free(Json *j) { free(j->text); free(j->tok); }
-static inline const char *json_text(const Json *j, int i) { return j->text + j->tok[i].start; }
-
-// The token behind value i. The members of an object are key, value, key, value, so
-//     for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1))
-// visits its keys i, with their values i + 1.
-static inline int json_next(const Json *j, int i) {
-    int end = j->tok[i].end;
-    do { i++; } while (i < j->n && j->tok[i].start < end);
-    return i;
-}
-
-// One character per kind of value: { [ " 0 (number) t (true, false) n (null).
-static inline int json_kind(const Json *j, int i) {
-    int c = j->tok[i].type == JSMN_STRING ? '"' : *json_text(j, i);
-    return c == 'f' ? 't' : strchr("{[\"tn", c) ? c : '0';
-}
-
-// The value of a key, or -1; object may be -1 too.
-static inline int json_find(const Json *j, int object, const char *key) {
-    int found = -1;
-    if (object < 0 || j->tok[object].type != JSMN_OBJECT) { return -1; }
-    for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1)) {
-        if (strcmp(json_text(j, i), key) != 0) { continue; }
-        if (found >= 0) { refuse("%s: the key %s is there twice", j->file, key); }
-        found = i + 1;
-    }
-    return found;
-}
-
-// As json_find, but the key must be there, and its value of that kind.
-static inline int json_get(const Json *j, int object, const char *key, int kind) {
-    int i = json_find(j, object, key);
-    if (i < 0) { refuse("%s: the key %s is missing", j->file, key); }
-    if (json_kind(j, i) != kind) {
-        refuse("%s: %s is %.*s, expected %s", j->file, key, (int)strcspn(json_text(j, i), ",]}\n"),
-               json_text(j, i), kind == '"' ? "a string" : kind == '{' ? "an object" : kind == '['
-               ? "a list" : kind == 't' ? "true or false" : "a number");
-    }
-    return i;
-}
-
-static inline double json_number(const Json *j, int i) { return strtod(json_text(j, i), NULL); }
-
-// A count, a size or an offset; NOWHERE if value i is none.
-static inline size_t json_size(const Json *j, int i) {
-    int length = j->tok[i].end - j->tok[i].start;
-    const char *s = json_text(j, i);
-    int good = json_kind(j, i) == '0' && length <= 18 && (int)strspn(s, "0123456789") == length;
-    return good ? (size_t)strtoull(s, NULL, 10) : NOWHERE;
-}
-
-// Writes a string with its quotes.
-static inline void json_quote(FILE *f, const char *s) {
-    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
-    fputc('"', f);
-    for (; *s; s++) {
-        const char *escape = strchr(from, *s);
-        if (escape) { fprintf(f, "\\%c", to[escape - from]); }
-        else if ((unsigned char)*s >= ' ') { fputc(*s, f); }
-    }
-    fputc('"', f);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 3 Safetensors headers
+// 1 Safetensors headers
 //
 // A header is believed only as a whole: every range as long as its type and shape say, and all of
 // them together covering the data exactly once, without overlaps or holes. The format's own library
@@ -433,7 +171,7 @@ static inline const Entry *safetensors_find(const Safetensors *s, const char *na
 }
 
 // -------------------------------------------------------------------------------------------------
-// 4 config.json
+// 2 config.json
 //
 // Every number the model is built from must be there and make sense: a default for a missing key
 // would train another model than the one on the disk, and nothing would tell. Keys of choices that
@@ -536,7 +274,7 @@ void config_load(Config *c, const char *dir) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 5 Reading a checkpoint
+// 3 Reading a checkpoint
 //
 // The caller's table says what the model needs, the index which file has it, the file's header what
 // it has: all three must agree, name by name, before the first weight is read. A rank reads only
@@ -649,6 +387,17 @@ static inline const char *want_read(const Want *w) {
     return NULL;
 }
 
+// A line every two seconds on rank 0, so that long work can be told from a hang.
+static inline void progress(const char *what, size_t done, size_t total, double start,
+                            double *last) {
+    double now = clock_seconds();
+    if (comm_rank() != 0 || now - *last < 2) { return; }
+    *last = now;
+    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
+           now - start, done / 1e9 / fmax(now - start, 1e-9));
+    fflush(stdout);
+}
+
 // Reads all tensors that have a pointer. Of several that fail, the first one is reported.
 static inline void wants_read(Want *want, size_t n) {
     double start = clock_seconds(), last = start;
@@ -710,7 +459,7 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 6 Do the scales fit?
+// 4 Do the scales fit?
 //
 // A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
 // its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
@@ -762,7 +511,7 @@ void check_scales(const Tensor *t, size_t n) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 7 The two namings of an adapter
+// 5 The two namings of an adapter
 //
 // Programs that serve the model know its matrices by the checkpoint's names, one per expert (vllm).
 // transformers (hf) has names of its own, and one tensor for all experts of a layer, with w1 over
@@ -911,7 +660,7 @@ static inline int roster_mine(const Roster *f, const Item *it, int writing) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 8 Saving together, loading alone
+// 6 Saving together, loading alone
 //
 // An expert's adapter exists on one rank (of each replica group), so all ranks write one file: the
 // first its header, each its own tensors, at places that everybody can compute. In a fused tensor a
@@ -1149,7 +898,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 9 Adapter folders
+// 7 Adapter folders
 //
 // What PEFT and vLLM load. target_modules is a pattern anchored at both ends: a bare "wkv" or
 // "q_b_proj" would also match the compressor's and the indexer's matrices, which were not trained,
@@ -1281,7 +1030,7 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
 void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(dir, s, c, 0); }
 
 // -------------------------------------------------------------------------------------------------
-// 10 Training state
+// 8 Training state
 //
 // OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
 // moments and state.json: what the loop wants to know, and which files with how many bytes make a
