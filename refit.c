@@ -29,148 +29,6 @@ static const char mixed[] = "HINT: config.json, index and shards are not of one 
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
 // -------------------------------------------------------------------------------------------------
-// 1 Safetensors headers
-//
-// A header is believed only as a whole: every range as long as its type and shape say, and all of
-// them together covering the data exactly once, without overlaps or holes. The format's own library
-// demands the same (tensor.rs), and it turns a truncated download, a file cut together by hand and
-// random bytes into one thing: an error line.
-
-// The types of the format, in the order of its library. DT_FP4 is two codes per byte, I8 or U8.
-static const struct { const char *name; int bits, type; } dtypes[] = {
-    {"BOOL", 8, -1}, {"F4", 4, -1}, {"F6_E2M3", 6, -1}, {"F6_E3M2", 6, -1}, {"U8", 8, DT_FP4},
-    {"I8", 8, DT_FP4}, {"F8_E5M2", 8, -1}, {"F8_E4M3", 8, DT_FP8}, {"F8_E8M0", 8, DT_E8M0},
-    {"F8_E4M3FNUZ", 8, -1}, {"F8_E5M2FNUZ", 8, -1}, {"I16", 16, -1}, {"U16", 16, -1},
-    {"F16", 16, DT_F16}, {"BF16", 16, DT_BF16}, {"I32", 32, DT_I32}, {"U32", 32, -1},
-    {"F32", 32, DT_F32}, {"C64", 64, -1}, {"F64", 64, -1}, {"I64", 64, DT_I64}, {"U64", 64, -1},
-    {"an unknown type", 0, -1},
-};
-enum { DTYPES = sizeof dtypes / sizeof *dtypes - 1, DIMS_MAX = 4 };
-
-typedef struct {                // one tensor of a file
-    const char *name;
-    int dtype, type, ndim;      // dtype: place in dtypes; type: its DT_*
-    size_t dim[DIMS_MAX];       // the first of them
-    size_t begin, end;          // bytes, counted from the start of the data
-} Entry;
-
-typedef struct {
-    char path[PATH_SIZE];
-    int fd;
-    Json header;                // owns the names
-    size_t n, data;             // tensors; where the data begins
-    Entry *entry;               // (n) sorted by name
-} Safetensors;
-
-// "F32 [2048,4096]" in text (120).
-static inline const char *shape_text(char *text, int dtype, int ndim, const size_t *dim) {
-    char *end = text + sprintf(text, "%s [", dtypes[dtype].name);
-    for (int d = 0; d < ndim && d < DIMS_MAX; d++) {
-        end += sprintf(end, "%s%zu", d ? "," : "", dim[d]);
-    }
-    sprintf(end, ndim > DIMS_MAX ? ",...]" : "]");
-    return text;
-}
-
-static inline int entry_by_begin(const void *a, const void *b) {
-    const Entry *x = (const Entry *)a, *y = (const Entry *)b;
-    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
-    return (x->end > y->end) - (x->end < y->end);
-}
-
-// Of anything that begins with its name.
-static inline int by_name(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-// Reads the header's part of the tensor with key token `key`.
-static inline void safetensors_entry(const Safetensors *s, Entry *e, int key) {
-    const Json *j = &s->header;
-    char text[120];
-    e->name = json_text(j, key);
-    if (json_kind(j, key + 1) != '{') { refuse("%s: %s is no object", s->path, e->name); }
-    const char *dtype = json_text(j, json_get(j, key + 1, "dtype", '"'));
-    int shape = json_get(j, key + 1, "shape", '[');
-    int range = json_get(j, key + 1, "data_offsets", '['), pair = j->tok[range].size == 2;
-    for (e->dtype = 0; e->dtype < DTYPES && strcmp(dtypes[e->dtype].name, dtype); e->dtype++) { }
-    size_t bits = (size_t)dtypes[e->dtype].bits;
-    int sound = bits > 0;
-    e->type = dtypes[e->dtype].type;
-    e->ndim = j->tok[shape].size;
-    for (int d = 0; d < e->ndim; d++) {
-        size_t size = json_size(j, shape + 1 + d);
-        sound &= size != NOWHERE && !__builtin_mul_overflow(bits, size, &bits);
-        if (d < DIMS_MAX) { e->dim[d] = size; }
-    }
-    e->begin = pair ? json_size(j, range + 1) : NOWHERE;
-    e->end = pair ? json_size(j, range + 2) : NOWHERE;
-    if (!sound || e->begin > e->end || e->end == NOWHERE || bits != (e->end - e->begin) * 8) {
-        refuse("%s: %s is %s, and its data_offsets are [%zd,%zd] %s", s->path, e->name,
-               shape_text(text, e->dtype, e->ndim, e->dim), (ssize_t)e->begin, (ssize_t)e->end,
-               damaged);
-    }
-}
-
-// All ranges together must be the data: n bytes, each once. Leaves the entries sorted by name.
-static inline void safetensors_tile(Safetensors *s, size_t n) {
-    size_t at = 0;
-    qsort(s->entry, s->n, sizeof(Entry), entry_by_begin);
-    for (const Entry *e = s->entry; e < s->entry + s->n; at = e++->end) {
-        if (e->begin != at) {
-            refuse("%s: %s at %s, which begins at byte %zu, expected %zu %s", s->path,
-                   e->begin < at ? "an overlap" : "a hole", e->name, e->begin, at, damaged);
-        }
-    }
-    if (at != n) {
-        refuse("%s is %s: it has %zu bytes of data, its header describes %zu %s", s->path,
-               n < at ? "truncated" : "too long", n, at, damaged);
-    }
-    qsort(s->entry, s->n, sizeof(Entry), by_name);
-    for (size_t i = 1; i < s->n; i++) {
-        if (strcmp(s->entry[i - 1].name, s->entry[i].name) == 0) {
-            refuse("%s: %s is there twice %s", s->path, s->entry[i].name, damaged);
-        }
-    }
-}
-
-// Opens a file and checks its header. The data is not read.
-static inline void safetensors_open(Safetensors *s, const char *path, const char *hint) {
-    size_t size, n = 0;                 // a little-endian u64, as on every machine we run on
-    s->fd = file_open(path, &size, hint);
-    path_make(s->path, path, "", "");
-    file_pread(s->fd, &n, size < 8 ? 0 : 8, 0);
-    if (size < 8 || n > TEXT_MOST || n > size - 8) {
-        refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
-               "or no safetensors file", path, n, size, TEXT_MOST);
-    }
-    char *text = (char *)host_calloc(n + 1);
-    file_pread(s->fd, text, n, 8);
-    json_parse(&s->header, s->path, text, n);
-    const jsmntok_t *root = s->header.tok;
-    if (text[0] != '{') { refuse("%s: its header does not begin with { %s", path, damaged); }
-    s->n = 0;
-    s->data = 8 + n;
-    s->entry = (Entry *)host_alloc(sizeof(Entry) * (size_t)root->size);
-    for (int k = 0, i = 1; k < root->size; k++, i = json_next(&s->header, i + 1)) {
-        if (strcmp(json_text(&s->header, i), "__metadata__") == 0) { continue; }
-        safetensors_entry(s, &s->entry[s->n++], i);
-    }
-    safetensors_tile(s, size - s->data);
-}
-
-static inline void safetensors_close(Safetensors *s) {
-    close(s->fd);
-    json_free(&s->header);
-    free(s->entry);
-}
-
-// The tensor of that name, or NULL.
-static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
-    Entry key = { .name = name };
-    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, by_name);
-}
-
-// -------------------------------------------------------------------------------------------------
 // 2 config.json
 //
 // Every number the model is built from must be there and make sense: a default for a missing key
@@ -1144,4 +1002,617 @@ void training_load(const char *path, Adapters *s, const Config *c) {
     training_verify(path);
     load_adapter(path, s, c, 1);
 }
+
+// -------------------------------------------------------------------------------------------------
+// 9 Resharding: who holds what
+//
+// Trainer and engine hold the same matrices cut differently: the trainer's ranks own whole experts,
+// tensor-parallel engine ranks a slice of each. Both cuts are one rule. Ranks form a grid, a mesh,
+// and each axis of it either repeats a tensor or cuts one dimension. So a rank's part is a box, and
+// what one rank must send another is the box that their two boxes share.
+//
+// Every tensor has three dimensions here, (experts, out, in). Boxes count what is stored: packed
+// codes have in/2 bytes to a row and in/32 scales, dense scales are one per 128 x 128. A cut inside
+// a byte or a block is no cut; such a tensor goes the slow way, whole, and so does its partner.
+
+enum { SOURCE, ENGINE };                // the two sides of a refit
+enum { REPEAT = -1 };                   // an axis that cuts nothing; else the dimension it cuts
+
+typedef struct { int first, size[3]; } Mesh;    // ranks first .. in row-major order; unused axes: 1
+typedef struct { size_t at[3], n[3]; } Region;     // where it begins, how long it is
+
+typedef struct {                // one tensor of the trainer, under a name that no engine has a say in
+    char name[96];              // "layers.3.ffn.experts.gate.weight": all experts are one tensor
+    int type, rule, layer;      // DT_*; place in engine_rules, or -1
+    size_t dim[3], grain[3];    // elements; how many of them, along each dimension, make one unit
+    size_t width;               // bytes of a unit
+    int cut[2][3];              // of each side's mesh, what its axes do
+    const void *source;         // this rank's box; NULL: it has none
+    int first, held;            // the experts that it holds
+    const char *misc;           // why it is not resharded but sent whole; NULL: it is resharded
+    int tensor, half;           // where it arrives: in which of the engine's tensors, which half
+    uint64_t hash;              // of all that ranks must agree on
+} Param;
+
+typedef struct { char name[96]; int halves; size_t n[3], at; } EngineTensor;    // bytes; at: of memory
+typedef struct { int param, from, to; Region box; } Transfer;
+
+typedef struct {
+    Mesh mesh[2][2];            // of each side, for dense tensors and for experts: the same ranks
+    int layers, stage_layers;   // so many layers are sent together
+    unsigned needed;            // bits 1 << place in engine_rules: what the engine waits for
+    int n, bulk, n_tensors;     // params, those before `bulk` are resharded, by layer and name
+    size_t n_transfers, bytes;  // bytes of one engine rank
+    Param *param;
+    EngineTensor *tensor;
+    Transfer *transfer;         // in the order of params, senders, receivers: the same on all ranks
+    double sent, received, local, staging, seconds;     // of this rank's last refit
+} Refit;
+
+// What an engine with tensor parallelism wants (vLLM's loader layout), and the only place that
+// knows it: w13 is gate's rows over up's, on every rank its own rows of each.
+static const struct { const char *ours, *engine; int half, halves, cut, type, target; }
+engine_rules[] = {
+    {"attn.wq_b", "attn.wq_b", 0, 1, 1, DT_FP8, TARGET_WQ_B},
+    {"attn.wo_a", "attn.wo_a", 0, 1, 1, DT_FP8, -1},
+    {"attn.wo_b", "attn.wo_b", 0, 1, 2, DT_FP8, TARGET_WO_B},
+    {"ffn.shared_experts.w1", "ffn.shared_experts.gate_up_proj", 0, 2, 1, DT_FP8, TARGET_SHARED_W1},
+    {"ffn.shared_experts.w3", "ffn.shared_experts.gate_up_proj", 1, 2, 1, DT_FP8, TARGET_SHARED_W3},
+    {"ffn.shared_experts.w2", "ffn.shared_experts.down_proj", 0, 1, 2, DT_FP8, TARGET_SHARED_W2},
+    {"ffn.experts.gate", "ffn.experts.w13", 0, 2, 1, DT_FP4, TARGET_EXPERTS_W1},
+    {"ffn.experts.up", "ffn.experts.w13", 1, 2, 1, DT_FP4, TARGET_EXPERTS_W3},
+    {"ffn.experts.down", "ffn.experts.w2", 0, 1, 2, DT_FP4, TARGET_EXPERTS_W2},
+};
+enum { ENGINE_RULES = sizeof engine_rules / sizeof *engine_rules };
+
+static inline int mesh_ranks(const Mesh *m) { return m->size[0] * m->size[1] * m->size[2]; }
+
+static inline const Mesh *param_mesh(const Refit *r, const Param *p, int side) {
+    return &r->mesh[side][strstr(p->name, ".experts.") != NULL];
+}
+
+// The box of p that the i-th rank of the side's mesh holds, in stored units, bytes in the last
+// dimension. Axes cut from the outside in, each what the one before left. Returns NULL, or why
+// there is no such box. All that moves weights takes its boxes from here.
+static inline const char *slice(Region *box, const Refit *r, const Param *p, int side, int i) {
+    const Mesh *m = param_mesh(r, p, side);
+    int inner = mesh_ranks(m);
+    *box = (Region){ .n = { p->dim[0], p->dim[1], p->dim[2] } };
+    for (int a = 0; a < 3; a++) {
+        int d = p->cut[side][a];
+        size_t size = (size_t)m->size[a], place = (size_t)(i / (inner /= m->size[a])) % size;
+        if (d == REPEAT) { continue; }
+        if (box->n[d] % size != 0) { return "it does not divide evenly"; }
+        box->n[d] /= size;
+        box->at[d] += place * box->n[d];
+    }
+    for (int d = 0; d < 3; d++) {
+        size_t end = box->at[d] + box->n[d], grain = p->grain[d];
+        if (box->at[d] % grain || (end % grain && end != p->dim[d])) {
+            return "a cut is inside a byte of codes or a block of scales";
+        }
+        box->at[d] /= grain;
+        box->n[d] = (end + grain - 1) / grain - box->at[d];
+    }
+    box->at[2] *= p->width;
+    box->n[2] *= p->width;
+    return NULL;
+}
+
+static inline size_t region_bytes(const Region *b) { return b->n[0] * b->n[1] * b->n[2]; }
+
+// What a and b share; 0 if nothing.
+static inline int region_meet(Region *out, const Region *a, const Region *b) {
+    for (int d = 0; d < 3; d++) {
+        size_t end = a->at[d] + a->n[d], other = b->at[d] + b->n[d];
+        out->at[d] = a->at[d] > b->at[d] ? a->at[d] : b->at[d];
+        end = end < other ? end : other;
+        if (end <= out->at[d]) { return 0; }
+        out->n[d] = end - out->at[d];
+    }
+    return 1;
+}
+
+// Adds what one rank has of one tensor. name: as in the checkpoint or of an adapter's factor, with
+// the number of the expert, of E, that it is of. data: NULL if another rank has it. Ranks offer the
+// same names in any order; experts in theirs. rows, cols: elements; of scales, those they are for.
+void refit_offer(Refit *r, const char *name, int type, size_t rows, size_t cols, int E,
+                 const void *data) {
+    static const char *const roles[] = { "", "gate", "down", "up" };        // of w1, w2, w3
+    Param p = { .type = type, .rule = -1, .dim = { 1, rows, cols }, .source = data,
+                .grain = { 1, 1, 1 }, .width = 1 };
+    int expert = 0, role = 0, used = 0;
+    const char *at = strstr(name, ".experts.");
+    memcpy(p.name, name, strlen(name) + 1);
+    if (at && sscanf(at, ".experts.%d.w%1d%n", &expert, &role, &used) == 2) {
+        snprintf(p.name, sizeof p.name, "%.*s.experts.%s%s", (int)(at - name), name, roles[role],
+                 at + used);
+        p.dim[0] = (size_t)E;
+    }
+    for (int i = r->n - 1; i >= 0 && role; i--) {       // an expert after the first: nothing new
+        Param *known = &r->param[i];
+        if (strcmp(known->name, p.name) != 0) { continue; }
+        if (data && known->held++ == 0) { known->source = data; known->first = expert; }
+        return;
+    }
+    p.first = expert;
+    p.held = data != NULL;
+    if (sscanf(name, "layers.%d.", &p.layer) != 1) { p.layer = 0; }
+    const char *end = strrchr(p.name, '.');
+    for (int k = 0; k < ENGINE_RULES && end; k++) {
+        const char *leaf = strchr(strchr(p.name, '.') + 1, '.');
+        size_t length = strlen(engine_rules[k].ours);
+        if (leaf && leaf + 1 + length == end && !strncmp(leaf + 1, engine_rules[k].ours, length)) {
+            p.rule = k;
+        }
+    }
+    const int fp4 = type == DT_FP4 || (type == DT_E8M0 && role), scale = type == DT_E8M0;
+    if (fp4) { p.grain[2] = scale ? FP4_BLOCK : 2; }
+    if (scale && !fp4) { p.grain[1] = p.grain[2] = FP8_BLOCK; }
+    if (type == DT_BF16 || type == DT_F16) { p.width = 2; }
+    if (type == DT_F32 || type == DT_I64) { p.width = 4; }          // ids are int32 in memory
+    r->param = (Param *)realloc(r->param, sizeof p * (size_t)(r->n + 1));
+    require(r->param != NULL);
+    r->param[r->n++] = p;
+}
+
+// Offers all tensors of the model: what the checkpoint holds, and so an engine's base.
+void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
+    Want *want = wants_sorted(t, n);
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *of = &t[i];
+        char name[104];
+        if (t[i].type == DT_E8M0) {         // x.scale stands for the elements of x.weight
+            snprintf(name, sizeof name, "%.*sweight", (int)strlen(t[i].name) - 5, t[i].name);
+            of = wants_find(want, n, name)->t;
+        }
+        size_t rows = of->ndim > 1 ? of->dim[0] : 1, cols = of->ndim > 1 ? of->dim[1] : of->dim[0];
+        refit_offer(r, t[i].name, t[i].type, rows, cols << (of->type == DT_FP4), E, t[i].data);
+    }
+    free(want);
+    r->needed = (1u << ENGINE_RULES) - 1;
+}
+
+// Offers the trained matrices alone.
+void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
+    for (int i = 0; i < s->n; i++) {
+        const AdapterTensor *t = &s->tensors[i];
+        refit_offer(r, t->name, DT_F32, (size_t)t->rows, (size_t)t->cols, E, s->p + t->at);
+    }
+    for (int i = 0; i < r->n; i++) { r->param[i].width = sizeof(real); }
+    for (int k = 0; k < ENGINE_RULES; k++) {
+        int target = engine_rules[k].target;
+        if (target >= 0 && s->targets >> target & 1) { r->needed |= 1u << k; }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 10 Resharding: the plan
+//
+// Made once, by every rank alone, from what all of them know; so nobody has to ask anybody during a
+// refit. That is safe only if it is proved: the engine's bytes are each written exactly once, what
+// a rank offers is what the others expect of it, and all ranks have the same plan, hashed and
+// compared before a byte moves. A plan that is wrong ends here, with the name of the tensor.
+
+// Bulk before misc, then by layer and name.
+static inline int param_order(const void *a, const void *b) {
+    const Param *x = (const Param *)a, *y = (const Param *)b;
+    int misc = (x->misc != NULL) - (y->misc != NULL);
+    return misc ? misc : x->layer != y->layer ? x->layer - y->layer : strcmp(x->name, y->name);
+}
+
+// Decides how each tensor is cut and which way it goes. Only what has a rule is resharded.
+static inline void plan_classify(Refit *r) {
+    const char **misc = (const char **)host_calloc(sizeof *misc * (size_t)r->layers * ENGINE_RULES);
+    int *records = (int *)host_calloc(sizeof(int) * (size_t)r->layers * ENGINE_RULES);
+    for (int pass = 0; pass < 2; pass++) {      // the second: a tensor goes the way of its partner
+        for (int i = 0; i < r->n; i++) {
+            Param *p = &r->param[i];
+            int experts = param_mesh(r, p, SOURCE) == &r->mesh[SOURCE][1], k = p->rule, cut;
+            const char *leaf = strrchr(p->name, '.');
+            Region box;
+            if (k < 0) { p->misc = "the engine has no rule for it"; }
+            for (int a = 0; a < 3; a++) { p->cut[SOURCE][a] = p->cut[ENGINE][a] = REPEAT; }
+            if (experts) { p->cut[SOURCE][1] = 0; }         // axes: replicas, owners of experts
+            if (slice(&box, r, p, SOURCE, 0)) { refuse("%s: %s", p->name, slice(&box, r, p, 0, 0)); }
+            if (k < 0 || p->misc) { continue; }
+            if (p->layer >= r->layers) { refuse("%s is of no layer", p->name); }
+            // A product's out is B's and its in is A's: the other factor is the same for all ranks.
+            cut = engine_rules[k].cut;
+            if (strcmp(leaf, cut == 1 ? ".lora_A" : ".lora_B") == 0) { cut = REPEAT; }
+            if (experts) { p->cut[ENGINE][1] = 0; }         // axes: replicas, experts, tensor
+            p->cut[ENGINE][2] = cut;
+            const char *why = slice(&box, r, p, ENGINE, 0);
+            const int place = p->layer * ENGINE_RULES + k;
+            misc[place] = why ? why : misc[place];
+            records[place] += pass;
+            if (pass && misc[place]) {
+                p->misc = misc[place];
+                for (int a = 0; a < 3; a++) { p->cut[ENGINE][a] = REPEAT; }
+            }
+            if (strncmp(leaf, ".lora", 5) && p->type != DT_E8M0 && p->type != engine_rules[k].type) {
+                refuse("%s has another type than the engine's, which cannot be sent", p->name);
+            }
+        }
+    }
+    for (int i = 0; i < r->layers * ENGINE_RULES; i++) {        // codes and scales, or A and B
+        if ((r->needed >> i % ENGINE_RULES & 1) && records[i] != 2) {
+            refuse("layers.%d.%s: %d of 2 tensors are offered, the engine would keep old values",
+                   i / ENGINE_RULES, engine_rules[i % ENGINE_RULES].ours, records[i]);
+        }
+    }
+    free(misc);
+    free(records);
+}
+
+// Places p in the engine's memory: beside its other half, or in a tensor of its own.
+static inline void plan_place(Refit *r, Param *p) {
+    EngineTensor e = { .halves = p->misc ? 1 : engine_rules[p->rule].halves };
+    Region box;
+    slice(&box, r, p, ENGINE, 0);
+    p->half = p->misc ? 0 : engine_rules[p->rule].half;
+    if (p->misc) { memcpy(e.name, p->name, sizeof e.name); }
+    else {
+        snprintf(e.name, sizeof e.name, "layers.%d.%s%.20s", p->layer,
+                 engine_rules[p->rule].engine, strrchr(p->name, '.'));
+    }
+    for (int d = 0; d < 3; d++) { e.n[d] = box.n[d] * (d == 1 ? (size_t)e.halves : 1); }
+    for (p->tensor = 0; p->tensor < r->n_tensors; p->tensor++) {
+        const EngineTensor *other = &r->tensor[p->tensor];
+        if (strcmp(other->name, e.name) != 0) { continue; }
+        if (memcmp(other->n, e.n, sizeof e.n)) { refuse("%s: its halves differ in shape", e.name); }
+        return;
+    }
+    e.at = r->bytes;
+    r->bytes += (e.n[0] * e.n[1] * e.n[2] + 255) / 256 * 256;
+    r->tensor[r->n_tensors++] = e;
+}
+
+static inline void hash_add(uint64_t *hash, uint64_t value) { *hash = random_mix(*hash ^ value); }
+
+// Lists who sends which box of param i to whom. Of several ranks with the same box, the receiver
+// itself is asked first; else they take turns, so that the first is not the only one who sends.
+static inline void plan_transfers(Refit *r, int i) {
+    Param *p = &r->param[i];
+    const Mesh *from = param_mesh(r, p, SOURCE), *to = param_mesh(r, p, ENGINE);
+    const int senders = mesh_ranks(from), receivers = mesh_ranks(to);
+    Region have[COMM_RANKS_MAX], want;
+    p->hash = random_key((uint64_t)p->type, p->name);
+    for (int s = 0; s < senders; s++) { slice(&have[s], r, p, SOURCE, s); }
+    for (int s = 0; s < senders; s++) {
+        int replicas = 0, before = 0, holders[COMM_RANKS_MAX] = {0};
+        for (int o = 0; o < senders; o++) {
+            if (memcmp(&have[o], &have[s], sizeof(Region)) != 0) { continue; }
+            holders[replicas++] = from->first + o;
+            before += o < s;
+        }
+        for (int d = 0; d < receivers; d++) {
+            Transfer t = { .param = i, .from = from->first + s, .to = to->first + d };
+            int owner = holders[p->misc ? 0 : d % replicas];
+            for (int k = 0; k < replicas && !p->misc; k++) {
+                owner = holders[k] == t.to ? t.to : owner;
+            }
+            slice(&want, r, p, ENGINE, d);
+            if (owner != t.from || !region_meet(&t.box, &have[s], &want)) { continue; }
+            if ((r->n_transfers & (r->n_transfers - 1)) == 0) {     // room doubles at powers of two
+                size_t room = r->n_transfers ? 2 * r->n_transfers : 1;
+                r->transfer = (Transfer *)realloc(r->transfer, sizeof t * room);
+                require(r->transfer != NULL);
+            }
+            r->transfer[r->n_transfers++] = t;
+            hash_add(&p->hash, (uint64_t)t.from << 32 | (uint64_t)t.to);
+            for (int k = 0; k < 3; k++) {
+                hash_add(&p->hash, t.box.at[k]);
+                hash_add(&p->hash, t.box.n[k]);
+            }
+        }
+    }
+}
+
+// Proves that every byte of the engine's tensors is written exactly once, on every rank.
+static inline void plan_cover(const Refit *r) {
+    const Mesh *all = &r->mesh[ENGINE][0];
+    const size_t ranks = (size_t)mesh_ranks(all), places = (size_t)r->n_tensors * ranks;
+    size_t *bytes = (size_t *)host_calloc(sizeof *bytes * places), *last, *previous;
+    last = (size_t *)host_calloc(sizeof *last * places);        // 1 + a transfer to this place
+    previous = (size_t *)host_calloc(sizeof *previous * (r->n_transfers + 1));
+    Region *box = (Region *)host_calloc(sizeof *box * (r->n_transfers + 1)), whole, both;
+    for (size_t i = 0; i < r->n_transfers; i++) {
+        const Transfer *t = &r->transfer[i];
+        const Param *p = &r->param[t->param];
+        const EngineTensor *e = &r->tensor[p->tensor];
+        const size_t place = (size_t)p->tensor * ranks + (size_t)(t->to - all->first);
+        slice(&whole, r, p, ENGINE, t->to - all->first);
+        box[i] = t->box;
+        for (int d = 0; d < 3; d++) {               // counted from the beginning of the tensor
+            box[i].at[d] += (d == 1) * (size_t)p->half * whole.n[1] - whole.at[d];
+            if (box[i].at[d] + box[i].n[d] > e->n[d]) { refuse("%s: beyond its end", e->name); }
+        }
+        for (size_t k = last[place]; k > 0; k = previous[k - 1]) {
+            if (region_meet(&both, &box[k - 1], &box[i])) {
+                refuse("%s: rank %d would get bytes of it twice, of %s and of %s", e->name, t->to,
+                       r->param[r->transfer[k - 1].param].name, p->name);
+            }
+        }
+        previous[i] = last[place];
+        last[place] = i + 1;
+        bytes[place] += region_bytes(&t->box);
+    }
+    for (size_t i = 0; i < places; i++) {
+        const EngineTensor *e = &r->tensor[i / ranks];
+        size_t want = e->n[0] * e->n[1] * e->n[2];
+        if (bytes[i] != want) {
+            refuse("%s: nobody sends %zu of its %zu bytes to rank %zu", e->name, want - bytes[i],
+                   want, i % ranks + (size_t)all->first);
+        }
+    }
+    free(bytes);
+    free(last);
+    free(previous);
+    free(box);
+}
+
+// What this rank offers must be what the others count on.
+static inline void plan_own(const Refit *r) {
+    for (int i = 0; i < r->n; i++) {
+        const Param *p = &r->param[i];
+        const Mesh *m = param_mesh(r, p, SOURCE);
+        const int place = comm_rank() - m->first, mine = place >= 0 && place < mesh_ranks(m);
+        Region box = { .n = {0} };
+        if (mine) { slice(&box, r, p, SOURCE, place); }
+        if (mine != (p->source != NULL) || (mine && p->dim[0] > 1 && (box.at[0] != (size_t)p->first
+                                            || box.n[0] != (size_t)p->held))) {
+            refuse("%s: rank %d holds %d experts from %d, the plan has %zu from %zu", p->name,
+                   comm_rank(), p->source ? p->held : 0, p->first, box.n[0], box.at[0]);
+        }
+    }
+}
+
+// Collective. All ranks must have made the same plan; the first difference is named.
+static inline void plan_agree(const Refit *r) {
+    const size_t ranks = (size_t)comm_ranks();
+    int all[COMM_RANKS_MAX], least = r->n, different = 0;
+    comm_gather_int(COMM_WORLD, all, &r->n, 1, "refit: tensors");
+    for (size_t k = 0; k < ranks; k++) {
+        different |= all[k] != r->n;
+        least = min_int(least, all[k]);
+    }
+    int *mine = (int *)host_calloc(sizeof(int) * (size_t)(least + 1)), first = least;
+    int *hash = (int *)host_calloc(sizeof(int) * (size_t)(least + 1) * ranks);
+    for (int i = 0; i < least; i++) { mine[i] = (int)r->param[i].hash; }
+    comm_gather_int(COMM_WORLD, hash, mine, least, "refit: plans");
+    for (int i = least - 1; i >= 0; i--) {
+        for (size_t k = 0; k < ranks; k++) {
+            if (hash[k * (size_t)least + (size_t)i] != hash[i]) { first = i; different = 1; }
+        }
+    }
+    free(mine);
+    free(hash);
+    if (!different) { return; }
+    // Names are sorted, so of two that meet, the smaller is the one that somebody lacks.
+    char names[COMM_RANKS_MAX][sizeof(r->param->name)], own[sizeof(r->param->name)] = "~", *low = own;
+    if (first < r->n) { memcpy(own, r->param[first].name, sizeof own); }
+    comm_gather_int(COMM_WORLD, (int *)names, (const int *)own, sizeof own / 4, "refit: names");
+    for (size_t k = 0; k < ranks; k++) { low = strcmp(names[k], low) < 0 ? names[k] : low; }
+    refuse("%s: the ranks plan to send it differently, or some do not know it", low);
+}
+
+// Collective. Makes and proves the plan of all that was offered. engine: bytes it takes on a rank.
+void refit_plan(Refit *r) {
+    size_t total[2] = {0, 0};
+    plan_classify(r);
+    qsort(r->param, (size_t)r->n, sizeof(Param), param_order);
+    r->tensor = (EngineTensor *)host_calloc(sizeof(EngineTensor) * (size_t)(r->n + 1));
+    for (int i = 0; i < r->n; i++) {
+        Param *p = &r->param[i];
+        plan_place(r, p);
+        plan_transfers(r, i);
+        r->bulk += p->misc == NULL;
+        const char *leaf = p->name + strcspn(p->name, "0123456789");
+        if (p->misc && comm_rank() == 0 && (p->layer == 0 || strncmp(p->name, "layers.", 7))) {
+            printf("refit  %s is sent whole: %s\n", leaf, p->misc);
+        }
+    }
+    plan_agree(r);
+    plan_own(r);
+    plan_cover(r);
+    for (size_t i = 0; i < r->n_transfers; i++) {
+        total[r->param[r->transfer[i].param].misc != NULL] += region_bytes(&r->transfer[i].box);
+    }
+    if (comm_rank() == 0) {
+        printf("refit  %d tensors resharded, %.3f MB; %d sent whole, %.3f MB; %zu transfers\n",
+               r->bulk, total[0] / 1e6, r->n - r->bulk, total[1] / 1e6, r->n_transfers);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 11 Resharding: three ways to move
+//
+// What is resharded goes from its owner to the receiver: a stage of layers at a time, all of it to
+// all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. What a rank
+// needs and has is copied. The golden way broadcasts each tensor whole and lets every rank cut out
+// its own: slow, obviously right, and sharing nothing with the plan but slice(). Tensors that are
+// sent whole go that way too, after the others, all of an owner's in one broadcast.
+
+enum { REFIT_POINTS, REFIT_GOLDEN };
+
+// Between two arrays: n (planes, rows, bytes); step: bytes from plane to plane and row to row.
+void copy_box(uint8_t *to, const size_t *to_step, const uint8_t *from, const size_t *from_step,
+              const size_t *n) {
+    CPU_ONLY();
+    #pragma omp parallel for
+    for (size_t e = 0; e < n[0]; e++) {
+        for (size_t i = 0; i < n[1]; i++) {
+            memcpy(to + e * to_step[0] + i * to_step[1], from + e * from_step[0] + i * from_step[1],
+                   n[2]);
+        }
+    }
+}
+
+// Where b begins in an array that holds `whole`, and the array's steps.
+static inline uint8_t *region_at(const void *array, const Region *whole, const Region *b,
+                                 size_t *step) {
+    step[0] = whole->n[1] * whole->n[2];
+    step[1] = whole->n[2];
+    return (uint8_t *)array + (b->at[0] - whole->at[0]) * step[0] +
+           (b->at[1] - whole->at[1]) * step[1] + (b->at[2] - whole->at[2]);
+}
+
+// Region b of p in this rank's part of the trainer.
+static inline uint8_t *source_at(const Refit *r, const Param *p, const Region *b, size_t *step) {
+    Region whole;
+    slice(&whole, r, p, SOURCE, comm_rank() - param_mesh(r, p, SOURCE)->first);
+    return region_at(p->source, &whole, b, step);
+}
+
+// Region b of p in this rank's engine memory: its rows begin behind those of the half before it.
+static inline uint8_t *engine_at(const Refit *r, const Param *p, uint8_t *memory, const Region *b,
+                                 size_t *step) {
+    const EngineTensor *e = &r->tensor[p->tensor];
+    Region whole;
+    slice(&whole, r, p, ENGINE, comm_rank() - param_mesh(r, p, ENGINE)->first);
+    memory += e->at + (size_t)p->half * whole.n[1] * whole.n[2];
+    whole.n[1] *= (size_t)e->halves;
+    return region_at(memory, &whole, b, step);
+}
+
+// Collective. Transfers first .. end-1, in one exchange.
+static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t end) {
+    const int me = comm_rank();
+    size_t out[COMM_RANKS_MAX] = {0}, in[COMM_RANKS_MAX] = {0}, bytes = 0, step[2], step_to[2];
+    for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
+        size_t n = region_bytes(&t->box), away = t->from == t->to ? 0 : n;
+        if (t->from == me) { out[t->to] += away; r->sent += away; r->local += n - away; }
+        if (t->to == me) { in[t->from] += away; r->received += away; }
+        bytes += (t->from == me) * away + (t->to == me) * away;
+    }
+    uint8_t *staging = (uint8_t *)arena_map(bytes + 1), *at = staging, *arrived = NULL;
+    if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+    for (int way = 0; way < 2; way++) {         // packing, then unpacking; by peer, in plan order
+        arrived = at;
+        for (int peer = 0; peer < comm_ranks(); peer++) {
+            for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
+                const Param *p = &r->param[t->param];
+                const size_t *n = t->box.n, flat[2] = { n[1] * n[2], n[2] };
+                if (way == 0 && t->from == me && t->to == peer) {
+                    uint8_t *from = source_at(r, p, &t->box, step), *to = at;
+                    if (peer == me) { to = engine_at(r, p, memory, &t->box, step_to); }
+                    else { at += region_bytes(&t->box); }
+                    copy_box(to, peer == me ? step_to : flat, from, step, n);
+                }
+                if (way == 1 && t->from == peer && t->to == me && peer != me) {
+                    copy_box(engine_at(r, p, memory, &t->box, step), step, at, flat, n);
+                    at += region_bytes(&t->box);
+                }
+            }
+        }
+        if (way == 0) { comm_all_to_all(COMM_WORLD, at, in, staging, out, "refit"); }
+    }
+    require((size_t)(at - staging) == bytes && arrived <= at);
+    arena_unmap(staging, bytes + 1);
+    r->staging = fmax(r->staging, (double)bytes);
+}
+
+// The region of p that rank `root` broadcasts; 0: it has none, or an earlier rank has the same.
+static inline int root_region(Region *box, const Refit *r, const Param *p, int root) {
+    const Mesh *m = param_mesh(r, p, SOURCE);
+    Region other;
+    if (root < m->first || root >= m->first + mesh_ranks(m)) { return 0; }
+    slice(box, r, p, SOURCE, root - m->first);
+    for (int o = 0; o < root - m->first; o++) {
+        slice(&other, r, p, SOURCE, o);
+        if (memcmp(&other, box, sizeof other) == 0) { return 0; }
+    }
+    return 1;
+}
+
+// Collective. Params first .. end-1: from each owner one broadcast of all it has of them.
+static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end) {
+    Region box, mine, both;
+    size_t step[2];
+    for (int root = 0; root < comm_ranks(); root++) {
+        size_t bytes = 0, at = 0;
+        for (int i = first; i < end; i++) {
+            bytes += root_region(&box, r, &r->param[i], root) ? region_bytes(&box) : 0;
+        }
+        if (bytes == 0) { continue; }
+        uint8_t *staging = (uint8_t *)arena_map(bytes);
+        if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+        for (int way = 0; way < 2; way++, at = 0) {
+            for (int i = first; i < end; i++) {
+                const Param *p = &r->param[i];
+                const Mesh *m = param_mesh(r, p, ENGINE);
+                const int place = comm_rank() - m->first;
+                if (!root_region(&box, r, p, root)) { continue; }
+                const size_t flat[2] = { box.n[1] * box.n[2], box.n[2] };
+                if (way == 0 && root == comm_rank()) {
+                    copy_box(staging + at, flat, source_at(r, p, &box, step), step, box.n);
+                }
+                if (way == 1 && place >= 0 && place < mesh_ranks(m) &&
+                    (slice(&mine, r, p, ENGINE, place), region_meet(&both, &box, &mine))) {
+                    size_t from_step[2];
+                    uint8_t *from = region_at(staging + at, &box, &both, from_step);
+                    copy_box(engine_at(r, p, memory, &both, step), step, from, from_step, both.n);
+                }
+                at += region_bytes(&box);
+            }
+            if (way == 0) { comm_broadcast(COMM_WORLD, staging, bytes, root, "refit"); }
+        }
+        arena_unmap(staging, bytes);
+        r->staging = fmax(r->staging, (double)bytes);
+        *(root == comm_rank() ? &r->sent : &r->received) += bytes;
+    }
+}
+
+// Collective. Brings all that was planned into the engine ranks' memory (r->bytes each; NULL on the
+// others). how: REFIT_POINTS, or REFIT_GOLDEN to compare with. Says what moved, and how fast.
+void refit_move(Refit *r, void *memory, int how) {
+    double start = clock_seconds();
+    size_t first = 0;
+    r->sent = r->received = r->local = r->staging = 0;
+    for (int i = 0, end; i < r->bulk; i = end) {
+        const int stage = r->param[i].layer / r->stage_layers;
+        for (end = i; end < r->bulk && r->param[end].layer / r->stage_layers == stage; end++) {
+            if (how == REFIT_GOLDEN) { move_broadcast(r, (uint8_t *)memory, end, end + 1); }
+        }
+        size_t last = first;
+        while (last < r->n_transfers && r->transfer[last].param < end) { last++; }
+        if (how == REFIT_POINTS) { move_points(r, (uint8_t *)memory, first, last); }
+        first = last;
+    }
+    comm_barrier(COMM_WORLD, "refit: resharded");
+    move_broadcast(r, (uint8_t *)memory, r->bulk, r->n);
+    double most[2] = { r->staging, clock_seconds() - start }, sum[3] = { r->sent, r->received, r->local };
+    comm_max_double(COMM_WORLD, most, 2, "refit: time");
+    comm_sum_double(COMM_WORLD, sum, 3, "refit: bytes");
+    r->seconds = most[1];
+    if (comm_rank() == 0) {
+        printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms | %.2f GB/s per rank | "
+               "%.3f MB staging\n", sum[1] / 1e6, sum[2] / 1e6, most[1] * 1e3,
+               sum[1] / comm_ranks() / 1e9 / fmax(most[1], 1e-9), most[0] / 1e6);
+    }
+}
+
+typedef struct {                // an engine's adapters: one set serves while the next one arrives
+    uint8_t *memory[2];         // (r->bytes) each; NULL on ranks that are no engine's
+    int active, version;        // which one serves, and how often it has changed
+} EngineAdapters;
+
+// Collective. Brings new adapters into the buffer that does not serve; all ranks change over
+// together, once each has found its part finite, or none does. Returns 1 if they did.
+int refit_adapters(Refit *r, EngineAdapters *e) {
+    int good = 1, all[COMM_RANKS_MAX];
+    uint8_t *next = e->memory[!e->active];
+    refit_move(r, next, REFIT_POINTS);
+    const real *values = next ? (const real *)host_view(next, r->bytes) : NULL;
+    for (size_t i = 0; values && i < r->bytes / sizeof(real); i++) { good &= isfinite(values[i]) != 0; }
+    if (next) { host_view_end(values, next); }
+    comm_gather_int(COMM_WORLD, all, &good, 1, "refit: acknowledged");
+    for (int k = 0; k < comm_ranks(); k++) { good &= all[k]; }
+    if (good) { e->active = !e->active; e->version++; }
+    else if (comm_rank() == 0) { printf("refit  new adapters are not finite: the old ones stay\n"); }
+    return good;
+}
+
+void refit_free(Refit *r) { free(r->param); free(r->tensor); free(r->transfer); }
 #endif // REFIT_C

@@ -1,4 +1,4 @@
-// files.c: files, folders and JSON, the beginnings of everything this trainer reads.
+// files.c: the file formats that everything here begins with: folders, JSON, safetensors.
 //
 // config.json, the index of a checkpoint, the headers of its files, an adapter's settings, the
 // state of a run and the rows of a data set are all JSON. Nothing here knows what any of them say,
@@ -8,6 +8,7 @@
 // Contents
 //   1 files and folders
 //   2 JSON
+//   3 safetensors headers
 #ifndef FILES_C
 #define FILES_C
 #include "../../kernels.cu"     // the contract: die, host_alloc
@@ -263,5 +264,147 @@ static inline void json_quote(FILE *f, const char *s) {
         else if ((unsigned char)*s >= ' ') { fputc(*s, f); }
     }
     fputc('"', f);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 3 Safetensors headers
+//
+// A header is believed only as a whole: every range as long as its type and shape say, and all of
+// them together covering the data exactly once, without overlaps or holes. The format's own library
+// demands the same (tensor.rs), and it turns a truncated download, a file cut together by hand and
+// random bytes into one thing: an error line.
+
+// The types of the format, in the order of its library. DT_FP4 is two codes per byte, I8 or U8.
+static const struct { const char *name; int bits, type; } dtypes[] = {
+    {"BOOL", 8, -1}, {"F4", 4, -1}, {"F6_E2M3", 6, -1}, {"F6_E3M2", 6, -1}, {"U8", 8, DT_FP4},
+    {"I8", 8, DT_FP4}, {"F8_E5M2", 8, -1}, {"F8_E4M3", 8, DT_FP8}, {"F8_E8M0", 8, DT_E8M0},
+    {"F8_E4M3FNUZ", 8, -1}, {"F8_E5M2FNUZ", 8, -1}, {"I16", 16, -1}, {"U16", 16, -1},
+    {"F16", 16, DT_F16}, {"BF16", 16, DT_BF16}, {"I32", 32, DT_I32}, {"U32", 32, -1},
+    {"F32", 32, DT_F32}, {"C64", 64, -1}, {"F64", 64, -1}, {"I64", 64, DT_I64}, {"U64", 64, -1},
+    {"an unknown type", 0, -1},
+};
+enum { DTYPES = sizeof dtypes / sizeof *dtypes - 1, DIMS_MAX = 4 };
+
+typedef struct {                // one tensor of a file
+    const char *name;
+    int dtype, type, ndim;      // dtype: place in dtypes; type: its DT_*
+    size_t dim[DIMS_MAX];       // the first of them
+    size_t begin, end;          // bytes, counted from the start of the data
+} Entry;
+
+typedef struct {
+    char path[PATH_SIZE];
+    int fd;
+    Json header;                // owns the names
+    size_t n, data;             // tensors; where the data begins
+    Entry *entry;               // (n) sorted by name
+} Safetensors;
+
+// "F32 [2048,4096]" in text (120).
+static inline const char *shape_text(char *text, int dtype, int ndim, const size_t *dim) {
+    char *end = text + sprintf(text, "%s [", dtypes[dtype].name);
+    for (int d = 0; d < ndim && d < DIMS_MAX; d++) {
+        end += sprintf(end, "%s%zu", d ? "," : "", dim[d]);
+    }
+    sprintf(end, ndim > DIMS_MAX ? ",...]" : "]");
+    return text;
+}
+
+static inline int entry_by_begin(const void *a, const void *b) {
+    const Entry *x = (const Entry *)a, *y = (const Entry *)b;
+    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
+    return (x->end > y->end) - (x->end < y->end);
+}
+
+// Of anything that begins with its name.
+static inline int by_name(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+// Reads the header's part of the tensor with key token `key`.
+static inline void safetensors_entry(const Safetensors *s, Entry *e, int key) {
+    const Json *j = &s->header;
+    char text[120];
+    e->name = json_text(j, key);
+    if (json_kind(j, key + 1) != '{') { refuse("%s: %s is no object", s->path, e->name); }
+    const char *dtype = json_text(j, json_get(j, key + 1, "dtype", '"'));
+    int shape = json_get(j, key + 1, "shape", '[');
+    int range = json_get(j, key + 1, "data_offsets", '['), pair = j->tok[range].size == 2;
+    for (e->dtype = 0; e->dtype < DTYPES && strcmp(dtypes[e->dtype].name, dtype); e->dtype++) { }
+    size_t bits = (size_t)dtypes[e->dtype].bits;
+    int sound = bits > 0;
+    e->type = dtypes[e->dtype].type;
+    e->ndim = j->tok[shape].size;
+    for (int d = 0; d < e->ndim; d++) {
+        size_t size = json_size(j, shape + 1 + d);
+        sound &= size != NOWHERE && !__builtin_mul_overflow(bits, size, &bits);
+        if (d < DIMS_MAX) { e->dim[d] = size; }
+    }
+    e->begin = pair ? json_size(j, range + 1) : NOWHERE;
+    e->end = pair ? json_size(j, range + 2) : NOWHERE;
+    if (!sound || e->begin > e->end || e->end == NOWHERE || bits != (e->end - e->begin) * 8) {
+        refuse("%s: %s is %s, and its data_offsets are [%zd,%zd] %s", s->path, e->name,
+               shape_text(text, e->dtype, e->ndim, e->dim), (ssize_t)e->begin, (ssize_t)e->end,
+               damaged);
+    }
+}
+
+// All ranges together must be the data: n bytes, each once. Leaves the entries sorted by name.
+static inline void safetensors_tile(Safetensors *s, size_t n) {
+    size_t at = 0;
+    qsort(s->entry, s->n, sizeof(Entry), entry_by_begin);
+    for (const Entry *e = s->entry; e < s->entry + s->n; at = e++->end) {
+        if (e->begin != at) {
+            refuse("%s: %s at %s, which begins at byte %zu, expected %zu %s", s->path,
+                   e->begin < at ? "an overlap" : "a hole", e->name, e->begin, at, damaged);
+        }
+    }
+    if (at != n) {
+        refuse("%s is %s: it has %zu bytes of data, its header describes %zu %s", s->path,
+               n < at ? "truncated" : "too long", n, at, damaged);
+    }
+    qsort(s->entry, s->n, sizeof(Entry), by_name);
+    for (size_t i = 1; i < s->n; i++) {
+        if (strcmp(s->entry[i - 1].name, s->entry[i].name) == 0) {
+            refuse("%s: %s is there twice %s", s->path, s->entry[i].name, damaged);
+        }
+    }
+}
+
+// Opens a file and checks its header. The data is not read.
+static inline void safetensors_open(Safetensors *s, const char *path, const char *hint) {
+    size_t size, n = 0;                 // a little-endian u64, as on every machine we run on
+    s->fd = file_open(path, &size, hint);
+    path_make(s->path, path, "", "");
+    file_pread(s->fd, &n, size < 8 ? 0 : 8, 0);
+    if (size < 8 || n > TEXT_MOST || n > size - 8) {
+        refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
+               "or no safetensors file", path, n, size, TEXT_MOST);
+    }
+    char *text = (char *)host_calloc(n + 1);
+    file_pread(s->fd, text, n, 8);
+    json_parse(&s->header, s->path, text, n);
+    const jsmntok_t *root = s->header.tok;
+    if (text[0] != '{') { refuse("%s: its header does not begin with { %s", path, damaged); }
+    s->n = 0;
+    s->data = 8 + n;
+    s->entry = (Entry *)host_alloc(sizeof(Entry) * (size_t)root->size);
+    for (int k = 0, i = 1; k < root->size; k++, i = json_next(&s->header, i + 1)) {
+        if (strcmp(json_text(&s->header, i), "__metadata__") == 0) { continue; }
+        safetensors_entry(s, &s->entry[s->n++], i);
+    }
+    safetensors_tile(s, size - s->data);
+}
+
+static inline void safetensors_close(Safetensors *s) {
+    close(s->fd);
+    json_free(&s->header);
+    free(s->entry);
+}
+
+// The tensor of that name, or NULL.
+static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
+    Entry key = { .name = name };
+    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, by_name);
 }
 #endif // FILES_C
