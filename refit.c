@@ -1177,7 +1177,8 @@ void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
 void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
     for (int i = 0; i < s->n; i++) {
         const AdapterTensor *t = &s->tensors[i];
-        refit_offer(r, t->name, DT_F32, (size_t)t->rows, (size_t)t->cols, E, s->p + t->at);
+        refit_offer(r, t->name, DT_F32, (size_t)t->rows, (size_t)t->cols, E,
+                    s->p ? s->p + t->at : NULL);
     }
     for (int i = 0; i < r->n; i++) { r->param[i].width = sizeof(real); }
     for (int k = 0; k < ENGINE_RULES; k++) {

@@ -272,7 +272,237 @@ static void test_meshes(void) {
     }
 }
 
+// -------------------------------------------------------------------------------------------------
+// What must be refused, by name, on all ranks at once
+
+static void plan_ranks(void *unused) {
+    Refit r;
+    (void)unused;
+    comm_launch(k.train, 1, 5);
+    make_source(1);
+    make_refit(&r);
+    if (k.fault == TWICE || k.fault == GAP || k.fault == OTHER_PLAN) {      // the plan itself is damaged
+        for (size_t i = 0; i < r.n_transfers; i++) {
+            Transfer *t = &r.transfer[i];
+            if (strcmp(r.param[t->param].name, "layers.1.ffn.experts.up.weight") || t->to != 2) { continue; }
+            if (k.fault == TWICE) { r.param[t->param].half = 0; }
+            if (k.fault == GAP) { t->box.n[2]--; }
+            if (k.fault == OTHER_PLAN) { r.param[t->param].hash += comm_rank() == 1; }
+        }
+        if (k.fault == OTHER_PLAN) { plan_agree(&r); }
+        plan_cover(&r);
+    }
+    if (k.fault == SWAPPED) {                   // no plan can see this; bytes can
+        uint8_t *memory = (uint8_t *)malloc(r.bytes);
+        refit_move(&r, memory, REFIT_POINTS);
+        verify(&r, memory, 1);
+    }
+}
+
+static void test_refusals(void) {
+    static const struct { int fault, code; const char *expect; } rows[] = {
+        {RIGHT, 0, ""},
+        {DROPPED, 1, "layers.1.attn.wo_b: 0 of 2 tensors are offered"},
+        {DROPPED_BY_ONE, 1, "layers.1.attn.wo_b"},
+        {NO_SCALE, 1, "layers.1.attn.wo_b: 1 of 2 tensors"},
+        {WRONG_TYPE, 1, "layers.1.attn.wo_b.weight has another type"},
+        {OWNER_OFF, 1, "layers.0.ffn.experts.down.scale: rank 1 holds"},
+        {SWAPPED, 3, "layers.1.ffn.experts.w13.weight is wrong"},
+        {TWICE, 1, "layers.1.ffn.experts.w13.weight: rank 0 would get bytes of it twice, "
+         "of layers.1.ffn.experts.gate.weight and of layers.1.ffn.experts.up.weight"},
+        {GAP, 1, "layers.1.ffn.experts.w13.weight: nobody sends 512 of its 32768 bytes to rank 2"},
+        {OTHER_PLAN, 1, "layers.1.ffn.experts.up.weight: the ranks plan to send it differently"},
+        {OTHER_MESH, 1, "layers.0.ffn.experts.down.scale: the ranks plan"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char text[4096];
+        double start = clock_seconds();
+        k = (__typeof__(k)){ .edp = 1, .ep = 4, .train = 4, .dp = 1, .gep = 1, .tp = 4, .stage = 1,
+                             .fault = rows[i].fault };
+        int code = run_child(plan_ranks, NULL, text, sizeof text);
+        double seconds = clock_seconds() - start;
+        check(code == rows[i].code && strstr(text, rows[i].expect),
+              "fault %d: exit code %d, wanted '%s', got: %s", rows[i].fault, code, rows[i].expect, text);
+        check(seconds < 3, "fault %d took %.1f s", rows[i].fault, seconds);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// slice(): every element has as many holders as the repeating axes have ranks, and two axes on one
+// dimension cut from the outside in
+
+static void test_slice(void) {
+    static const int sizes[4][3] = { {1, 1, 4}, {2, 3, 1}, {2, 2, 2}, {3, 1, 5} };
+    enum { N = 12 };
+    long possible = 0, refused = 0, bad = 0;
+    for (int code = 0; code < 64 * 4; code++) {     // what the three axes cut; which sizes they have
+        Refit r = { .layers = 1 };
+        Param p = { .name = "x", .dim = { N, N, 2 * N }, .grain = { 1, 1, 2 }, .width = 1 };
+        int holders[N][N][N] = {0}, repeats = 1, product[3] = { 1, 1, 1 }, whole = 1;
+        const int *size = sizes[code / 64];
+        memcpy(r.mesh[SOURCE][0].size, size, sizeof sizes[0]);
+        for (int a = 0; a < 3; a++) {
+            int d = p.cut[SOURCE][a] = (code >> 2 * a & 3) - 1;
+            *(d < 0 ? &repeats : &product[d]) *= size[a];
+        }
+        for (int d = 0; d < 3; d++) { whole &= N % product[d] == 0; }
+        for (int i = 0; i < size[0] * size[1] * size[2]; i++) {
+            Region b;
+            const char *why = slice(&b, &r, &p, SOURCE, i);
+            bad += whole != (why == NULL);
+            *(why ? &refused : &possible) += 1;
+            for (size_t e = 0; !why && e < region_bytes(&b); e++) {
+                holders[b.at[0] + e / (b.n[1] * b.n[2])][b.at[1] + e / b.n[2] % b.n[1]]
+                       [b.at[2] + e % b.n[2]]++;
+            }
+        }
+        for (int e = 0; whole && e < N * N * N; e++) { bad += (&holders[0][0][0])[e] != repeats; }
+    }
+    check(bad == 0 && possible > 200 && refused > 200, "slice: %ld wrong of %ld boxes, %ld refused",
+          bad, possible, refused);
+    Refit r = { .mesh[SOURCE][0].size = { 2, 3, 1 } };
+    Param p = { .name = "x", .dim = { 12, 4, 64 }, .grain = { 1, 1, 32 }, .width = 1,
+                .cut[SOURCE] = { 0, 0, REPEAT } };
+    for (int i = 0; i < 6; i++) {       // the outer axis cuts 12 in 6, the inner one 6 in 2
+        Region b;
+        check(!slice(&b, &r, &p, SOURCE, i) && b.at[0] == (size_t)(i / 3 * 6 + i % 3 * 2) &&
+              b.n[0] == 2 && b.n[2] == 2, "two axes on one dimension, rank %d", i);
+    }
+    p.cut[SOURCE][0] = 2;       // halves of 64 are whole groups of scales, halves of 96 are not
+    Region half;
+    check(slice(&half, &r, &p, SOURCE, 3) == NULL, "cut at a group of scales");
+    p.dim[2] = 96;
+    const char *why = slice(&half, &r, &p, SOURCE, 3);
+    check(why && strstr(why, "block of scales"), "cut inside a group of scales");
+}
+
+// -------------------------------------------------------------------------------------------------
+// Adapters: to the inactive buffer, and served only when all have them
+
+enum { R = 2 };
+static Adapters adapters;
+
+static void add_adapters(Adapters *s) {
+    char name[96];
+    int local = E / k.ep, first = comm_rank() % k.ep * local;
+    if (comm_rank() >= k.train) { local = E; first = 0; }       // an engine rank knows names alone
+    adapters_begin(s);
+    for (int l = 0; l < L; l++) {
+        snprintf(name, sizeof name, "layers.%d.attn.wkv", l);
+        adapter_add(s, TARGET_WKV, name, C, Q);
+        snprintf(name, sizeof name, "layers.%d.attn.wo_b", l);
+        adapter_add(s, TARGET_WO_B, name, O, Q);
+        snprintf(name, sizeof name, "layers.%d.ffn.experts", l);
+        adapter_add_experts(s, TARGET_EXPERTS_W1, name, "w1", first, local, C, F);
+        adapter_add_experts(s, TARGET_EXPERTS_W2, name, "w2", first, local, F, C);
+        adapter_add_experts(s, TARGET_EXPERTS_W3, name, "w3", first, local, C, F);
+    }
+}
+
+static float adapter_value(int version, const char *name, size_t i) {
+    return random_uniform(random_key((uint64_t)version, name), i);
+}
+
+static const float *adapter_at(const Refit *r, const uint8_t *m, int l, const char *name, size_t n) {
+    return (const float *)(const void *)engine_tensor(r, m, name, l, n * sizeof(real));
+}
+
+// A module's factor on this engine rank: rows from row0 and columns from col0 of the whole.
+static void verify_factor(const float *x, int version, const char *name, int rows, int cols, int row0,
+                          int col0, int all_cols) {
+    for (int i = 0; i < rows * cols; i++) {
+        size_t at = (size_t)(row0 + i / cols) * (size_t)all_cols + (size_t)(col0 + i % cols);
+        if (x[i] != adapter_value(version, name, at) && wrong++ == 0) {
+            fprintf(stderr, "%s is wrong, element %d: %g\n", name, i, (double)x[i]);
+        }
+    }
+}
+
+static void verify_adapters(const Refit *r, const uint8_t *m, int version) {
+    int t = (comm_rank() - k.first) % k.tp;
+    char name[96];
+    wrong = 0;
+    for (int l = 0; l < L; l++) {
+        snprintf(name, sizeof name, "layers.%d.attn.wkv.lora_B", l);            // sent whole
+        verify_factor(adapter_at(r, m, l, "attn.wkv.lora_B", Q * R), version, name, Q, R, 0, 0, R);
+        snprintf(name, sizeof name, "layers.%d.attn.wo_b.lora_A", l);           // cut by its input
+        verify_factor(adapter_at(r, m, l, "attn.wo_b.lora_A", (size_t)(R * O / k.tp)), version, name, R,
+                      O / k.tp, 0, t * O / k.tp, O);
+        const float *a13 = adapter_at(r, m, l, "ffn.experts.w13.lora_A", E * 2 * R * C);
+        const float *b13 = adapter_at(r, m, l, "ffn.experts.w13.lora_B", (size_t)(E * 2 * F / k.tp * R));
+        const float *a2 = adapter_at(r, m, l, "ffn.experts.w2.lora_A", (size_t)(E * R * F / k.tp));
+        const float *b2 = adapter_at(r, m, l, "ffn.experts.w2.lora_B", E * C * R);
+        for (int e = 0; e < E; e++) {
+            for (int up = 0; up < 2; up++) {
+                snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.w%d.lora_A", l, e, up ? 3 : 1);
+                verify_factor(a13 + (e * 2 + up) * R * C, version, name, R, C, 0, 0, C);
+                name[strlen(name) - 1] = 'B';
+                verify_factor(b13 + (e * 2 + up) * F / k.tp * R, version, name, F / k.tp, R,
+                              t * F / k.tp, 0, R);
+            }
+            snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.w2.lora_A", l, e);
+            verify_factor(a2 + e * R * F / k.tp, version, name, R, F / k.tp, 0, t * F / k.tp, F);
+            name[strlen(name) - 1] = 'B';
+            verify_factor(b2 + e * C * R, version, name, C, R, 0, 0, R);
+        }
+    }
+    if (wrong) { exit(3); }
+}
+
+static void adapter_ranks(void *unused) {
+    Refit r = { .layers = L, .stage_layers = 1 };
+    Adapters *s = &adapters;
+    (void)unused;
+    comm_launch(k.first + k.tp > k.train ? k.first + k.tp : k.train, 1, 5);
+    *s = (Adapters){ .R = R, .alpha = 4, .targets = 1u << TARGET_WKV | 1u << TARGET_WO_B |
+                     1u << TARGET_EXPERTS_W1 | 1u << TARGET_EXPERTS_W2 | 1u << TARGET_EXPERTS_W3 };
+    mem_count();
+    add_adapters(s);
+    adapters_alloc(s, 0);
+    mem_open();
+    if (comm_rank() < k.train) { adapters_alloc(s, 0); }
+    add_adapters(s);
+    r.mesh[SOURCE][0] = (Mesh){ 0, { k.train, 1, 1 } };
+    r.mesh[SOURCE][1] = (Mesh){ 0, { k.edp, k.ep, 1 } };
+    r.mesh[ENGINE][0] = r.mesh[ENGINE][1] = (Mesh){ k.first, { 1, 1, k.tp } };
+    refit_offer_adapters(&r, s, E);
+    refit_plan(&r);
+    EngineAdapters engine = { .active = 1 };
+    int mine = comm_rank() >= k.first && comm_rank() < k.first + k.tp;
+    for (int b = 0; mine && b < 2; b++) {
+        engine.memory[b] = (uint8_t *)memset(malloc(r.bytes), 0xA5, r.bytes);
+    }
+    for (int version = 1; version <= 3; version++) {
+        for (int i = 0; comm_rank() < k.train && i < s->n; i++) {
+            const AdapterTensor *t = &s->tensors[i];
+            for (size_t j = 0; j < (size_t)t->rows * (size_t)t->cols; j++) {
+                s->p[t->at + j] = adapter_value(version, t->name, j);
+            }
+        }
+        if (version == 3 && comm_rank() == k.train - 1) { s->p[s->n_dense + s->n_expert - 1] = NAN; }
+        int changed = refit_adapters(&r, &engine);
+        if (changed != (version < 3) || engine.version != (version < 3 ? version : 2)) { exit(4); }
+        if (mine) { verify_adapters(&r, engine.memory[engine.active], version < 3 ? version : 2); }
+    }
+}
+
+static void test_adapters(void) {
+    static const struct { int edp, ep, first, tp; } rows[] = {
+        {1, 4, 0, 4}, {2, 2, 0, 4}, {1, 2, 2, 4}, {1, 8, 0, 8}, {1, 4, 4, 2} };
+    char text[2048];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        k = (__typeof__(k)){ .edp = rows[i].edp, .ep = rows[i].ep, .train = rows[i].edp * rows[i].ep,
+                             .first = rows[i].first, .tp = rows[i].tp };
+        int code = run_child(adapter_ranks, NULL, text, sizeof text);
+        check(code == 0, "adapters, trainer %d x %d, engine of %d from %d: exit code %d %s", k.edp, k.ep,
+              k.tp, k.first, code, text);
+    }
+}
+
 int main(void) {
+    test_slice();
     test_meshes();
+    test_refusals();
+    test_adapters();
     return finish("test_reshard");
 }
