@@ -16,123 +16,19 @@
 // written under a temporary name, synced and renamed, so a run can be killed at any instruction.
 //
 // Contents
-//   1 safetensors headers        4 do the scales fit?           7 adapter folders
-//   2 config.json                5 two namings of an adapter    8 training state
-//   3 reading a checkpoint       6 saving, loading
+//   1 reading a checkpoint       4 saving, loading       7 resharding: who holds what
+//   2 do the scales fit?         5 adapter folders       8 resharding: the plan
+//   3 two namings of an adapter  6 training state        9 resharding: three ways to move
 #ifndef REFIT_C
 #define REFIT_C
 #include "moe.c"            // defines: comm_*; below it Adapters, widen_fp8, widen_fp4
 #include "dev/data/files.c"    // defines: refuse, path_make, file_*, folder_*, json_*
 
-static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
 // -------------------------------------------------------------------------------------------------
-// 2 config.json
-//
-// Every number the model is built from must be there and make sense: a default for a missing key
-// would train another model than the one on the disk, and nothing would tell. Keys of choices that
-// the code does not offer (another router, tied embeddings) must have the one value it implements.
-
-typedef struct {                // config.json, or the built-in tiny model's
-    char model_type[32];
-    int V, C, layers, H, D, rope_dim, Q, G, O;      // Q: q_lora_rank, G: o_groups, O: o_lora_rank
-    int E, K, F, n_shared, hash_layers, window, index_heads, index_dim, index_topk, hc_iters;
-    int max_positions, bos, eos, norm_topk;
-    float route_scale, swiglu_limit, norm_eps, hc_eps;
-    double rope_theta, compress_theta, yarn_factor, beta_fast, beta_slow, original_positions;
-    int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
-} Config;
-
-// A number from low to high; a multiple of `multiple`, if not 0 (fp8 matrices have blocks of 128).
-static inline double config_number(const Json *j, int object, const char *key, double low,
-                                   double high, int multiple) {
-    double value = json_number(j, json_get(j, object, key, '0'));
-    if (value >= low && value <= high && (multiple == 0 || fmod(value, (double)multiple) == 0)) {
-        return value;
-    }
-    refuse("%s: %s is %.12g, expected %.12g to %.12g, a multiple of %d", j->file, key, value, low,
-           high, multiple);
-}
-
-// A key with one legal value. object: -1 if the key may be missing.
-static inline void config_fixed(const Json *j, int object, const char *key, const char *want) {
-    int i = json_find(j, object < 0 ? 0 : object, key);
-    if (i < 0 && object < 0) { return; }
-    const char *have = i < 0 ? "missing" : json_text(j, i);
-    int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
-    if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
-        refuse("%s: %s is %.*s, expected %s HINT: DeepSeek-V4-Flash can be trained, not its Base "
-               "or another model", j->file, key, length, have, want);
-    }
-}
-
-// Reads dir/config.json. Ends the process on anything but the model this trainer knows.
-void config_load(Config *c, const char *dir) {
-    const int many = 1 << 20;
-    char path[PATH_SIZE];
-    Json j;
-    json_load(&j, path_make(path, dir, "/", "config.json"), not_a_folder);
-    config_fixed(&j, 0, "model_type", "deepseek_v4");
-    config_fixed(&j, 0, "expert_dtype", "fp4");         // its Base has them in fp8
-    *c = (Config){ .model_type = "deepseek_v4" };
-    // A table in two columns: the file's key, our field, and for whole numbers range and multiple.
-    #define INT(key, field, low, high, multiple) \
-        c->field = (int)config_number(&j, 0, #key, low, high, multiple);
-    #define NUMBER(key, field) \
-        c->field = (__typeof__(c->field))config_number(&j, 0, #key, 1e-30, 1e9, 0);
-    INT(vocab_size, V, 2, 1 << 30, 1)               INT(hidden_size, C, 128, many, 128)
-    INT(num_hidden_layers, layers, 1, 128, 1)       INT(o_groups, G, 1, many, 1)
-    INT(num_attention_heads, H, 1, many, c->G)      INT(head_dim, D, 128, many, 128)
-    INT(q_lora_rank, Q, 128, many, 128)             INT(o_lora_rank, O, 128, many, 128)
-    INT(n_routed_experts, E, 1, many, 1)            INT(num_experts_per_tok, K, 1, c->E, 1)
-    INT(moe_intermediate_size, F, 128, many, 128)   INT(n_shared_experts, n_shared, 1, 1, 1)
-    INT(num_hash_layers, hash_layers, 0, c->layers, 1)
-    INT(sliding_window, window, 1, many, 1)         INT(index_n_heads, index_heads, 1, many, 1)
-    INT(index_head_dim, index_dim, 128, many, 128)  INT(index_topk, index_topk, 1, many, 1)
-    INT(qk_rope_head_dim, rope_dim, 2, min_int(c->D - 2, c->index_dim), 2)
-    INT(hc_sinkhorn_iters, hc_iters, 1, 64, 1)
-    INT(max_position_embeddings, max_positions, 1, 1 << 30, 1)
-    INT(bos_token_id, bos, 0, c->V - 1, 1)          INT(eos_token_id, eos, 0, c->V - 1, 1)
-    NUMBER(routed_scaling_factor, route_scale)       NUMBER(swiglu_limit, swiglu_limit)
-    NUMBER(rms_norm_eps, norm_eps)                   NUMBER(hc_eps, hc_eps)
-    NUMBER(rope_theta, rope_theta)                   NUMBER(compress_rope_theta, compress_theta)
-    c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
-    int yarn = json_get(&j, 0, "rope_scaling", '{');
-    c->yarn_factor = config_number(&j, yarn, "factor", 1, 1e9, 0);
-    c->beta_slow = config_number(&j, yarn, "beta_slow", 1e-30, 1e9, 0);
-    c->beta_fast = config_number(&j, yarn, "beta_fast", 1.01 * c->beta_slow, 1e9, 0);
-    c->original_positions = config_number(&j, yarn, "original_max_position_embeddings", 1, 1e9, 1);
-    config_fixed(&j, yarn, "type", "yarn");         config_fixed(&j, 0, "hc_mult", "4");
-    config_fixed(&j, 0, "num_key_value_heads", "1");
-    config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
-    config_fixed(&j, 0, "topk_method", "noaux_tc"); config_fixed(&j, -1, "hidden_act", "silu");
-    config_fixed(&j, -1, "tie_word_embeddings", "false");
-    config_fixed(&j, -1, "attention_bias", "false");
-    int quantization = json_get(&j, 0, "quantization_config", '{');
-    config_fixed(&j, quantization, "quant_method", "fp8");
-    config_fixed(&j, quantization, "fmt", "e4m3");
-    config_fixed(&j, quantization, "scale_fmt", "ue8m0");
-    int block = json_get(&j, quantization, "weight_block_size", '[');
-    if (j.tok[block].size != 2 || json_size(&j, block + 1) != FP8_BLOCK ||
-        json_size(&j, block + 2) != FP8_BLOCK) {
-        refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
-    }
-    int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
-    if (n < c->layers) { refuse("%s: %d compress_ratios for %d layers", path, n, c->layers); }
-    for (int l = 0; l < c->layers; l++) {       // more are fine: they belong to the drafter
-        size_t ratio = json_size(&j, ratios + 1 + l);
-        if (ratio != 0 && ratio != 4 && ratio != 128) {
-            refuse("%s: entry %d of compress_ratios is not 0, 4 or 128", path, l);
-        }
-        c->ratio[l] = (int)ratio;
-    }
-    json_free(&j);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 3 Reading a checkpoint
+// 1 Reading a checkpoint
 //
 // The caller's table says what the model needs, the index which file has it, the file's header what
 // it has: all three must agree, name by name, before the first weight is read. A rank reads only
@@ -140,7 +36,7 @@ void config_load(Config *c, const char *dir) {
 // drafter that helps inference) are not looked at.
 
 typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
-    char name[96];              // it goes
+    char name[96];              // it goes. In a table, a matrix is followed by its scales
     int type, ndim;             // DT_*; DT_FP4: dims as in the file, (out, in/2)
     size_t dim[3];
     void *data;                 // NULL: must be there, is not read. DT_I64 is int32 in memory
@@ -317,7 +213,7 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 4 Do the scales fit?
+// 2 Do the scales fit?
 //
 // A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
 // its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
@@ -347,16 +243,12 @@ static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
 // Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
 // 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
 void check_scales(const Tensor *t, size_t n) {
-    Want *want = wants_sorted(t, n);
     int printed[2] = {0, 0};
     for (size_t i = 0; i < n; i++) {
-        char name[104];
         int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
         if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
-        snprintf(name, sizeof name, "%.*sscale", (int)strlen(t[i].name) - 6, t[i].name);
-        const Want *scale = wants_find(want, n, name);      // x.weight has its scales in x.scale
-        require(scale != NULL && scale->t->data != NULL && t[i].ndim == 2);
-        double mean = mean_magnitude(&t[i], scale->t->data, C), relative = mean * sqrt((double)C);
+        require(i + 1 < n && t[i + 1].type == DT_E8M0 && t[i + 1].data && t[i].ndim == 2);
+        double mean = mean_magnitude(&t[i], t[i + 1].data, C), relative = mean * sqrt((double)C);
         if (!(relative >= 0.05 && relative <= 20)) {
             refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
                    "scales are not those it was quantised with", t[i].name, mean, relative);
@@ -365,11 +257,10 @@ void check_scales(const Tensor *t, size_t n) {
             printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
         }
     }
-    free(want);
 }
 
 // -------------------------------------------------------------------------------------------------
-// 5 The two namings of an adapter
+// 3 The two namings of an adapter
 //
 // Programs that serve the model know its matrices by the checkpoint's names, one per expert (vllm).
 // transformers (hf) has names of its own, and one tensor for all experts of a layer, with w1 over
@@ -518,7 +409,7 @@ static inline int roster_mine(const Roster *f, const Item *it, int writing) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 6 Saving together, loading alone
+// 4 Saving together, loading alone
 //
 // An expert's adapter exists on one rank (of each replica group), so all ranks write one file: the
 // first its header, each its own tensors, at places that everybody can compute. In a fused tensor a
@@ -531,13 +422,6 @@ typedef struct {                // a file of which runs are read or written
     size_t base, at;            // where the present tensor begins; where f is
     int error;                  // the first errno; EDOM: an element that must be zero is not
 } Stream;
-
-// Half precision: its bits, moved to float's places, are 2^112 too small; inf and NaN are special.
-static inline float float_from_f16(uint16_t h) {
-    uint32_t bits = bits_from_float(float_from_bits((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f);
-    bits |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
-    return float_from_bits(bits | (uint32_t)(h & 0x8000) << 16);
-}
 
 // A run: elements first .. first + n - 1 of the tensor in the file lie `stride` apart in memory.
 // Writes them from there, or reads them to there; values == NULL: they must be zero.
@@ -756,7 +640,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 7 Adapter folders
+// 5 Adapter folders
 //
 // What PEFT and vLLM load. target_modules is a pattern anchored at both ends: a bare "wkv" or
 // "q_b_proj" would also match the compressor's and the indexer's matrices, which were not trained,
@@ -888,7 +772,7 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
 void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(dir, s, c, 0); }
 
 // -------------------------------------------------------------------------------------------------
-// 8 Training state
+// 6 Training state
 //
 // OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
 // moments and state.json: what the loop wants to know, and which files with how many bytes make a
@@ -1004,7 +888,7 @@ void training_load(const char *path, Adapters *s, const Config *c) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 9 Resharding: who holds what
+// 7 Resharding: who holds what
 //
 // Trainer and engine hold the same matrices cut differently: the trainer's ranks own whole experts,
 // tensor-parallel engine ranks a slice of each. Both cuts are one rule. Ranks form a grid, a mesh,
@@ -1034,7 +918,7 @@ typedef struct {                // one tensor of the trainer, under a name that 
     uint64_t hash;              // of all that ranks must agree on
 } Param;
 
-typedef struct { char name[96]; int halves; size_t n[3], at; } EngineTensor;    // bytes; at: of memory
+typedef struct { char name[96]; size_t n[3], at; } EngineTensor;     // in bytes; at: of its memory
 typedef struct { int param, from, to; Region box; } Transfer;
 
 typedef struct {
@@ -1156,20 +1040,13 @@ void refit_offer(Refit *r, const char *name, int type, size_t rows, size_t cols,
     r->param[r->n++] = p;
 }
 
-// Offers all tensors of the model: what the checkpoint holds, and so an engine's base.
+// Offers all tensors of the model's table: what the checkpoint holds, and so an engine's base.
 void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
-    Want *want = wants_sorted(t, n);
     for (size_t i = 0; i < n; i++) {
-        const Tensor *of = &t[i];
-        char name[104];
-        if (t[i].type == DT_E8M0) {         // x.scale stands for the elements of x.weight
-            snprintf(name, sizeof name, "%.*sweight", (int)strlen(t[i].name) - 5, t[i].name);
-            of = wants_find(want, n, name)->t;
-        }
-        size_t rows = of->ndim > 1 ? of->dim[0] : 1, cols = of->ndim > 1 ? of->dim[1] : of->dim[0];
+        const Tensor *of = &t[i - (t[i].type == DT_E8M0)];      // scales stand for elements of x.weight
+        size_t rows = of->ndim > 1 ? of->dim[0] : 1, cols = of->dim[of->ndim - 1];
         refit_offer(r, t[i].name, t[i].type, rows, cols << (of->type == DT_FP4), E, t[i].data);
     }
-    free(want);
     r->needed = (1u << ENGINE_RULES) - 1;
 }
 
@@ -1188,7 +1065,7 @@ void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 10 Resharding: the plan
+// 8 Resharding: the plan
 //
 // Made once, by every rank alone, from what all of them know; so nobody has to ask anybody during a
 // refit. That is safe only if it is proved: the engine's bytes are each written exactly once, what
@@ -1248,23 +1125,23 @@ static inline void plan_classify(Refit *r) {
 
 // Places p in the engine's memory: beside its other half, or in a tensor of its own.
 static inline void plan_place(Refit *r, Param *p) {
-    EngineTensor e = { .halves = p->misc ? 1 : engine_rules[p->rule].halves };
+    EngineTensor e = { .at = r->bytes };
     Region box;
     slice(&box, r, p, ENGINE, 0);
-    p->half = p->misc ? 0 : engine_rules[p->rule].half;
-    if (p->misc) { memcpy(e.name, p->name, sizeof e.name); }
-    else {
+    memcpy(e.name, p->name, sizeof e.name);
+    memcpy(e.n, box.n, sizeof e.n);
+    if (!p->misc) {
+        p->half = engine_rules[p->rule].half;
+        e.n[1] *= (size_t)engine_rules[p->rule].halves;
         snprintf(e.name, sizeof e.name, "layers.%d.%s%.20s", p->layer,
                  engine_rules[p->rule].engine, strrchr(p->name, '.'));
     }
-    for (int d = 0; d < 3; d++) { e.n[d] = box.n[d] * (d == 1 ? (size_t)e.halves : 1); }
     for (p->tensor = 0; p->tensor < r->n_tensors; p->tensor++) {
         const EngineTensor *other = &r->tensor[p->tensor];
         if (strcmp(other->name, e.name) != 0) { continue; }
         if (memcmp(other->n, e.n, sizeof e.n)) { refuse("%s: its halves differ in shape", e.name); }
         return;
     }
-    e.at = r->bytes;
     r->bytes += (e.n[0] * e.n[1] * e.n[2] + 255) / 256 * 256;
     r->tensor[r->n_tensors++] = e;
 }
@@ -1369,33 +1246,26 @@ static inline void plan_own(const Refit *r) {
     }
 }
 
-// Collective. All ranks must have made the same plan; the first difference is named.
+// Collective. All ranks must have made rank 0's plan; the first difference is named.
 static inline void plan_agree(const Refit *r) {
-    const size_t ranks = (size_t)comm_ranks();
-    int all[COMM_RANKS_MAX], least = r->n, different = 0;
-    comm_gather_int(COMM_WORLD, all, &r->n, 1, "refit: tensors");
-    for (size_t k = 0; k < ranks; k++) {
-        different |= all[k] != r->n;
-        least = min_int(least, all[k]);
+    typedef struct { char name[sizeof r->param->name]; uint64_t hash; } Line;
+    int n = r->n;
+    comm_broadcast(COMM_WORLD, &n, sizeof n, 0, "refit: tensors");
+    Line *lines = (Line *)host_calloc(sizeof *lines * (size_t)n);
+    for (int i = 0; i < n && comm_rank() == 0; i++) {
+        memcpy(lines[i].name, r->param[i].name, sizeof lines[i].name);
+        lines[i].hash = r->param[i].hash;
     }
-    int *mine = (int *)host_calloc(sizeof(int) * (size_t)(least + 1)), first = least;
-    int *hash = (int *)host_calloc(sizeof(int) * (size_t)(least + 1) * ranks);
-    for (int i = 0; i < least; i++) { mine[i] = (int)r->param[i].hash; }
-    comm_gather_int(COMM_WORLD, hash, mine, least, "refit: plans");
-    for (int i = least - 1; i >= 0; i--) {
-        for (size_t k = 0; k < ranks; k++) {
-            if (hash[k * (size_t)least + (size_t)i] != hash[i]) { first = i; different = 1; }
-        }
+    comm_broadcast(COMM_WORLD, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
+    for (int i = 0; i < n || i < r->n; i++) {
+        const char *own = i < r->n ? r->param[i].name : "~", *name = i < n ? lines[i].name : "~";
+        if (i < n && i < r->n && !strcmp(own, name) && lines[i].hash == r->param[i].hash) { continue; }
+        // Names are sorted: of two that meet, the smaller one is not known to the other rank.
+        refuse("%s: ranks 0 and %d do not plan to send it alike, or one does not know it",
+               strcmp(own, name) < 0 ? own : name, comm_rank());
     }
-    free(mine);
-    free(hash);
-    if (!different) { return; }
-    // Names are sorted, so of two that meet, the smaller is the one that somebody lacks.
-    char names[COMM_RANKS_MAX][sizeof(r->param->name)], own[sizeof(r->param->name)] = "~", *low = own;
-    if (first < r->n) { memcpy(own, r->param[first].name, sizeof own); }
-    comm_gather_int(COMM_WORLD, (int *)names, (const int *)own, sizeof own / 4, "refit: names");
-    for (size_t k = 0; k < ranks; k++) { low = strcmp(names[k], low) < 0 ? names[k] : low; }
-    refuse("%s: the ranks plan to send it differently, or some do not know it", low);
+    free(lines);
+    comm_barrier(COMM_WORLD, "refit: all ranks agree");
 }
 
 // Collective. Makes and proves the plan of all that was offered. engine: bytes it takes on a rank.
@@ -1427,7 +1297,7 @@ void refit_plan(Refit *r) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 11 Resharding: three ways to move
+// 9 Resharding: three ways to move
 //
 // What is resharded goes from its owner to the receiver: a stage of layers at a time, all of it to
 // all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. What a rank
@@ -1473,8 +1343,16 @@ static inline uint8_t *engine_at(const Refit *r, const Param *p, uint8_t *memory
     Region whole;
     slice(&whole, r, p, ENGINE, comm_rank() - param_mesh(r, p, ENGINE)->first);
     memory += e->at + (size_t)p->half * whole.n[1] * whole.n[2];
-    whole.n[1] *= (size_t)e->halves;
+    whole.n[1] = e->n[1];
     return region_at(memory, &whole, b, step);
+}
+
+// Room for what travels together; given back right after.
+static inline uint8_t *staging_begin(Refit *r, size_t bytes) {
+    uint8_t *staging = (uint8_t *)arena_map(bytes + 1);
+    if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+    r->staging = fmax(r->staging, (double)bytes);
+    return staging;
 }
 
 // Collective. Transfers first .. end-1, in one exchange.
@@ -1487,10 +1365,8 @@ static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t e
         if (t->to == me) { in[t->from] += away; r->received += away; }
         bytes += (t->from == me) * away + (t->to == me) * away;
     }
-    uint8_t *staging = (uint8_t *)arena_map(bytes + 1), *at = staging, *arrived = NULL;
-    if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+    uint8_t *staging = staging_begin(r, bytes), *at = staging;
     for (int way = 0; way < 2; way++) {         // packing, then unpacking; by peer, in plan order
-        arrived = at;
         for (int peer = 0; peer < comm_ranks(); peer++) {
             for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
                 const Param *p = &r->param[t->param];
@@ -1509,9 +1385,8 @@ static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t e
         }
         if (way == 0) { comm_all_to_all(COMM_WORLD, at, in, staging, out, "refit"); }
     }
-    require((size_t)(at - staging) == bytes && arrived <= at);
+    require((size_t)(at - staging) == bytes);
     arena_unmap(staging, bytes + 1);
-    r->staging = fmax(r->staging, (double)bytes);
 }
 
 // The region of p that rank `root` broadcasts; 0: it has none, or an earlier rank has the same.
@@ -1537,8 +1412,7 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
             bytes += root_region(&box, r, &r->param[i], root) ? region_bytes(&box) : 0;
         }
         if (bytes == 0) { continue; }
-        uint8_t *staging = (uint8_t *)arena_map(bytes);
-        if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+        uint8_t *staging = staging_begin(r, bytes);
         for (int way = 0; way < 2; way++, at = 0) {
             for (int i = first; i < end; i++) {
                 const Param *p = &r->param[i];
@@ -1559,8 +1433,7 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
             }
             if (way == 0) { comm_broadcast(COMM_WORLD, staging, bytes, root, "refit"); }
         }
-        arena_unmap(staging, bytes);
-        r->staging = fmax(r->staging, (double)bytes);
+        arena_unmap(staging, bytes + 1);
         *(root == comm_rank() ? &r->sent : &r->received) += bytes;
     }
 }

@@ -311,8 +311,8 @@ static void test_refusals(void) {
         {TWICE, 1, "layers.1.ffn.experts.w13.weight: rank 0 would get bytes of it twice, "
          "of layers.1.ffn.experts.gate.weight and of layers.1.ffn.experts.up.weight"},
         {GAP, 1, "layers.1.ffn.experts.w13.weight: nobody sends 512 of its 32768 bytes to rank 2"},
-        {OTHER_PLAN, 1, "layers.1.ffn.experts.up.weight: the ranks plan to send it differently"},
-        {OTHER_MESH, 1, "layers.0.ffn.experts.down.scale: the ranks plan"},
+        {OTHER_PLAN, 1, "layers.1.ffn.experts.up.weight: ranks 0 and 1 do not plan"},
+        {OTHER_MESH, 1, "layers.0.ffn.experts.down.scale: ranks 0 and 1 do not plan"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char text[4096];

@@ -1,17 +1,18 @@
-// files.c: the file formats that everything here begins with: folders, JSON, safetensors.
+// files.c: what files say, before anyone looks at their data: JSON, headers, the configuration.
 //
 // config.json, the index of a checkpoint, the headers of its files, an adapter's settings, the
-// state of a run and the rows of a data set are all JSON. Nothing here knows what any of them say,
-// and nothing that is read is trusted: what is cut short, nested without end or not quite JSON ends
-// the process with one line that names the file.
+// state of a run and the rows of a data set are all JSON. Nothing that is read is trusted: what is
+// cut short, nested without end, not quite JSON, or of another model ends the process with one line
+// that names the file, and the tensor or key. No ranks here, and no weights: those are refit.c's.
 //
 // Contents
 //   1 files and folders
 //   2 JSON
 //   3 safetensors headers
+//   4 config.json
 #ifndef FILES_C
 #define FILES_C
-#include "../../kernels.cu"     // the contract: die, host_alloc
+#include "../../fp8.c"          // defines: min_int; below it the contract: die, host_alloc
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -27,6 +28,7 @@
 
 enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
 #define NOWHERE SIZE_MAX
+static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char damaged[] = "HINT: the file is damaged, fetch it again";
 
 // Bad input: this file ends the process a lot.
@@ -406,5 +408,108 @@ static inline void safetensors_close(Safetensors *s) {
 static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
     Entry key = { .name = name };
     return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, by_name);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 4 config.json
+//
+// Every number the model is built from must be there and make sense: a default for a missing key
+// would train another model than the one on the disk, and nothing would tell. Keys of choices that
+// the code does not offer (another router, tied embeddings) must have the one value it implements.
+
+typedef struct {                // config.json, or the built-in tiny model's
+    char model_type[32];
+    int V, C, layers, H, D, rope_dim, Q, G, O;      // Q: q_lora_rank, G: o_groups, O: o_lora_rank
+    int E, K, F, n_shared, hash_layers, window, index_heads, index_dim, index_topk, hc_iters;
+    int max_positions, bos, eos, norm_topk;
+    float route_scale, swiglu_limit, norm_eps, hc_eps;
+    double rope_theta, compress_theta, yarn_factor, beta_fast, beta_slow, original_positions;
+    int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
+} Config;
+
+// A number from low to high; a multiple of `multiple`, if not 0 (fp8 matrices have blocks of 128).
+static inline double config_number(const Json *j, int object, const char *key, double low,
+                                   double high, int multiple) {
+    double value = json_number(j, json_get(j, object, key, '0'));
+    if (value >= low && value <= high && (multiple == 0 || fmod(value, (double)multiple) == 0)) {
+        return value;
+    }
+    refuse("%s: %s is %.12g, expected %.12g to %.12g, a multiple of %d", j->file, key, value, low,
+           high, multiple);
+}
+
+// A key with one legal value. object: -1 if the key may be missing.
+static inline void config_fixed(const Json *j, int object, const char *key, const char *want) {
+    int i = json_find(j, object < 0 ? 0 : object, key);
+    if (i < 0 && object < 0) { return; }
+    const char *have = i < 0 ? "missing" : json_text(j, i);
+    int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
+    if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
+        refuse("%s: %s is %.*s, expected %s HINT: DeepSeek-V4-Flash can be trained, not its Base "
+               "or another model", j->file, key, length, have, want);
+    }
+}
+
+// Reads dir/config.json. Ends the process on anything but the model this trainer knows.
+void config_load(Config *c, const char *dir) {
+    const int many = 1 << 20;
+    char path[PATH_SIZE];
+    Json j;
+    json_load(&j, path_make(path, dir, "/", "config.json"), not_a_folder);
+    config_fixed(&j, 0, "model_type", "deepseek_v4");
+    config_fixed(&j, 0, "expert_dtype", "fp4");         // its Base has them in fp8
+    *c = (Config){ .model_type = "deepseek_v4" };
+    // A table in two columns: the file's key, our field, and for whole numbers range and multiple.
+    #define INT(key, field, low, high, multiple) \
+        c->field = (int)config_number(&j, 0, #key, low, high, multiple);
+    #define NUMBER(key, field) \
+        c->field = (__typeof__(c->field))config_number(&j, 0, #key, 1e-30, 1e9, 0);
+    INT(vocab_size, V, 2, 1 << 30, 1)               INT(hidden_size, C, 128, many, 128)
+    INT(num_hidden_layers, layers, 1, 128, 1)       INT(o_groups, G, 1, many, 1)
+    INT(num_attention_heads, H, 1, many, c->G)      INT(head_dim, D, 128, many, 128)
+    INT(q_lora_rank, Q, 128, many, 128)             INT(o_lora_rank, O, 128, many, 128)
+    INT(n_routed_experts, E, 1, many, 1)            INT(num_experts_per_tok, K, 1, c->E, 1)
+    INT(moe_intermediate_size, F, 128, many, 128)   INT(n_shared_experts, n_shared, 1, 1, 1)
+    INT(num_hash_layers, hash_layers, 0, c->layers, 1)
+    INT(sliding_window, window, 1, many, 1)         INT(index_n_heads, index_heads, 1, many, 1)
+    INT(index_head_dim, index_dim, 128, many, 128)  INT(index_topk, index_topk, 1, many, 1)
+    INT(qk_rope_head_dim, rope_dim, 2, min_int(c->D - 2, c->index_dim), 2)
+    INT(hc_sinkhorn_iters, hc_iters, 1, 64, 1)
+    INT(max_position_embeddings, max_positions, 1, 1 << 30, 1)
+    INT(bos_token_id, bos, 0, c->V - 1, 1)          INT(eos_token_id, eos, 0, c->V - 1, 1)
+    NUMBER(routed_scaling_factor, route_scale)       NUMBER(swiglu_limit, swiglu_limit)
+    NUMBER(rms_norm_eps, norm_eps)                   NUMBER(hc_eps, hc_eps)
+    NUMBER(rope_theta, rope_theta)                   NUMBER(compress_rope_theta, compress_theta)
+    c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
+    int yarn = json_get(&j, 0, "rope_scaling", '{');
+    c->yarn_factor = config_number(&j, yarn, "factor", 1, 1e9, 0);
+    c->beta_slow = config_number(&j, yarn, "beta_slow", 1e-30, 1e9, 0);
+    c->beta_fast = config_number(&j, yarn, "beta_fast", 1.01 * c->beta_slow, 1e9, 0);
+    c->original_positions = config_number(&j, yarn, "original_max_position_embeddings", 1, 1e9, 1);
+    config_fixed(&j, yarn, "type", "yarn");         config_fixed(&j, 0, "hc_mult", "4");
+    config_fixed(&j, 0, "num_key_value_heads", "1");
+    config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
+    config_fixed(&j, 0, "topk_method", "noaux_tc"); config_fixed(&j, -1, "hidden_act", "silu");
+    config_fixed(&j, -1, "tie_word_embeddings", "false");
+    config_fixed(&j, -1, "attention_bias", "false");
+    int quantization = json_get(&j, 0, "quantization_config", '{');
+    config_fixed(&j, quantization, "quant_method", "fp8");
+    config_fixed(&j, quantization, "fmt", "e4m3");
+    config_fixed(&j, quantization, "scale_fmt", "ue8m0");
+    int block = json_get(&j, quantization, "weight_block_size", '[');
+    if (j.tok[block].size != 2 || json_size(&j, block + 1) != FP8_BLOCK ||
+        json_size(&j, block + 2) != FP8_BLOCK) {
+        refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
+    }
+    int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
+    if (n < c->layers) { refuse("%s: %d compress_ratios for %d layers", path, n, c->layers); }
+    for (int l = 0; l < c->layers; l++) {       // more are fine: they belong to the drafter
+        size_t ratio = json_size(&j, ratios + 1 + l);
+        if (ratio != 0 && ratio != 4 && ratio != 128) {
+            refuse("%s: entry %d of compress_ratios is not 0, 4 or 128", path, l);
+        }
+        c->ratio[l] = (int)ratio;
+    }
+    json_free(&j);
 }
 #endif // FILES_C
