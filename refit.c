@@ -1,266 +1,32 @@
-// refit.c: weights changing layout, between files and the trainer.
+// refit.c: trained weights leave the trainer, for a file or for an inference engine.
 //
-// A checkpoint is not memory. On disk a tensor is a name, a type, a shape and a range of bytes in
-// one of many files; in the trainer it is a pointer; in another program it has another name, or is
-// a slice of something larger. This file is every such change, and it does not know the model: it
-// takes tables of (name, type, shape, pointer) and the list of trained matrices.
+// In the trainer a tensor is a pointer, and each rank has some of them. In a file it is a name, a
+// shape and a range of bytes; in another program it has another name, or is fused with others; in
+// an engine it is cut over ranks in another way. This file is all these changes, and it does not
+// know the model: it takes the list of trained matrices, and a table of (name, type, shape, place).
 //
-//     safetensors file:   u64 n | n bytes of JSON {name: {dtype, shape, data_offsets}} | the data
-//     checkpoint folder:  config.json, model.safetensors.index.json (name -> file), the files
 //     adapter folder:     adapter_config.json, adapter_model.safetensors (PEFT's format)
 //     training state:     an adapter folder with optimizer.safetensors and state.json
+//     refit:              box of the trainer's rank -> box of the engine's rank, over the wire
 //
-// Two rules. Nothing that is read is trusted: files arrive truncated, renamed, half downloaded or
-// made for another model, and each such defect ends with one line that names the tensor or the
-// file. And nothing written replaces anything before it is complete and on the disk: folders are
-// written under a temporary name, synced and renamed, so a run can be killed at any instruction.
+// Nothing written replaces anything before it is complete and on the disk: folders are written
+// under a temporary name, synced and renamed, so a run can be killed at any instruction. Nothing is
+// sent before all ranks have proved that they plan the same, and that it leaves no byte out.
 //
 // Contents
-//   1 reading a checkpoint       4 saving, loading       7 resharding: who holds what
-//   2 do the scales fit?         5 adapter folders       8 resharding: the plan
-//   3 two namings of an adapter  6 training state        9 resharding: three ways to move
+//   1 two namings of an adapter       5 resharding: who holds what
+//   2 saving together, loading alone  6 resharding: the plan
+//   3 adapter folders                 7 resharding: three ways to move
+//   4 training state
 #ifndef REFIT_C
 #define REFIT_C
-#include "moe.c"            // defines: comm_*; below it Adapters, widen_fp8, widen_fp4
-#include "dev/data/files.c"    // defines: refuse, path_make, file_*, folder_*, json_*
+#include "dev/data/checkpoint.c"    // defines: Tensor, Config, safetensors_*, json_*, path_make,
+                                    // refuse; below it comm_*, Adapters
 
-static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
 // -------------------------------------------------------------------------------------------------
-// 1 Reading a checkpoint
-//
-// The caller's table says what the model needs, the index which file has it, the file's header what
-// it has: all three must agree, name by name, before the first weight is read. A rank reads only
-// the tensors that have a pointer, each straight to its place, by all threads. mtp.* tensors (a
-// drafter that helps inference) are not looked at.
-
-typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
-    char name[96];              // it goes. In a table, a matrix is followed by its scales
-    int type, ndim;             // DT_*; DT_FP4: dims as in the file, (out, in/2)
-    size_t dim[3];
-    void *data;                 // NULL: must be there, is not read. DT_I64 is int32 in memory
-    float mean, std;            // random base: how its elements are drawn
-} Tensor;
-
-typedef struct {                // what all three say about one tensor
-    const char *name;
-    const Tensor *t;
-    const char *file;           // NULL: not in the index
-    const Safetensors *shard;
-    const Entry *entry;
-} Want;
-
-// The table, sorted by name.
-static inline Want *wants_sorted(const Tensor *t, size_t n) {
-    Want *want = (Want *)host_calloc(n * sizeof *want);
-    for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
-    qsort(want, n, sizeof *want, by_name);
-    return want;
-}
-
-static inline Want *wants_find(Want *want, size_t n, const char *name) {
-    Want key = { .name = name };
-    return (Want *)bsearch(&key, want, n, sizeof key, by_name);
-}
-
-// Takes the file of every tensor from the index, whose texts j keeps.
-static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
-    json_load(j, path, not_a_folder);
-    int map = json_get(j, 0, "weight_map", '{');
-    for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
-        const char *name = json_text(j, i), *file = json_text(j, i + 1);
-        Want *w = wants_find(want, n, name);
-        if (strncmp(name, "mtp.", 4) == 0) { continue; }
-        if (w == NULL || w->file || json_kind(j, i + 1) != '"') {
-            refuse("%s: %s is %s %s", path, name, w == NULL ? "not in the model" : w->file
-                   ? "there twice" : "in no file", mixed);
-        }
-        w->file = file;
-    }
-    for (size_t i = 0; i < n; i++) {
-        if (want[i].file == NULL) { refuse("%s: %s is missing %s", path, want[i].name, mixed); }
-    }
-}
-
-// Opens the files and finds every tensor in its own, and no other tensor in any.
-static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
-    Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
-    char path[PATH_SIZE], have[120], need[120];
-    *shards = 0;
-    for (size_t i = 0; i < n; i++) {
-        int s = 0;
-        path_make(path, dir, "/", want[i].file);
-        while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
-        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, not_a_folder); }
-        const Tensor *t = want[i].t;
-        const Entry *e = safetensors_find(&shard[s], t->name);
-        want[i].shard = &shard[s];
-        want[i].entry = e;
-        if (e == NULL) { refuse("%s: the index places %s in it %s", path, t->name, mixed); }
-        int same = e->ndim == t->ndim, dtype = DTYPES - 1;
-        for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
-        same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
-        while (dtypes[dtype].type != t->type) { dtype--; }
-        if (!same) {
-            refuse("%s: %s is %s, expected %s %s", path, t->name,
-                   shape_text(have, e->dtype, e->ndim, e->dim),
-                   shape_text(need, dtype, t->ndim, t->dim), mixed);
-        }
-    }
-    for (int s = 0; s < *shards; s++) {
-        for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
-            const Want *w = wants_find(want, n, e->name);
-            if ((w == NULL && strncmp(e->name, "mtp.", 4)) || (w && w->shard != &shard[s])) {
-                refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
-                       w ? "names another for it" : "does not know it", mixed);
-            }
-        }
-    }
-    return shard;
-}
-
-// Reads one tensor, where it is wanted. Returns NULL, or what is wrong.
-static inline const char *want_read(const Want *w) {
-    const size_t at = w->shard->data + w->entry->begin, n = w->entry->end - w->entry->begin;
-    const int narrow = w->entry->type == DT_I64;        // int64 in the file, int32 in memory
-    if (w->t->data == NULL) { return NULL; }
-    const int aside = narrow || ON_GPU;         // not read where it is wanted
-    int64_t *wide = (int64_t *)(aside ? host_alloc(n) : w->t->data);
-    int error = file_pread(w->shard->fd, wide, n, at);
-    if (error) { return strerror(error); }
-    if (w->t->type == DT_E8M0 && memchr(wide, 255, n)) { return "holds the e8m0 byte 255, a NaN"; }
-    for (size_t k = 0; k < n / 8 && narrow; k++) {      // in place, front to back
-        int32_t value = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
-        memcpy((char *)wide + 4 * k, &value, 4);
-    }
-    if (aside) {
-        upload(w->t->data, wide, narrow ? n / 2 : n);
-        free(wide);
-    }
-    return NULL;
-}
-
-// A line every two seconds on rank 0, so that long work can be told from a hang.
-static inline void progress(const char *what, size_t done, size_t total, double start,
-                            double *last) {
-    double now = clock_seconds();
-    if (comm_rank() != 0 || now - *last < 2) { return; }
-    *last = now;
-    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
-           now - start, done / 1e9 / fmax(now - start, 1e-9));
-    fflush(stdout);
-}
-
-// Reads all tensors that have a pointer. Of several that fail, the first one is reported.
-static inline void wants_read(Want *want, size_t n) {
-    double start = clock_seconds(), last = start;
-    size_t total = 0, done = 0, bad = n;
-    const char *error = NULL;
-    for (size_t i = 0; i < n; i++) {
-        total += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
-    }
-    #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++) {
-        const char *failed = want_read(&want[i]);
-        #pragma omp critical
-        {
-            if (failed && i < bad) { bad = i; error = failed; }
-            done += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
-            progress("load", done, total, start, &last);
-        }
-    }
-    if (error) { refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error, damaged); }
-    last = 0;
-    if (total > 0) { progress("load", total, total, start, &last); }
-}
-
-// The experts of each token in a hash table (V,K): all of them below E, no two the same.
-static inline void experts_check(const Tensor *t, const Want *gate, const char *dir) {
-    const int32_t *table = (const int32_t *)host_view(t->data, 4 * t->dim[0] * t->dim[1]);
-    size_t E = gate ? gate->t->dim[0] : INT32_MAX, K = t->dim[1];
-    for (size_t i = 0; i < t->dim[0] * K; i++) {
-        size_t k = i - i % K;
-        while (k < i && table[k] != table[i]) { k++; }
-        if (k < i || table[i] < 0 || (size_t)table[i] >= E) {
-            refuse("%s: %s names expert %d for token %zu, %s %s", dir, t->name, table[i], i / K,
-                   k < i ? "twice" : "which does not exist", damaged);
-        }
-    }
-    host_view_end(table, t->data);
-}
-
-// Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
-// (mtp.* aside), and prints how fast. Anything else ends the process with one line.
-void checkpoint_load(const char *dir, Tensor *t, size_t n) {
-    char path[PATH_SIZE], gate[104];
-    Json index;
-    int shards;
-    Want *want = wants_sorted(t, n);
-    wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
-    Safetensors *shard = wants_open(want, n, dir, &shards);
-    wants_read(want, n);
-    for (size_t i = 0; i < n; i++) {
-        const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
-        if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
-        snprintf(gate, sizeof gate, "%.*sweight", (int)(leaf - t[i].name), t[i].name);
-        experts_check(&t[i], wants_find(want, n, gate), dir);
-    }
-    for (int s = 0; s < shards; s++) { safetensors_close(&shard[s]); }
-    free(shard);
-    free(want);
-    json_free(&index);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 2 Do the scales fit?
-//
-// A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
-// its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
-// is then in the hundreds, where 0.8 is usual. Several loaders have done that without a word.
-
-enum { SCALE_ROWS = 16 };       // looked at per matrix, spread evenly
-
-// mean |w| of a quantised matrix with C columns.
-static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
-    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS;
-    real *row = (real *)host_alloc((size_t)C * sizeof(real));
-    Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
-    double sum = 0;
-    const size_t steps = w->type == DT_FP4 ? O * (size_t)(C / FP4_BLOCK) :
-        (size_t)ceil_div((int)O, FP8_BLOCK) * (size_t)ceil_div(C, FP8_BLOCK);
-    const void *codes = host_view(w->data, O * w->dim[1]), *scales = host_view(scale, steps);
-    for (size_t i = 0; i < rows; i++) {
-        widen(row, codes, (const uint8_t *)scales, O * i / rows, C);
-        for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
-    }
-    host_view_end(scales, scale);
-    host_view_end(codes, w->data);
-    free(row);
-    return sum / ((double)rows * C);
-}
-
-// Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
-// 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
-void check_scales(const Tensor *t, size_t n) {
-    int printed[2] = {0, 0};
-    for (size_t i = 0; i < n; i++) {
-        int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
-        if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
-        require(i + 1 < n && t[i + 1].type == DT_E8M0 && t[i + 1].data && t[i].ndim == 2);
-        double mean = mean_magnitude(&t[i], t[i + 1].data, C), relative = mean * sqrt((double)C);
-        if (!(relative >= 0.05 && relative <= 20)) {
-            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
-                   "scales are not those it was quantised with", t[i].name, mean, relative);
-        }
-        if (comm_rank() == 0 && printed[fp4]++ < 3) {
-            printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
-        }
-    }
-}
-
-// -------------------------------------------------------------------------------------------------
-// 3 The two namings of an adapter
+// 1 The two namings of an adapter
 //
 // Programs that serve the model know its matrices by the checkpoint's names, one per expert (vllm).
 // transformers (hf) has names of its own, and one tensor for all experts of a layer, with w1 over
@@ -409,7 +175,7 @@ static inline int roster_mine(const Roster *f, const Item *it, int writing) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 4 Saving together, loading alone
+// 2 Saving together, loading alone
 //
 // An expert's adapter exists on one rank (of each replica group), so all ranks write one file: the
 // first its header, each its own tensors, at places that everybody can compute. In a fused tensor a
@@ -640,7 +406,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 5 Adapter folders
+// 3 Adapter folders
 //
 // What PEFT and vLLM load. target_modules is a pattern anchored at both ends: a bare "wkv" or
 // "q_b_proj" would also match the compressor's and the indexer's matrices, which were not trained,
@@ -772,7 +538,7 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
 void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(dir, s, c, 0); }
 
 // -------------------------------------------------------------------------------------------------
-// 6 Training state
+// 4 Training state
 //
 // OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
 // moments and state.json: what the loop wants to know, and which files with how many bytes make a
@@ -888,7 +654,7 @@ void training_load(const char *path, Adapters *s, const Config *c) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 7 Resharding: who holds what
+// 5 Resharding: who holds what
 //
 // Trainer and engine hold the same matrices cut differently: the trainer's ranks own whole experts,
 // tensor-parallel engine ranks a slice of each. Both cuts are one rule. Ranks form a grid, a mesh,
@@ -905,7 +671,7 @@ enum { REPEAT = -1 };                   // an axis that cuts nothing; else the d
 typedef struct { int first, size[3]; } Mesh;    // ranks first .. in row-major order; unused axes: 1
 typedef struct { size_t at[3], n[3]; } Region;     // where it begins, how long it is
 
-typedef struct {                // one tensor of the trainer, under a name that no engine has a say in
+typedef struct {                // one tensor of the trainer, under a name that is no engine's
     char name[96];              // "layers.3.ffn.experts.gate.weight": all experts are one tensor
     int type, rule, layer;      // DT_*; place in engine_rules, or -1
     size_t dim[3], grain[3];    // elements; how many of them, along each dimension, make one unit
@@ -1043,7 +809,7 @@ void refit_offer(Refit *r, const char *name, int type, size_t rows, size_t cols,
 // Offers all tensors of the model's table: what the checkpoint holds, and so an engine's base.
 void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
     for (size_t i = 0; i < n; i++) {
-        const Tensor *of = &t[i - (t[i].type == DT_E8M0)];      // scales stand for elements of x.weight
+        const Tensor *of = &t[i - (t[i].type == DT_E8M0)];      // scales follow their matrix
         size_t rows = of->ndim > 1 ? of->dim[0] : 1, cols = of->dim[of->ndim - 1];
         refit_offer(r, t[i].name, t[i].type, rows, cols << (of->type == DT_FP4), E, t[i].data);
     }
@@ -1065,7 +831,7 @@ void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 8 Resharding: the plan
+// 6 Resharding: the plan
 //
 // Made once, by every rank alone, from what all of them know; so nobody has to ask anybody during a
 // refit. That is safe only if it is proved: the engine's bytes are each written exactly once, what
@@ -1092,15 +858,15 @@ static inline void plan_classify(Refit *r) {
             if (k < 0) { p->misc = "the engine has no rule for it"; }
             for (int a = 0; a < 3; a++) { p->cut[SOURCE][a] = p->cut[ENGINE][a] = REPEAT; }
             if (experts) { p->cut[SOURCE][1] = 0; }         // axes: replicas, owners of experts
-            if (slice(&box, r, p, SOURCE, 0)) { refuse("%s: %s", p->name, slice(&box, r, p, 0, 0)); }
+            const char *why = slice(&box, r, p, SOURCE, 0);
+            if (why || p->layer >= r->layers) { refuse("%s: %s", p->name, why ? why : "no layer"); }
             if (k < 0 || p->misc) { continue; }
-            if (p->layer >= r->layers) { refuse("%s is of no layer", p->name); }
             // A product's out is B's and its in is A's: the other factor is the same for all ranks.
             cut = engine_rules[k].cut;
             if (strcmp(leaf, cut == 1 ? ".lora_A" : ".lora_B") == 0) { cut = REPEAT; }
             if (experts) { p->cut[ENGINE][1] = 0; }         // axes: replicas, experts, tensor
             p->cut[ENGINE][2] = cut;
-            const char *why = slice(&box, r, p, ENGINE, 0);
+            why = slice(&box, r, p, ENGINE, 0);
             const int place = p->layer * ENGINE_RULES + k;
             misc[place] = why ? why : misc[place];
             records[place] += pass;
@@ -1108,7 +874,8 @@ static inline void plan_classify(Refit *r) {
                 p->misc = misc[place];
                 for (int a = 0; a < 3; a++) { p->cut[ENGINE][a] = REPEAT; }
             }
-            if (strncmp(leaf, ".lora", 5) && p->type != DT_E8M0 && p->type != engine_rules[k].type) {
+            int typed = strncmp(leaf, ".lora", 5) == 0 || p->type == DT_E8M0;
+            if (!typed && p->type != engine_rules[k].type) {
                 refuse("%s has another type than the engine's, which cannot be sent", p->name);
             }
         }
@@ -1259,7 +1026,7 @@ static inline void plan_agree(const Refit *r) {
     comm_broadcast(COMM_WORLD, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
     for (int i = 0; i < n || i < r->n; i++) {
         const char *own = i < r->n ? r->param[i].name : "~", *name = i < n ? lines[i].name : "~";
-        if (i < n && i < r->n && !strcmp(own, name) && lines[i].hash == r->param[i].hash) { continue; }
+        if (strcmp(own, name) == 0 && lines[i].hash == r->param[i].hash) { continue; }
         // Names are sorted: of two that meet, the smaller one is not known to the other rank.
         refuse("%s: ranks 0 and %d do not plan to send it alike, or one does not know it",
                strcmp(own, name) < 0 ? own : name, comm_rank());
@@ -1297,7 +1064,7 @@ void refit_plan(Refit *r) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 9 Resharding: three ways to move
+// 7 Resharding: three ways to move
 //
 // What is resharded goes from its owner to the receiver: a stage of layers at a time, all of it to
 // all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. What a rank
@@ -1456,7 +1223,8 @@ void refit_move(Refit *r, void *memory, int how) {
     }
     comm_barrier(COMM_WORLD, "refit: resharded");
     move_broadcast(r, (uint8_t *)memory, r->bulk, r->n);
-    double most[2] = { r->staging, clock_seconds() - start }, sum[3] = { r->sent, r->received, r->local };
+    double most[2] = { r->staging, clock_seconds() - start };
+    double sum[3] = { r->sent, r->received, r->local };
     comm_max_double(COMM_WORLD, most, 2, "refit: time");
     comm_sum_double(COMM_WORLD, sum, 3, "refit: bytes");
     r->seconds = most[1];
@@ -1478,13 +1246,14 @@ int refit_adapters(Refit *r, EngineAdapters *e) {
     int good = 1, all[COMM_RANKS_MAX];
     uint8_t *next = e->memory[!e->active];
     refit_move(r, next, REFIT_POINTS);
-    const real *values = next ? (const real *)host_view(next, r->bytes) : NULL;
-    for (size_t i = 0; values && i < r->bytes / sizeof(real); i++) { good &= isfinite(values[i]) != 0; }
-    if (next) { host_view_end(values, next); }
+    const real *x = next ? (const real *)host_view(next, r->bytes) : NULL;
+    for (size_t i = 0; x && i < r->bytes / sizeof(real); i++) { good &= isfinite(x[i]) != 0; }
+    if (next) { host_view_end(x, next); }
     comm_gather_int(COMM_WORLD, all, &good, 1, "refit: acknowledged");
     for (int k = 0; k < comm_ranks(); k++) { good &= all[k]; }
-    if (good) { e->active = !e->active; e->version++; }
-    else if (comm_rank() == 0) { printf("refit  new adapters are not finite: the old ones stay\n"); }
+    e->active ^= good;
+    e->version += good;
+    if (!good && comm_rank() == 0) { printf("refit  new adapters are not finite: the old stay\n"); }
     return good;
 }
 

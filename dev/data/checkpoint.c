@@ -1,18 +1,19 @@
-// files.c: what files say, before anyone looks at their data: JSON, headers, the configuration.
+// checkpoint.c: the released model comes in. Files, JSON, headers, config.json, and the weights.
 //
-// config.json, the index of a checkpoint, the headers of its files, an adapter's settings, the
-// state of a run and the rows of a data set are all JSON. Nothing that is read is trusted: what is
-// cut short, nested without end, not quite JSON, or of another model ends the process with one line
-// that names the file, and the tensor or key. No ranks here, and no weights: those are refit.c's.
+//     safetensors file:   u64 n | n bytes of JSON {name: {dtype, shape, data_offsets}} | the data
+//     checkpoint folder:  config.json, model.safetensors.index.json (name -> file), the files
+//
+// One rule: nothing that is read is trusted. Files arrive truncated, renamed, half downloaded or
+// made for another model, and each such defect ends with one line that names the tensor, the key or
+// the file. Weights are read once, straight to where a caller's table wants them, and stay packed.
 //
 // Contents
-//   1 files and folders
-//   2 JSON
-//   3 safetensors headers
-//   4 config.json
-#ifndef FILES_C
-#define FILES_C
-#include "../../fp8.c"          // defines: min_int; below it the contract: die, host_alloc
+//   1 files and folders          4 config.json
+//   2 JSON                       5 reading a checkpoint
+//   3 safetensors headers        6 do the scales fit?
+#ifndef CHECKPOINT_C
+#define CHECKPOINT_C
+#include "../../moe.c"          // defines: comm_*; below it widen_fp8, widen_fp4, min_int, die
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -28,6 +29,7 @@
 
 enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
 #define NOWHERE SIZE_MAX
+static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char damaged[] = "HINT: the file is damaged, fetch it again";
 
@@ -512,4 +514,232 @@ void config_load(Config *c, const char *dir) {
     }
     json_free(&j);
 }
-#endif // FILES_C
+
+// -------------------------------------------------------------------------------------------------
+// 5 Reading a checkpoint
+//
+// The caller's table says what the model needs, the index which file has it, the file's header what
+// it has: all three must agree, name by name, before the first weight is read. A rank reads only
+// the tensors that have a pointer, each straight to its place, by all threads. mtp.* tensors (a
+// drafter that helps inference) are not looked at.
+
+typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
+    char name[96];              // it goes. In a table, a matrix is followed by its scales
+    int type, ndim;             // DT_*; DT_FP4: dims as in the file, (out, in/2)
+    size_t dim[3];
+    void *data;                 // NULL: must be there, is not read. DT_I64 is int32 in memory
+    float mean, std;            // random base: how its elements are drawn
+} Tensor;
+
+typedef struct {                // what all three say about one tensor
+    const char *name;
+    const Tensor *t;
+    const char *file;           // NULL: not in the index
+    const Safetensors *shard;
+    const Entry *entry;
+} Want;
+
+static inline Want *wants_find(Want *want, size_t n, const char *name) {
+    Want key = { .name = name };
+    return (Want *)bsearch(&key, want, n, sizeof key, by_name);
+}
+
+// Takes the file of every tensor from the index, whose texts j keeps.
+static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
+    json_load(j, path, not_a_folder);
+    int map = json_get(j, 0, "weight_map", '{');
+    for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
+        const char *name = json_text(j, i), *file = json_text(j, i + 1);
+        Want *w = wants_find(want, n, name);
+        if (strncmp(name, "mtp.", 4) == 0) { continue; }
+        if (w == NULL || w->file || json_kind(j, i + 1) != '"') {
+            refuse("%s: %s is %s %s", path, name, w == NULL ? "not in the model" : w->file
+                   ? "there twice" : "in no file", mixed);
+        }
+        w->file = file;
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (want[i].file == NULL) { refuse("%s: %s is missing %s", path, want[i].name, mixed); }
+    }
+}
+
+// Opens the files and finds every tensor in its own, and no other tensor in any.
+static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
+    Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
+    char path[PATH_SIZE], have[120], need[120];
+    *shards = 0;
+    for (size_t i = 0; i < n; i++) {
+        int s = 0;
+        path_make(path, dir, "/", want[i].file);
+        while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
+        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, not_a_folder); }
+        const Tensor *t = want[i].t;
+        const Entry *e = safetensors_find(&shard[s], t->name);
+        want[i].shard = &shard[s];
+        want[i].entry = e;
+        if (e == NULL) { refuse("%s: the index places %s in it %s", path, t->name, mixed); }
+        int same = e->ndim == t->ndim, dtype = DTYPES - 1;
+        for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
+        same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
+        while (dtypes[dtype].type != t->type) { dtype--; }
+        if (!same) {
+            refuse("%s: %s is %s, expected %s %s", path, t->name,
+                   shape_text(have, e->dtype, e->ndim, e->dim),
+                   shape_text(need, dtype, t->ndim, t->dim), mixed);
+        }
+    }
+    for (int s = 0; s < *shards; s++) {
+        for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
+            const Want *w = wants_find(want, n, e->name);
+            if ((w == NULL && strncmp(e->name, "mtp.", 4)) || (w && w->shard != &shard[s])) {
+                refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
+                       w ? "names another for it" : "does not know it", mixed);
+            }
+        }
+    }
+    return shard;
+}
+
+static inline size_t want_bytes(const Want *w) {
+    return w->t->data ? w->entry->end - w->entry->begin : 0;
+}
+
+// Reads one tensor, where it is wanted. Returns NULL, or what is wrong.
+static inline const char *want_read(const Want *w) {
+    const size_t at = w->shard->data + w->entry->begin, n = want_bytes(w);
+    const int narrow = w->entry->type == DT_I64;        // int64 in the file, int32 in memory
+    if (n == 0) { return NULL; }
+    const int aside = narrow || ON_GPU;         // not read where it is wanted
+    int64_t *wide = (int64_t *)(aside ? host_alloc(n) : w->t->data);
+    int error = file_pread(w->shard->fd, wide, n, at);
+    if (error) { return strerror(error); }
+    if (w->t->type == DT_E8M0 && memchr(wide, 255, n)) { return "holds the e8m0 byte 255, a NaN"; }
+    for (size_t k = 0; k < n / 8 && narrow; k++) {      // in place, front to back
+        int32_t value = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
+        memcpy((char *)wide + 4 * k, &value, 4);
+    }
+    if (aside) {
+        upload(w->t->data, wide, narrow ? n / 2 : n);
+        free(wide);
+    }
+    return NULL;
+}
+
+// A line every two seconds on rank 0, so that long work can be told from a hang.
+static inline void progress(const char *what, size_t done, size_t total, double start,
+                            double *last) {
+    double now = clock_seconds();
+    if (comm_rank() != 0 || now - *last < 2) { return; }
+    *last = now;
+    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
+           now - start, done / 1e9 / fmax(now - start, 1e-9));
+    fflush(stdout);
+}
+
+// Reads all tensors that have a pointer. Of several that fail, the first one is reported.
+static inline void wants_read(Want *want, size_t n) {
+    double start = clock_seconds(), last = start;
+    size_t total = 0, done = 0, bad = n;
+    const char *error = NULL;
+    for (size_t i = 0; i < n; i++) { total += want_bytes(&want[i]); }
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n; i++) {
+        const char *failed = want_read(&want[i]);
+        #pragma omp critical
+        {
+            if (failed && i < bad) { bad = i; error = failed; }
+            done += want_bytes(&want[i]);
+            progress("load", done, total, start, &last);
+        }
+    }
+    if (error) { refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error, damaged); }
+    last = 0;
+    if (total > 0) { progress("load", total, total, start, &last); }
+}
+
+// The experts of each token in a hash table (V,K): all of them below E, no two the same.
+static inline void experts_check(const Tensor *t, const Want *gate, const char *dir) {
+    const int32_t *table = (const int32_t *)host_view(t->data, 4 * t->dim[0] * t->dim[1]);
+    size_t E = gate ? gate->t->dim[0] : INT32_MAX, K = t->dim[1];
+    for (size_t i = 0; i < t->dim[0] * K; i++) {
+        size_t k = i - i % K;
+        while (k < i && table[k] != table[i]) { k++; }
+        if (k < i || table[i] < 0 || (size_t)table[i] >= E) {
+            refuse("%s: %s names expert %d for token %zu, %s %s", dir, t->name, table[i], i / K,
+                   k < i ? "twice" : "which does not exist", damaged);
+        }
+    }
+    host_view_end(table, t->data);
+}
+
+// Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
+// (mtp.* aside), and prints how fast. Anything else ends the process with one line.
+void checkpoint_load(const char *dir, Tensor *t, size_t n) {
+    char path[PATH_SIZE], gate[104];
+    Json index;
+    int shards;
+    Want *want = (Want *)host_calloc(n * sizeof *want);
+    for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
+    qsort(want, n, sizeof *want, by_name);
+    wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
+    Safetensors *shard = wants_open(want, n, dir, &shards);
+    wants_read(want, n);
+    for (size_t i = 0; i < n; i++) {
+        const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
+        if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
+        snprintf(gate, sizeof gate, "%.*sweight", (int)(leaf - t[i].name), t[i].name);
+        experts_check(&t[i], wants_find(want, n, gate), dir);
+    }
+    for (int s = 0; s < shards; s++) { safetensors_close(&shard[s]); }
+    free(shard);
+    free(want);
+    json_free(&index);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 6 Do the scales fit?
+//
+// A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
+// its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
+// is then in the hundreds, where 0.8 is usual. Several loaders have done that without a word.
+
+enum { SCALE_ROWS = 16 };       // looked at per matrix, spread evenly
+
+// mean |w| of a quantised matrix with C columns.
+static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
+    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS;
+    real *row = (real *)host_alloc((size_t)C * sizeof(real));
+    Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
+    double sum = 0;
+    const size_t steps = w->type == DT_FP4 ? O * (size_t)(C / FP4_BLOCK) :
+        (size_t)ceil_div((int)O, FP8_BLOCK) * (size_t)ceil_div(C, FP8_BLOCK);
+    const void *codes = host_view(w->data, O * w->dim[1]), *scales = host_view(scale, steps);
+    for (size_t i = 0; i < rows; i++) {
+        widen(row, codes, (const uint8_t *)scales, O * i / rows, C);
+        for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
+    }
+    host_view_end(scales, scale);
+    host_view_end(codes, w->data);
+    free(row);
+    return sum / ((double)rows * C);
+}
+
+// Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
+// 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
+void check_scales(const Tensor *t, size_t n) {
+    int printed[2] = {0, 0};
+    for (size_t i = 0; i < n; i++) {
+        int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
+        if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
+        require(i + 1 < n && t[i + 1].type == DT_E8M0 && t[i + 1].data && t[i].ndim == 2);
+        double mean = mean_magnitude(&t[i], t[i + 1].data, C), relative = mean * sqrt((double)C);
+        if (!(relative >= 0.05 && relative <= 20)) {
+            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
+                   "scales are not those it was quantised with", t[i].name, mean, relative);
+        }
+        if (comm_rank() == 0 && printed[fp4]++ < 3) {
+            printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
+        }
+    }
+}
+#endif // CHECKPOINT_C
