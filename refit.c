@@ -715,6 +715,11 @@ engine_rules[] = {
 };
 enum { ENGINE_RULES = sizeof engine_rules / sizeof *engine_rules };
 
+// "attn.wq_b.weight" of "layers.3.attn.wq_b.weight".
+static inline const char *param_leaf(const char *name) {
+    return strncmp(name, "layers.", 7) ? name : name + 8 + strspn(name + 7, "0123456789");
+}
+
 static inline int mesh_ranks(const Mesh *m) { return m->size[0] * m->size[1] * m->size[2]; }
 
 static inline const Mesh *param_mesh(const Refit *r, const Param *p, int side) {
@@ -790,11 +795,8 @@ void refit_offer(Refit *r, const char *name, int type, size_t rows, size_t cols,
     if (sscanf(name, "layers.%d.", &p.layer) != 1) { p.layer = 0; }
     const char *end = strrchr(p.name, '.');
     for (int k = 0; k < ENGINE_RULES && end; k++) {
-        const char *leaf = strchr(strchr(p.name, '.') + 1, '.');
-        size_t length = strlen(engine_rules[k].ours);
-        if (leaf && leaf + 1 + length == end && !strncmp(leaf + 1, engine_rules[k].ours, length)) {
-            p.rule = k;
-        }
+        const char *leaf = param_leaf(p.name), *ours = engine_rules[k].ours;
+        if (strncmp(leaf, ours, strlen(ours)) == 0 && leaf + strlen(ours) == end) { p.rule = k; }
     }
     const int fp4 = type == DT_FP4 || (type == DT_E8M0 && role), scale = type == DT_E8M0;
     if (fp4) { p.grain[2] = scale ? FP4_BLOCK : 2; }
@@ -1046,10 +1048,11 @@ void refit_plan(Refit *r) {
         plan_place(r, p);
         plan_transfers(r, i);
         r->bulk += p->misc == NULL;
-        const char *leaf = p->name + strcspn(p->name, "0123456789");
-        if (p->misc && comm_rank() == 0 && (p->layer == 0 || strncmp(p->name, "layers.", 7))) {
-            printf("refit  %s is sent whole: %s\n", leaf, p->misc);
+        int said = p->misc == NULL || comm_rank() != 0;
+        for (int o = r->bulk; o < i && !said; o++) {        // of another layer
+            said = strcmp(param_leaf(r->param[o].name), param_leaf(p->name)) == 0;
         }
+        if (!said) { printf("refit  %s is sent whole: %s\n", param_leaf(p->name), p->misc); }
     }
     plan_agree(r);
     plan_own(r);

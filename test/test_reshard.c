@@ -5,8 +5,7 @@
 // Oracles: the engine's layout written out by hand, rank by rank and half by half, from a pattern
 // that is a function of (tensor, version, global place); memory is poisoned before. The same code
 // does not compute both sides: nothing here calls slice(), but for its own closed-form test.
-#include "../refit.c"
-#include "check.h"
+#include "model.h"
 
 // Sizes at which eight tensor-parallel ranks still cut whole blocks: 256/8 = 32 columns of w2,
 // 1024/8 = 128 rows and columns of the dense ones.
@@ -506,8 +505,101 @@ static void test_adapters(void) {
     }
 }
 
+// -------------------------------------------------------------------------------------------------
+// The plan at the size of the real model: 43 layers, 256 experts, eight GPUs
+
+static void test_full_size(void) {
+    static const struct { const char *name; int type, out, in; } matrices[] = {
+        {"attn.wq_a", DT_FP8, 1024, 4096}, {"attn.wq_b", DT_FP8, 32768, 1024},
+        {"attn.wkv", DT_FP8, 512, 4096}, {"attn.wo_a", DT_FP8, 8192, 4096},
+        {"attn.wo_b", DT_FP8, 4096, 8192}, {"ffn.shared_experts.w1", DT_FP8, 2048, 4096},
+        {"ffn.shared_experts.w2", DT_FP8, 4096, 2048}, {"ffn.shared_experts.w3", DT_FP8, 2048, 4096},
+        {"w1", DT_FP4, 2048, 4096}, {"w2", DT_FP4, 4096, 2048}, {"w3", DT_FP4, 2048, 4096} };
+    double start = clock_seconds();
+    Refit r = { .layers = 43, .stage_layers = 1, .needed = (1u << ENGINE_RULES) - 1 };
+    r.mesh[SOURCE][0] = (Mesh){ 0, { 8, 1, 1 } };
+    r.mesh[SOURCE][1] = (Mesh){ 0, { 1, 8, 1 } };
+    r.mesh[ENGINE][0] = r.mesh[ENGINE][1] = (Mesh){ 0, { 1, 1, 8 } };
+    for (int i = 0; i < 43 * 11 * 2; i++) {
+        int l = i / 22, k_ = i / 2 % 11, scale = i % 2, type = matrices[k_].type;
+        for (int e = 0; e < (type == DT_FP4 ? 256 : 1); e++) {
+            char name[96];
+            const char *end = scale ? "scale" : "weight";
+            if (type == DT_FP8) { snprintf(name, sizeof name, "layers.%d.%s.%s", l, matrices[k_].name, end); }
+            else { snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.%s.%s", l, e, matrices[k_].name, end); }
+            refit_offer(&r, name, scale ? DT_E8M0 : type, (size_t)matrices[k_].out,
+                        (size_t)matrices[k_].in, 256, e < 32 ? &r : NULL);
+        }
+    }
+    refit_plan(&r);
+    double in[8] = {0}, out[8] = {0}, local = 0;
+    for (size_t i = 0; i < r.n_transfers; i++) {
+        const Transfer *t = &r.transfer[i];
+        double n = (double)region_bytes(&t->box);
+        if (r.param[t->param].misc) { continue; }
+        if (t->from == t->to) { local += n; } else { out[t->from] += n; in[t->to] += n; }
+    }
+    // experts: 4 bits and a 32nd of a byte per element, 7 of 8 eighths of an eighth; dense: at home
+    double experts = 43.0 * 256 * 3 * 2048 * 4096 * (1.0 / 2 + 1.0 / 32);
+    for (int g = 0; g < 8; g++) {
+        check_close("bytes in", g, in[g], experts * 7 / 64, 0);
+        check_close("bytes out", g, out[g], experts * 7 / 64, 0);
+    }
+    check(local > experts / 8 && clock_seconds() - start < 2, "planned in %.2f s", clock_seconds() - start);
+    refit_free(&r);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The model's own table of tensors: two ranks with half of the experts each, two engine ranks
+
+static void model_ranks(void *unused) {
+    static const int length[] = { 40 };
+    Model m;
+    Config c = t2_config(2);
+    (void)unused;
+    comm_launch(2, 2, 20);
+    build(&m, &c, 2, 64, 1, 3);
+    Refit r = { .layers = c.layers, .stage_layers = 2 };
+    r.mesh[SOURCE][0] = (Mesh){ 0, { 2, 1, 1 } };
+    r.mesh[SOURCE][1] = (Mesh){ 0, { 1, 2, 1 } };
+    r.mesh[ENGINE][0] = r.mesh[ENGINE][1] = (Mesh){ 0, { 1, 1, 2 } };
+    refit_offer_base(&r, m.tensors, m.n_tensors, c.E);
+    refit_plan(&r);
+    uint8_t *points = (uint8_t *)memset(malloc(r.bytes), 0xA5, r.bytes);
+    uint8_t *golden = (uint8_t *)memset(malloc(r.bytes), 0x5A, r.bytes);
+    refit_move(&r, points, REFIT_POINTS);
+    refit_move(&r, golden, REFIT_GOLDEN);
+    for (int i = 0; i < r.n_tensors; i++) {
+        const EngineTensor *e = &r.tensor[i];
+        if (memcmp(points + e->at, golden + e->at, e->n[0] * e->n[1] * e->n[2])) { exit(3); }
+    }
+    // This rank's own experts, in what it got: gate's rows over up's.
+    int rows = c.F / 2, cols = c.C / 2, me = comm_rank(), e = m.moe.first;
+    const uint8_t *w13 = engine_tensor(&r, points, "ffn.experts.w13.weight", 3,
+                                       (size_t)(c.E * 2 * rows * cols));
+    w13 += (size_t)(e * 2 * rows * cols);
+    if (memcmp(w13, m.layer[3].moe.w1 + me * rows * cols, (size_t)(rows * cols)) ||
+        memcmp(w13 + rows * cols, m.layer[3].moe.w3 + me * rows * cols, (size_t)(rows * cols))) { exit(4); }
+    // Sent whole: int32 ids, bf16, fp32.
+    if (memcmp(engine_tensor(&r, points, "ffn.gate.tid2eid", 0, (size_t)(4 * c.V * c.K)),
+               m.layer[0].moe.tid2eid, (size_t)(4 * c.V * c.K)) ||
+        memcmp(engine_tensor(&r, points, "hc_attn_base", 4, 4 * HC_MIX), m.layer[4].hc_attn.base,
+               4 * HC_MIX)) { exit(5); }
+    Batch b = make_batch(length, 1, c.V);       // and training goes on as before
+    double loss = model_forward(&m, &b, 0);
+    if (!isfinite(loss)) { exit(6); }
+}
+
+static void test_model(void) {
+    char text[2048];
+    int code = run_child(model_ranks, NULL, text, sizeof text);
+    check(code == 0, "the model's table: exit code %d %s", code, text);
+}
+
 int main(void) {
     test_slice();
+    test_full_size();
+    test_model();
     test_meshes();
     test_refusals();
     test_adapters();
