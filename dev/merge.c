@@ -244,6 +244,7 @@ void merged_report(const Merged *m, const char *what) {
                "the deltas are below half a step of their weights HINT: serve the adapter beside "
                "the base", what, m->changed, m->values, merged_correlation(m));
     }
+    if (comm_rank() != 0) { return; }
     printf("merge  %s: %.1f %% of the values that were to change did; correlation of the change "
            "meant and made %.3f\nmerge  WARNING: the rest is lost to rounding; the adapter beside "
            "the base is exact\n", what, 100 * m->changed / m->values, merged_correlation(m));
@@ -286,6 +287,53 @@ void merge_packed(uint8_t *codes, uint8_t *scales, const Tensor *w, const uint8_
     free(delta);
 }
 
+typedef struct { const char **name; const Adapters *s; } Factors;     // (s->n) sorted by name
+
+static inline Factors factors_sorted(const Adapters *s) {
+    Factors f = { (const char **)host_alloc(sizeof *f.name * (size_t)(s->n + 1)), s };
+    for (int i = 0; i < s->n; i++) { f.name[i] = s->tensors[i].name; }
+    qsort(f.name, (size_t)s->n, sizeof *f.name, by_name);
+    return f;
+}
+
+// Factor 'A' or 'B' of the matrix "x.weight"; NULL if it has no adapter. A tensor begins with its
+// name, so the name's address is the tensor's.
+static inline const AdapterTensor *factor_find(const Factors *f, const char *weight, char factor) {
+    char name[160], *key = name;
+    int length = (int)strlen(weight) - 7;
+    if (length < 0 || strcmp(weight + length, ".weight") != 0) { return NULL; }
+    snprintf(name, sizeof name, "%.*s.lora_%c", length, weight, factor);
+    void *found = bsearch(&key, f->name, (size_t)f->s->n, sizeof key, by_name);
+    return found ? *(const AdapterTensor *const *)found : NULL;
+}
+
+// Collective. What an engine is sent instead of the base and its adapters: out (n) becomes the
+// table t (n) with merged matrices. Their memory is `mirror`, as large as the weights' arena, which
+// is copied there first. Refuses a merge that all but loses the adapter.
+void merge_base(Tensor *out, const Tensor *t, size_t n, const Adapters *s, uint8_t *mirror) {
+    CPU_ONLY();
+    const uint8_t *base = mem.arena[MEM_WEIGHTS].base;
+    Factors f = factors_sorted(s);
+    Merged m = {0};
+    memcpy(mirror, base, mem.arena[MEM_WEIGHTS].used);
+    for (size_t i = 0; i < n; i++) {
+        out[i] = t[i];
+        if (t[i].data) { out[i].data = mirror + ((const uint8_t *)t[i].data - base); }
+    }
+    for (size_t i = 0; i < n; i++) {
+        const AdapterTensor *a = factor_find(&f, t[i].name, 'A');
+        const AdapterTensor *b = factor_find(&f, t[i].name, 'B');
+        if (a == NULL || t[i].data == NULL || s->p == NULL) { continue; }
+        merge_packed((uint8_t *)out[i].data, (uint8_t *)out[i + 1].data, &t[i],
+                     (const uint8_t *)t[i + 1].data, s->p + a->at, s->p + b->at, s->scale, s->R,
+                     &m);
+    }
+    free(f.name);
+    double sums[] = { m.meant2, m.made2, m.both, m.values, m.changed };
+    comm_sum_double(COMM_WORLD, sums, 5, "merge");
+    merged_report(&(Merged){ sums[0], sums[1], sums[2], sums[3], sums[4] }, "the merged base");
+}
+
 // -------------------------------------------------------------------------------------------------
 // 4 Merging a checkpoint
 //
@@ -295,23 +343,13 @@ void merge_packed(uint8_t *codes, uint8_t *scales, const Tensor *w, const uint8_
 
 typedef struct {
     const Adapters *s;
+    Factors factors;
     Safetensors *shard;         // (shards) of the checkpoint, opened
     int shards;
-    const char **name;          // (s->n) of the adapter's tensors, sorted; each in an AdapterTensor
     Merged merged;
     FILE *index;
     int listed;
 } Merge;
-
-static inline const AdapterTensor *merge_factor(const Merge *g, const char *weight, char factor) {
-    char name[160], *key = name;
-    int length = (int)strlen(weight) - 7;           // without ".weight"
-    if (length < 0 || strcmp(weight + length, ".weight") != 0) { return NULL; }
-    snprintf(name, sizeof name, "%.*s.lora_%c", length, weight, factor);
-    const size_t n = (size_t)g->s->n;
-    const char **found = (const char **)bsearch(&key, g->name, n, sizeof key, by_name);
-    return found ? (const AdapterTensor *)(const void *)*found : NULL;
-}
 
 // The scales of a matrix, in whatever file they are; NULL if it has none.
 static inline uint8_t *merge_scales(const Merge *g, const Entry *e) {
@@ -340,7 +378,8 @@ static inline uint8_t *merge_scales(const Merge *g, const Entry *e) {
 
 // Writes one matrix as bf16: widened, with its adapter's delta if it has one.
 static inline void merge_matrix(Merge *g, FILE *out, const Safetensors *st, const Entry *e) {
-    const AdapterTensor *a = merge_factor(g, e->name, 'A'), *b = merge_factor(g, e->name, 'B');
+    const AdapterTensor *a = factor_find(&g->factors, e->name, 'A');
+    const AdapterTensor *b = factor_find(&g->factors, e->name, 'B');
     const size_t O = e->dim[0], n = e->end - e->begin;
     const int C = (int)e->dim[1] << (e->type == DT_FP4);
     uint8_t *scales = merge_scales(g, e), *data = (uint8_t *)host_alloc(n);
@@ -406,7 +445,7 @@ static inline void merge_shard(Merge *g, Save *v, const Safetensors *st) {
     if (out) { header_write(out, n ? text : "{"); }
     for (size_t i = 0; i < n && out; i++) {
         const Entry *e = list[i];
-        int adapted = e->type == DT_BF16 && merge_factor(g, e->name, 'A') != NULL;
+        int adapted = e->type == DT_BF16 && factor_find(&g->factors, e->name, 'A');
         if (e->type == DT_FP8 || e->type == DT_FP4 || adapted) { merge_matrix(g, out, st, e); }
         else { copy_bytes(out, st->fd, e->end - e->begin, st->data + e->begin, st->path); }
     }
@@ -470,11 +509,8 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     Save v;
     Json j;
     adapter_open(&s, &c, dir);
-    Merge g = { .s = &s };
-    g.name = (const char **)host_alloc(sizeof *g.name * (size_t)s.n);
+    Merge g = { .s = &s, .factors = factors_sorted(&s) };
     size_t used = 0;
-    for (int i = 0; i < s.n; i++) { g.name[i] = s.tensors[i].name; }
-    qsort(g.name, (size_t)s.n, sizeof *g.name, by_name);
     json_load(&j, path_make(path, base, "/", "model.safetensors.index.json"), not_a_folder);
     int map = json_get(&j, 0, "weight_map", '{');
     g.shard = (Safetensors *)host_alloc(sizeof *g.shard * (size_t)(j.tok[map].size + 1));
@@ -486,7 +522,7 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     }
     for (int k = 0; k < g.shards; k++) {        // an adapter for another model is not left out
         for (size_t i = 0; i < g.shard[k].n; i++) {
-            used += 2 * (merge_factor(&g, g.shard[k].entry[i].name, 'A') != NULL);
+            used += 2 * (factor_find(&g.factors, g.shard[k].entry[i].name, 'A') != NULL);
         }
     }
     if (used != (size_t)s.n) {
@@ -512,7 +548,7 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     for (int k = 0; k < g.shards; k++) { safetensors_close(&g.shard[k]); }
     json_free(&j);
     free(g.shard);
-    free(g.name);
+    free(g.factors.name);
 }
 
 #ifdef MERGE_MAIN

@@ -6,6 +6,7 @@
 // that is a function of (tensor, version, global place); memory is poisoned before. The same code
 // does not compute both sides: nothing here calls slice(), but for its own closed-form test.
 #include "model.h"
+#include "../dev/merge.c"
 
 // Sizes at which eight tensor-parallel ranks still cut whole blocks: 256/8 = 32 columns of w2,
 // 1024/8 = 128 rows and columns of the dense ones.
@@ -590,10 +591,58 @@ static void model_ranks(void *unused) {
     if (!isfinite(loss)) { exit(6); }
 }
 
+// Merged: what the engine gets stands for W + s B A to half a step of fp4, and not for W.
+static void merged_ranks(void *size) {
+    Model m;
+    Config c = t2_config(2);
+    comm_launch(2, 2, 20);
+    build(&m, &c, 2, 64, 1, 3);
+    Adapters *s = &m.adapters;
+    for (size_t i = 0; i < s->n_dense + s->n_expert; i++) { s->p[i] *= *(float *)size; }
+    Tensor *merged = (Tensor *)malloc(sizeof(Tensor) * m.n_tensors);
+    uint8_t *mirror = (uint8_t *)malloc(mem.arena[MEM_WEIGHTS].used);
+    merge_base(merged, m.tensors, m.n_tensors, s, mirror);
+    Refit r = { .layers = c.layers, .stage_layers = 5 };
+    r.mesh[SOURCE][0] = (Mesh){ 0, { 2, 1, 1 } };
+    r.mesh[SOURCE][1] = (Mesh){ 0, { 1, 2, 1 } };
+    r.mesh[ENGINE][0] = r.mesh[ENGINE][1] = (Mesh){ 0, { 1, 1, 2 } };
+    refit_offer_base(&r, merged, m.n_tensors, c.E);
+    refit_plan(&r);
+    uint8_t *engine = (uint8_t *)malloc(r.bytes);
+    refit_move(&r, engine, REFIT_POINTS);
+    int rows = c.F / 2, me = comm_rank(), e = m.moe.first;
+    const uint8_t *codes = engine_tensor(&r, engine, "ffn.experts.w13.weight", 2,
+                                         (size_t)(c.E * c.F * c.C / 2));
+    const uint8_t *scales = engine_tensor(&r, engine, "ffn.experts.w13.scale", 2,
+                                          (size_t)(c.E * c.F * c.C / 32));
+    double off = 0, moved = 0;
+    const MoeWeights *w = &m.layer[2].moe;
+    for (int row = 0; row < rows; row++) {          // of the first own expert's w3, this rank's half
+        real got[c.C], was[c.C];
+        widen_fp4(got, codes, scales, (size_t)((e * 2 + 1) * rows + row), c.C);
+        widen_fp4(was, w->w3, w->s3, (size_t)(me * rows + row), c.C);
+        for (int k_ = 0; k_ < c.C; k_++) {
+            double d = 0;
+            for (int q = 0; q < 2; q++) {
+                d += 2 * (double)w->e3.b[(me * rows + row) * 2 + q] * (double)w->e3.a[q * c.C + k_];
+            }
+            off += pow((double)got[k_] - (double)was[k_] - d, 2);
+            moved += d * d;
+        }
+    }
+    if (!(off < 0.5 * moved)) { fprintf(stderr, "off %g of %g\n", off, moved); exit(3); }
+}
+
 static void test_model(void) {
     char text[2048];
     int code = run_child(model_ranks, NULL, text, sizeof text);
     check(code == 0, "the model's table: exit code %d %s", code, text);
+    float size = 4;
+    code = run_child(merged_ranks, &size, text, sizeof text);
+    check(code == 0, "a merged base: exit code %d %s", code, text);
+    size = 1e-4f;
+    code = run_child(merged_ranks, &size, text, sizeof text);
+    check(code == 1 && strstr(text, "would change almost nothing"), "merged away: %d %s", code, text);
 }
 
 int main(void) {
