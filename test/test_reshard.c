@@ -5,6 +5,11 @@
 // Oracles: the engine's layout written out by hand, rank by rank and half by half, from a pattern
 // that is a function of (tensor, version, global place); memory is poisoned before. The same code
 // does not compute both sides: nothing here calls slice(), but for its own closed-form test.
+//
+// Seen to fail on broken copies of refit.c: the second half written over the first; a replica asked
+// where the receiver has it itself; a mesh walked from the inside out; columns from the beginning;
+// scales cut as codes are; scales and codes on different ways; adapters that are not finite served;
+// the golden way with every replica's broadcast; A cut where B is.
 #include "model.h"
 #include "../dev/merge.c"
 
@@ -553,6 +558,54 @@ static void test_full_size(void) {
 // -------------------------------------------------------------------------------------------------
 // The model's own table of tensors: two ranks with half of the experts each, two engine ranks
 
+// y (E*T,C) of every expert for every row of x, as an engine computes it: each rank its F/2 columns
+// of the hidden layer, from w13 and w2 as they arrived, and the sum over ranks. swapped: as if up
+// came before gate.
+static void engine_experts(real *y, const act *x, const uint8_t *const w[4], const Config *c, int T,
+                           int swapped) {
+    int n = c->E * T, F_ = c->F / 2, offset[17];
+    act *rows = NEW(act, n * c->C), *both = NEW(act, n * 2 * F_), *out = NEW(act, n * c->C);
+    act *g = NEW(act, n * F_), *v = NEW(act, n * F_), *h = NEW(act, n * F_);
+    for (int e = 0; e <= c->E; e++) { offset[e] = e * T; }
+    for (int i = 0; i < n * c->C; i++) { rows[i] = x[i % (T * c->C)]; }
+    experts_fp4_forward(both, rows, offset, w[0], w[1], c->E, c->C, 2 * F_);
+    for (int i = 0; i < n * F_; i++) {
+        const act *row = both + i / F_ * 2 * F_ + i % F_;
+        g[i] = row[swapped ? F_ : 0];
+        v[i] = row[swapped ? 0 : F_];
+    }
+    swiglu_forward(h, g, v, NULL, c->swiglu_limit, n, F_);
+    experts_fp4_forward(out, h, offset, w[2], w[3], c->E, F_, c->C);
+    for (int i = 0; i < n * c->C; i++) { y[i] = ld(out + i); }
+    comm_sum_real(COMM_WORLD, y, (size_t)(n * c->C), "engine");
+    act *all[] = { rows, both, out, g, v, h };
+    for (int i = 0; i < 6; i++) { free(all[i]); }
+}
+
+// The same of this rank's own experts, in the trainer's layout. Returns |y - that| / |that|.
+static double engine_error(const real *y, const act *x, const Model *m, int layer, int T) {
+    const Config *c = &m->config;
+    const MoeWeights *w = &m->layer[layer].moe;
+    int E_ = m->moe.local, n = E_ * T, offset[17];
+    act *rows = NEW(act, n * c->C), *g = NEW(act, n * c->F), *v = NEW(act, n * c->F);
+    act *h = NEW(act, n * c->F), *out = NEW(act, n * c->C);
+    double diff = 0, size = 0;
+    for (int e = 0; e <= E_; e++) { offset[e] = e * T; }
+    for (int i = 0; i < n * c->C; i++) { rows[i] = x[i % (T * c->C)]; }
+    experts_fp4_forward(g, rows, offset, w->w1, w->s1, E_, c->C, c->F);
+    experts_fp4_forward(v, rows, offset, w->w3, w->s3, E_, c->C, c->F);
+    swiglu_forward(h, g, v, NULL, c->swiglu_limit, n, c->F);
+    experts_fp4_forward(out, h, offset, w->w2, w->s2, E_, c->F, c->C);
+    for (int i = 0; i < n * c->C; i++) {
+        double want = (double)ld(out + i), got = (double)y[(size_t)(m->moe.first * T * c->C + i)];
+        diff += (got - want) * (got - want);
+        size += want * want;
+    }
+    act *all[] = { rows, g, v, h, out };
+    for (int i = 0; i < 5; i++) { free(all[i]); }
+    return sqrt(diff / size);
+}
+
 static void model_ranks(void *unused) {
     static const int length[] = { 40 };
     Model m;
@@ -586,6 +639,23 @@ static void model_ranks(void *unused) {
                m.layer[0].moe.tid2eid, (size_t)(4 * c.V * c.K)) ||
         memcmp(engine_tensor(&r, points, "hc_attn_base", 4, 4 * HC_MIX), m.layer[4].hc_attn.base,
                4 * HC_MIX)) { exit(5); }
+    // What was sent computes what the trainer computes, and does not with its halves swapped.
+    enum { T = 3 };
+    act *x = NEW(act, T * c.C);
+    real *y = NEW(real, c.E * T * c.C);
+    fill_act(x, (size_t)(T * c.C), 1);
+    size_t n13 = (size_t)(c.E * c.F * c.C), n2 = (size_t)(c.E * c.C * c.F / 2);
+    const uint8_t *const parts[] = {
+        engine_tensor(&r, points, "ffn.experts.w13.weight", 3, n13 / 2),
+        engine_tensor(&r, points, "ffn.experts.w13.scale", 3, n13 / 32),
+        engine_tensor(&r, points, "ffn.experts.w2.weight", 3, n2 / 2),
+        engine_tensor(&r, points, "ffn.experts.w2.scale", 3, n2 / 32) };
+    engine_experts(y, x, parts, &c, T, 0);
+    double right = engine_error(y, x, &m, 3, T);
+    engine_experts(y, x, parts, &c, T, 1);
+    double swapped = engine_error(y, x, &m, 3, T);
+    fprintf(stderr, "engine's experts off by %.4f, with halves swapped %.2f\n", right, swapped);
+    if (!(right < 0.01) || !(swapped > 0.5)) { exit(7); }
     Batch b = make_batch(length, 1, c.V);       // and training goes on as before
     double loss = model_forward(&m, &b, 0);
     if (!isfinite(loss)) { exit(6); }
@@ -637,6 +707,7 @@ static void test_model(void) {
     char text[2048];
     int code = run_child(model_ranks, NULL, text, sizeof text);
     check(code == 0, "the model's table: exit code %d %s", code, text);
+    printf("  %.60s\n", text);
     float size = 4;
     code = run_child(merged_ranks, &size, text, sizeof text);
     check(code == 0, "a merged base: exit code %d %s", code, text);
