@@ -292,25 +292,19 @@ void key_norm_rope_backward_gpu(act *dinp, const real *dout, const act *inp, con
                                 bf16 *w, const real *table, const int *position, int n, int D, int
                                 rope);
 void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps, int T, int C,
-                           int M);
-void hc_logits_backward_gpu(real *dX, real *dm, const real *m, const real *r, const act *X, const
-                            float *fn, int T, int C, int M);
+    int M);
 void hc_weights_forward_gpu(real *pre, real *post, real *comb, const real *m, const float *base,
-                            const float *scale, float eps, int T, int iters);
-void hc_weights_backward_gpu(real *dm, const real *dpre, const real *dpost, const real *dcomb, const
-                             real *m, const float *base, const float *scale, float eps, int T, int
-                             iters);
-void hc_head_weights_forward_gpu(real *pre, const real *m, const float *base, const float *scale,
-                                 float eps, int T);
-void hc_head_weights_backward_gpu(real *dm, const real *dpre, const real *m, const float *base,
-                                  const float *scale, int T);
-void hc_collapse_forward_gpu(act *u, const act *X, const real *pre, int T, int C);
-void hc_collapse_backward_gpu(real *dX, real *dpre, const act *du, const act *X, const real *pre,
-                              int T, int C);
-void hc_deal_forward_gpu(act *Y, const act *o, const act *X, const real *post, const real *comb, int
-                         T, int C);
-void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, real *dX, const act *o, const act *X,
-                          const real *post, const real *comb, int T, int C);
+    const float *scale, float eps, int T, int M, int iters);
+void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre, const bf16 *w,
+    float eps, int T, int C);
+void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost, const real *dcomb,
+    const act *X, const real *m, const real *r, const real *pre, const real *comb, const real *rstd,
+    const float *fn, const float *base, const float *scale, const bf16 *w, float eps, int T, int C,
+    int M, int iters);
+void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
+    const real *comb, const float *fn, float eps, int T, int C, int M);
+void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY, const act *o, const act
+    *X, const real *post, int T, int C);
 void pool_forward_gpu(act *out, const real *K, const real *Z, const float *ape, AttentionShape a,
                       const int *entry_position, int D);
 void pool_backward_gpu(real *dK, real *dZ, const act *dout, const real *K, const real *Z, const
@@ -2600,438 +2594,342 @@ extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const ac
 }
 
 // ---- hyper-connections
+//
+// A token's streams are HC * C numbers, and its projection fn is a matrix (M,HC*C) that all tokens
+// share. What multiplies with fn keeps a slice of it, HC_SLICE channels of all four streams, in
+// shared memory and lets the tokens pass by; so a token is worked on by C / HC_SLICE blocks, which
+// leave partial sums. A warp takes 16 tokens and 32 channels at a time, held as the operands of the
+// tensor cores lie: lane 4 g + q has the channels 8 q .. 8 q + 7 of tokens g and g + 8.
 
-// m = r (fn X), r = 1 / rms. A block takes HC_TOKENS tokens; each thread walks every blockDim-th
-// group of 4 columns, keeps HC_TOKENS x M sums, and the block adds them up at the end.
-//   operations: 2 x 24 x 16,384 per token, 3.2 GFLOP at T = 4,096: 54 us at fp32 rate, against
-//   31 us to read X. fn (1.6 MB) comes from L2 once per HC_TOKENS tokens.
-enum { HC_TOKENS = 4, HC_THREADS = 256 };
+enum { HC_TILE = 16, HC_GROUP = 32, HC_SLICE = 256, HC_SLICE_GROUPS = HC_SLICE / HC_GROUP };
 
-template <int M>
-__global__ void __launch_bounds__(HC_THREADS)
-hc_logits_forward_kernel(real *m, real *r, const act *X, const float *fn, float eps, int T, int N) {
-    __shared__ float shared[HC_THREADS / 32][HC_TOKENS][M + 1];
-    const int t0 = blockIdx.x * HC_TOKENS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float sum[HC_TOKENS][M + 1];                // the last one: the sum of squares
+// Blocks along C, and as many along T as fit onto the device with `per_sm` of them together.
+static dim3 hc_grid(int T, int C, int warps, int per_sm) {
+    int device, processors;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int slices = blocks_for(C, HC_SLICE), most = blocks_for(T, HC_TILE * warps);
+    const int fit = processors * per_sm / slices > 1 ? processors * per_sm / slices : 1;
+    return dim3(slices, most < fit ? most : fit);
+}
+
+__device__ inline uint32_t pack_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&pair;
+}
+
+// 8 bf16 in 4 registers, as floats.
+__device__ inline void unpack8(float *x, const uint4 &raw) {
+    const uint32_t word[4] = { raw.x, raw.y, raw.z, raw.w };
     #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
-        #pragma unroll
-        for (int i = 0; i <= M; i++) { sum[t][i] = 0; }
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(word[i] << 16);
+        x[2 * i + 1] = __uint_as_float(word[i] & 0xFFFF0000u);
     }
-    for (int k = threadIdx.x * 4; k < N; k += HC_THREADS * 4) {
-        float x[HC_TOKENS][4];
+}
+
+// d (16,8) += a (16,16) b (16,8) in bf16.
+__device__ inline void mma_bf16(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16,8) += a (16,8) b (8,8) in tf32: fp32 rounded to 11 bits.
+__device__ inline void mma_tf32(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline uint32_t round_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+// Y[j] = post[j] o + sum_i comb[i][j] X[i] (DEAL; else Y is X), and this slice's share of fn Y and
+// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of its
+// 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
+//   bytes: 8 C for X, 2 C for o, 8 C for Y per token: 72 KiB, 302 MB at T = 4,096: 71 us.
+//   operations: 2 x 2 x 24 x 16,384 per token on tensor cores, 6.4 GFLOP: 13 us, and about 500
+//   instructions per warp and 9 KB moved, a quarter of what the bytes take.
+enum { HC_DEAL_THREADS = 384 };
+template <int M, bool DEAL>
+__global__ void __launch_bounds__(HC_DEAL_THREADS, 1)
+hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const real *post,
+                       const real *comb, const float *fn, int T, int C) {
+    constexpr int NT = (M + 7) / 8;             // blocks of 8 rows of fn
+    extern __shared__ uint4 parts[];            // (groups,HC,NT,2,32): high and low halves of fn
+    const int first = blockIdx.x * HC_SLICE, groups = min(HC_SLICE, C - first) / HC_GROUP;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int at = threadIdx.x; at < groups * HC * NT * 32; at += HC_DEAL_THREADS) {
+        const int l = at % 32, n = at / 32 % NT * 8 + l / 4, j = at / (32 * NT) % HC;
+        const int c = first + at / (32 * NT * HC) * HC_GROUP + l % 4 * 8;
+        float x[8] = {0}, low[8];
+        if (n < M) { load8(x, fn + ((size_t)n * HC + j) * C + c); }
         #pragma unroll
-        for (int t = 0; t < HC_TOKENS; t++) {
-            load4(x[t], X + (size_t)min(t0 + t, T - 1) * N + k);
-            #pragma unroll
-            for (int j = 0; j < 4; j++) { sum[t][M] += x[t][j] * x[t][j]; }
-        }
-        #pragma unroll
-        for (int i = 0; i < M; i++) {
-            const float4 w = *(const float4 *)(fn + (size_t)i * N + k);
-            #pragma unroll
-            for (int t = 0; t < HC_TOKENS; t++) {
-                sum[t][i] += x[t][0] * w.x + x[t][1] * w.y + x[t][2] * w.z + x[t][3] * w.w;
-            }
-        }
-    }
-    #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
-        #pragma unroll
-        for (int i = 0; i <= M; i++) {
-            const float all = warp_sum(sum[t][i]);
-            if (lane == 0) { shared[warp][t][i] = all; }
-        }
+        for (int k = 0; k < 8; k++) { low[k] = x[k] - __bfloat162float(__float2bfloat16_rn(x[k])); }
+        store8((bf16 *)&parts[at / 32 * 64 + l], x);
+        store8((bf16 *)&parts[at / 32 * 64 + 32 + l], low);
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < HC_TOKENS * M; at += HC_THREADS) {
-        const int t = at / M, i = at % M;
-        if (t0 + t >= T) { continue; }
-        float dot = 0, square = 0;
-        for (int k = 0; k < HC_THREADS / 32; k++) {
-            dot += shared[k][t][i];
-            square += shared[k][t][M];
+    const int warps = HC_DEAL_THREADS / 32, warp = threadIdx.x / 32;
+    for (int tile = blockIdx.y * warps + warp; tile * HC_TILE < T; tile += gridDim.y * warps) {
+        float p[2][HC], mix[2][HC][HC], sum[NT][4], square[2] = {0};
+        const int t0 = tile * HC_TILE + g;
+        #pragma unroll
+        for (int h = 0; DEAL && h < 2; h++) {
+            const size_t t = min(t0 + 8 * h, T - 1);
+            load4(p[h], post + t * HC);
+            #pragma unroll
+            for (int i = 0; i < HC; i++) { load4(mix[h][i], comb + (t * HC + i) * HC); }
         }
-        const float rms = 1 / sqrtf(square / N + eps);
-        m[(size_t)(t0 + t) * M + i] = dot * rms;
-        if (i == 0) { r[t0 + t] = rms; }
+        #pragma unroll
+        for (int n = 0; n < NT; n++) { sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0; }
+        for (int k = 0; k < groups; k++) {
+            const int c = first + k * HC_GROUP + q * 8;
+            uint4 x[2][HC], v[2];
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const size_t t = min(t0 + 8 * h, T - 1);
+                if (DEAL) { v[h] = *(const uint4 *)(o + t * C + c); }
+                #pragma unroll
+                for (int i = 0; i < HC; i++) { x[h][i] = *(const uint4 *)(X + (t * HC + i) * C + c); }
+            }
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {       // x[h] becomes y, rounded
+                float y[HC][8], z[8];
+                if (DEAL) {
+                    unpack8(z, v[h]);
+                    #pragma unroll
+                    for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
+                    #pragma unroll
+                    for (int i = 0; i < HC; i++) {
+                        unpack8(z, x[h][i]);
+                        #pragma unroll
+                        for (int je = 0; je < HC * 8; je++) {
+                            y[je / 8][je % 8] += mix[h][i][je / 8] * z[je % 8];
+                        }
+                    }
+                }
+                #pragma unroll
+                for (int j = 0; j < HC; j++) {
+                    if (DEAL) {
+                        x[h][j] = make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
+                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]));
+                        if (t0 + 8 * h < T) {
+                            *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = x[h][j];
+                        }
+                    }
+                    unpack8(z, x[h][j]);
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) { square[h] += z[e] * z[e]; }
+                }
+            }
+            #pragma unroll
+            for (int j = 0; j < HC; j++) {
+                const uint32_t a[2][4] = { { x[0][j].x, x[1][j].x, x[0][j].y, x[1][j].y },
+                                           { x[0][j].z, x[1][j].z, x[0][j].w, x[1][j].w } };
+                #pragma unroll
+                for (int n = 0; n < 2 * NT; n++) {      // high half, low half, next block of rows
+                    const uint4 b = parts[((k * HC + j) * 2 * NT + n) * 32 + lane];
+                    mma_bf16(sum[n / 2], a[0], b.x, b.y);
+                    mma_bf16(sum[n / 2], a[1], b.z, b.w);
+                }
+            }
+        }
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {           // the four lanes of a token; then its M + 1 sums
+            square[h] += __shfl_xor_sync(~0u, square[h], 1);
+            square[h] += __shfl_xor_sync(~0u, square[h], 2);
+            if (t0 + 8 * h >= T) { continue; }
+            float *out = partial + ((size_t)blockIdx.x * T + t0 + 8 * h) * (M + 1);
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                #pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (n * 8 + 2 * q + e < M) { out[n * 8 + 2 * q + e] = sum[n][2 * h + e]; }
+                }
+            }
+            if (q == 0) { out[M] = square[h]; }
+        }
     }
+}
+
+// The slices' shares added up, in their order: a warp per token, a lane per sum.
+__global__ void hc_logits_sum_kernel(real *m, real *r, const float *partial, float eps, int slices,
+                                     int T, int N, int M) {
+    const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (t >= T) { return; }
+    float sum = 0;
+    for (int s = 0; s < slices && lane <= M; s++) {
+        sum += partial[((size_t)s * T + t) * (M + 1) + lane];
+    }
+    const float rms = 1 / sqrtf(__shfl_sync(~0u, sum, M) / N + eps);
+    if (lane < M) { m[(size_t)t * M + lane] = sum * rms; }
+    if (lane == M) { r[t] = rms; }
+}
+
+template <int M, bool DEAL>
+static void hc_deal(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
+                    const real *comb, const float *fn, float eps, int T, int C) {
+    if (T == 0) { return; }
+    const dim3 grid = hc_grid(T, C, HC_DEAL_THREADS / 32, 1);
+    const size_t mark = workspace_mark(), bytes = HC_SLICE_GROUPS * HC * ((M + 7) / 8) * 64 * 16;
+    float *partial = (float *)workspace(sizeof(float) * grid.x * T * (M + 1));
+    auto kernel = hc_deal_forward_kernel<M, DEAL>;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<grid, HC_DEAL_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
+    cudaCheck(cudaGetLastError());
+    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T, HC * C,
+                                                               M);
+    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
+}
+
+extern "C" void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X,
+                                    const real *post, const real *comb, const float *fn, float eps,
+                                    int T, int C, int M) {
+    gpuRequire(C % HC_GROUP == 0 && (M == HC_MIX || M == HC));
+    auto deal = M == HC ? hc_deal<HC, true> : hc_deal<HC_MIX, true>;
+    deal(Y, m, r, o, X, post, comb, fn, eps, T, C);
 }
 
 extern "C" void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps,
                                       int T, int C, int M) {
-    if (T == 0) { return; }
-    const int grid = blocks_for(T, HC_TOKENS);
-    if (M == HC_MIX) {
-        hc_logits_forward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T,
-                                                                          HC * C);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_forward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T, HC * C);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-// dX += r fn^T dm - (r^2 / N) <m, dm> X. A block takes HC_TOKENS tokens and HC_THREADS * 4 columns;
-// fn's columns are read once per block.
-//   bytes: 8 N for dX, 2 N for X per token: 10 x 16,384 = 160 KiB, 671 MB at T = 4,096: 157 us.
-template <int M>
-__global__ void __launch_bounds__(HC_THREADS)
-hc_logits_backward_kernel(real *dX, const real *dm, const real *m, const real *r, const act *X,
-                          const float *fn, int T, int N) {
-    __shared__ float g[HC_TOKENS][M], along[HC_TOKENS];
-    const int t0 = blockIdx.x * HC_TOKENS;
-    for (int at = threadIdx.x; at < HC_TOKENS * M; at += HC_THREADS) {
-        const int t = min(t0 + at / M, T - 1);
-        g[at / M][at % M] = r[t] * dm[(size_t)t * M + at % M];
-    }
-    if (threadIdx.x < HC_TOKENS) {
-        const int t = min(t0 + (int)threadIdx.x, T - 1);
-        float dot = 0;
-        for (int i = 0; i < M; i++) { dot += m[(size_t)t * M + i] * dm[(size_t)t * M + i]; }
-        along[threadIdx.x] = r[t] * r[t] / N * dot;
-    }
-    __syncthreads();
-    const int k = (blockIdx.y * HC_THREADS + threadIdx.x) * 4;
-    if (k >= N) { return; }
-    float4 sum[HC_TOKENS];
-    #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) { sum[t] = make_float4(0, 0, 0, 0); }
-    #pragma unroll 4
-    for (int i = 0; i < M; i++) {
-        const float4 w = *(const float4 *)(fn + (size_t)i * N + k);
-        #pragma unroll
-        for (int t = 0; t < HC_TOKENS; t++) {
-            sum[t].x += g[t][i] * w.x;
-            sum[t].y += g[t][i] * w.y;
-            sum[t].z += g[t][i] * w.z;
-            sum[t].w += g[t][i] * w.w;
-        }
-    }
-    #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
-        if (t0 + t >= T) { break; }
-        const size_t at = (size_t)(t0 + t) * N + k;
-        float x[4];
-        load4(x, X + at);
-        float4 d = *(float4 *)(dX + at);
-        d.x += sum[t].x - along[t] * x[0];
-        d.y += sum[t].y - along[t] * x[1];
-        d.z += sum[t].z - along[t] * x[2];
-        d.w += sum[t].w - along[t] * x[3];
-        *(float4 *)(dX + at) = d;
-    }
-}
-
-extern "C" void hc_logits_backward_gpu(real *dX, real *dm, const real *m, const real *r,
-                                       const act *X, const float *fn, int T, int C, int M) {
-    if (T == 0) { return; }
-    const int N = HC * C;
-    const dim3 grid(blocks_for(T, HC_TOKENS), blocks_for(N, HC_THREADS * 4));
-    if (M == HC_MIX) {
-        hc_logits_backward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T,
-                                                                           N);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_backward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T, N);
-    }
-    cudaCheck(cudaGetLastError());
+    gpuRequire(C % HC_GROUP == 0 && (M == HC_MIX || M == HC));
+    auto deal = M == HC ? hc_deal<HC, false> : hc_deal<HC_MIX, false>;
+    deal(NULL, m, r, NULL, X, NULL, NULL, fn, eps, T, C);
 }
 
 __device__ inline float sigmoid_gpu(float x) { return 1 / (1 + expf(-x)); }
 
-// Sinkhorn on a 4 x 4 matrix in registers; every loop is unrolled. Divisors go to sums if KEEP.
-template <bool KEEP>
-__device__ inline void sinkhorn(float c[HC][HC], float *sums, int iters, float eps) {
-    #pragma unroll
-    for (int j = 0; j < HC; j++) {
-        float max = c[j][0], sum = 0;
-        #pragma unroll
-        for (int k = 1; k < HC; k++) { max = fmaxf(max, c[j][k]); }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { sum += c[j][k] = expf(c[j][k] - max); }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { c[j][k] = c[j][k] / sum + eps; }
-    }
-    for (int step = 0; step < 2 * iters - 1; step++) {      // columns, rows, columns, .. columns
-        #pragma unroll
-        for (int a = 0; a < HC; a++) {
-            float sum = eps;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) { sum += step % 2 ? c[a][b] : c[b][a]; }
-            if (KEEP) { sums[step * HC + a] = sum; }
-            const float inverse = 1 / sum;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) { (step % 2 ? c[a][b] : c[b][a]) *= inverse; }
-        }
-    }
+// Sinkhorn with one element of the 4 x 4 matrix per lane, row by row: 16 lanes are a token. Sums
+// over a line's four lanes, to all of them; columns at step 0, 2, ..
+__device__ inline float line_sum(float x, int step) {
+    const int stride = step % 2 ? 1 : 4;
+    x += __shfl_xor_sync(~0u, x, stride);
+    return x + __shfl_xor_sync(~0u, x, 2 * stride);
 }
 
-// One thread per token: its 24 numbers fit into registers, and no two tokens meet.
-//   bytes: 192 per token; what it costs is 39 dependent half-steps, about 10 us.
+// Element c of the mixing matrix, from its logit. sums, unless NULL, gets the divisor of every
+// half-step, `stride` apart.
+__device__ inline float sinkhorn(float c, float *sums, int stride, int iters, float eps) {
+    float max = fmaxf(c, __shfl_xor_sync(~0u, c, 1));
+    max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+    c = expf(c - max);
+    c = c / line_sum(c, 1) + eps;
+    for (int step = 0; step < 2 * iters - 1; step++) {
+        const float sum = line_sum(c, step) + eps;
+        if (sums) { sums[step * stride] = sum; }
+        c /= sum;
+    }
+    return c;
+}
+
+// 16 lanes per token. bytes: 196 per token; what it costs is 39 dependent half-steps.
 __global__ void hc_weights_forward_kernel(real *pre, real *post, real *comb, const real *m,
                                           const float *base, const float *scale, float eps, int T,
-                                          int iters) {
-    const int t = blockIdx.x * blockDim.x + threadIdx.x;
-    if (t >= T) { return; }
-    m += (size_t)t * HC_MIX;
-    float c[HC][HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        pre[(size_t)t * HC + i] = sigmoid_gpu(m[i] * scale[0] + base[i]) + eps;
-        post[(size_t)t * HC + i] = 2 * sigmoid_gpu(m[HC + i] * scale[1] + base[HC + i]);
-        #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            const int at = 2 * HC + i * HC + k;
-            c[i][k] = m[at] * scale[2] + base[at];
-        }
-    }
-    sinkhorn<false>(c, NULL, iters, eps);
-    #pragma unroll
-    for (int i = 0; i < HC * HC; i++) { comb[(size_t)t * HC * HC + i] = c[i / HC][i % HC]; }
+                                          int M, int iters) {
+    const int at = blockIdx.x * blockDim.x + threadIdx.x, e = at % 16;
+    const size_t t = min(at / 16, T - 1);       // lanes past the end repeat the last token
+    m += t * M;
+    if (e < HC) { pre[t * HC + e] = sigmoid_gpu(m[e] * scale[0] + base[e]) + eps; }
+    if (M == HC) { return; }
+    if (e < HC) { post[t * HC + e] = 2 * sigmoid_gpu(m[HC + e] * scale[1] + base[HC + e]); }
+    const float c = m[2 * HC + e] * scale[2] + base[2 * HC + e];
+    comb[t * HC * HC + e] = sinkhorn(c, NULL, 0, iters, eps);
 }
 
 extern "C" void hc_weights_forward_gpu(real *pre, real *post, real *comb, const real *m,
                                        const float *base, const float *scale, float eps, int T,
-                                       int iters) {
+                                       int M, int iters) {
     if (T == 0) { return; }
-    hc_weights_forward_kernel<<<blocks_for(T, 32), 32, 0, stream>>>(pre, post, comb, m, base, scale,
-                                                                    eps, T, iters);
+    hc_weights_forward_kernel<<<blocks_for((size_t)T * 16, 128), 128, 0, stream>>>(
+        pre, post, comb, m, base, scale, eps, T, M, iters);
     cudaCheck(cudaGetLastError());
 }
 
-// The forward again with its divisors kept (in local memory), then backwards through the steps.
-__global__ void hc_weights_backward_kernel(real *dm, const real *dpre, const real *dpost,
-                                           const real *dcomb, const real *m, const float *base,
-                                           const float *scale, float eps, int T, int iters) {
-    const int t = blockIdx.x * blockDim.x + threadIdx.x;
-    if (t >= T) { return; }
-    m += (size_t)t * HC_MIX;
-    dm += (size_t)t * HC_MIX;
-    float c[HC][HC], d[HC][HC], sums[2 * 64 * HC];
+// 8 channels from c on of u = sum_i pre[i] X[i] of one token.
+__device__ inline void collapse8(float *u, const act *X, const float *p, int c, int C) {
+    float x[8];
+    #pragma unroll
+    for (int k = 0; k < 8; k++) { u[k] = 0; }
     #pragma unroll
     for (int i = 0; i < HC; i++) {
-        float s = sigmoid_gpu(m[i] * scale[0] + base[i]);
-        dm[i] = dpre[(size_t)t * HC + i] * s * (1 - s) * scale[0];
-        s = sigmoid_gpu(m[HC + i] * scale[1] + base[HC + i]);
-        dm[HC + i] = dpost[(size_t)t * HC + i] * 2 * s * (1 - s) * scale[1];
+        load8(x, X + (size_t)i * C + c);
         #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            const int at = 2 * HC + i * HC + k;
-            c[i][k] = m[at] * scale[2] + base[at];
-            d[i][k] = dcomb[(size_t)t * HC * HC + i * HC + k];
-        }
-    }
-    sinkhorn<true>(c, sums, iters, eps);
-    for (int step = 2 * iters - 2; step >= 0; step--) {
-        #pragma unroll
-        for (int a = 0; a < HC; a++) {
-            // forward: y_b = x_b / S, so dx_b = (dy_b - sum_k dy_k y_k) / S
-            const float sum = sums[step * HC + a], inverse = 1 / sum;
-            float along = 0;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) {
-                along += step % 2 ? d[a][b] * c[a][b] : d[b][a] * c[b][a];
-            }
-            #pragma unroll
-            for (int b = 0; b < HC; b++) {
-                float &db = step % 2 ? d[a][b] : d[b][a], &cb = step % 2 ? c[a][b] : c[b][a];
-                db = (db - along) * inverse;
-                cb *= sum;
-            }
-        }
-    }
-    #pragma unroll
-    for (int j = 0; j < HC; j++) {
-        // forward: a = p + eps, p = softmax, so dlogits = p (da - <da, p>)
-        float along = 0;
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { c[j][k] -= eps; along += d[j][k] * c[j][k]; }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            dm[2 * HC + j * HC + k] = c[j][k] * (d[j][k] - along) * scale[2];
-        }
+        for (int k = 0; k < 8; k++) { u[k] += p[i] * x[k]; }
     }
 }
 
-extern "C" void hc_weights_backward_gpu(real *dm, const real *dpre, const real *dpost,
-                                        const real *dcomb, const real *m, const float *base,
-                                        const float *scale, float eps, int T, int iters) {
-    if (T == 0) { return; }
-    gpuRequire(iters <= 64);
-    hc_weights_backward_kernel<<<blocks_for(T, 32), 32, 0, stream>>>(dm, dpre, dpost, dcomb, m,
-                                                                     base, scale, eps, T, iters);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void hc_head_weights_forward_kernel(real *pre, const real *m, const float *base,
-                                               const float *scale, float eps, int n) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { pre[i] = sigmoid_gpu(m[i] * scale[0] + base[i % HC]) + eps; }
-}
-
-extern "C" void hc_head_weights_forward_gpu(real *pre, const real *m, const float *base,
-                                            const float *scale, float eps, int T) {
-    if (T == 0) { return; }
-    hc_head_weights_forward_kernel<<<blocks_for(T * HC, 256), 256, 0, stream>>>(pre, m, base, scale,
-                                                                                eps, T * HC);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void hc_head_weights_backward_kernel(real *dm, const real *dpre, const real *m,
-                                                const float *base, const float *scale, int n) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    const float s = sigmoid_gpu(m[i] * scale[0] + base[i % HC]);
-    dm[i] = dpre[i] * s * (1 - s) * scale[0];
-}
-
-extern "C" void hc_head_weights_backward_gpu(real *dm, const real *dpre, const real *m,
-                                             const float *base, const float *scale, int T) {
-    if (T == 0) { return; }
-    hc_head_weights_backward_kernel<<<blocks_for(T * HC, 256), 256, 0, stream>>>(dm, dpre, m, base,
-                                                                                 scale, T * HC);
-    cudaCheck(cudaGetLastError());
-}
-
-// u = sum_i pre[i] X[i]. One block per token.
-//   bytes: 8 C read + 2 C written per token: 168 MB at T = 4,096, 39 us.
-__global__ void hc_collapse_forward_kernel(act *u, const act *X, const real *pre, int C) {
+// x = w u rstd, u = sum_i pre[i] X[i]. One block per token, which keeps u in registers (up to
+// C = 4,096; the rest it reads again).
+//   bytes: 8 C read + 2 C written per token: 40 KiB, 168 MB at T = 4,096: 39 us.
+__global__ void hc_enter_forward_kernel(act *out, real *rstd, const act *X, const real *pre,
+                                        const bf16 *w, float eps, int C) {
+    __shared__ float shared[32];
     const size_t t = blockIdx.x;
-    float p[HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) { p[i] = pre[t * HC + i]; }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float sum[8] = {0}, x[8];
+    const int first = threadIdx.x * 8, stride = blockDim.x * 8;
+    float p[HC], u[8], g[8], sum = 0;
+    load4(p, pre + t * HC);
+    X += t * HC * C;
+    for (int c = first; c < C; c += stride) {
+        collapse8(u, X, p, c, C);
+        #pragma unroll
+        for (int k = 0; k < 8; k++) { sum += u[k] * u[k]; }
+    }
+    sum = block_sum(sum, shared);
+    const float r = 1 / sqrtf(sum / C + eps);
+    if (threadIdx.x == 0) { rstd[t] = r; }
+    for (int c = first; c < C; c += stride) {
+        if (C > stride) { collapse8(u, X, p, c, C); }
+        load8(g, w + c);
+        #pragma unroll
+        for (int k = 0; k < 8; k++) { g[k] *= u[k] * r; }
+        store8(out + t * C + c, g);
+    }
+}
+
+extern "C" void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre,
+                                     const bf16 *w, float eps, int T, int C) {
+    if (T == 0) { return; }
+    hc_enter_forward_kernel<<<T, row_threads(C), 0, stream>>>(x, rstd, X, pre, w, eps, C);
+    cudaCheck(cudaGetLastError());
+}
+
+// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per token;
+// 20 sums over its threads.
+//   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
+enum { HC_SUM_THREADS = 128 };
+__global__ void __launch_bounds__(HC_SUM_THREADS)
+hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const act *o,
+                        const act *X, const real *post, int C) {
+    __shared__ float shared[HC_SUM_THREADS / 32][HC + HC * HC];
+    const size_t t = blockIdx.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float p[HC], sums[HC + HC * HC] = {0};
+    load4(p, post + t * HC);
+    for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
+        float d[HC][8], x[8], out[8] = {0};
+        load8(x, o + t * C + c);
+        #pragma unroll
+        for (int j = 0; j < HC; j++) {
+            load8(d[j], dY + (t * HC + j) * C + c);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) { sums[j] += d[j][k] * x[k]; out[k] += p[j] * d[j][k]; }
+        }
+        store8(do_ + t * C + c, out);
         #pragma unroll
         for (int i = 0; i < HC; i++) {
             load8(x, X + (t * HC + i) * C + c);
             #pragma unroll
-            for (int k = 0; k < 8; k++) { sum[k] += p[i] * x[k]; }
-        }
-        store8(u + t * C + c, sum);
-    }
-}
-
-extern "C" void hc_collapse_forward_gpu(act *u, const act *X, const real *pre, int T, int C) {
-    if (T == 0) { return; }
-    hc_collapse_forward_kernel<<<T, row_threads(C), 0, stream>>>(u, X, pre, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// dX[i] += pre[i] du, dpre[i] = <du, X[i]>. One block per token.
-//   bytes: 32 C for dX, 8 C for X, 2 C for du per token: 704 MB at T = 4,096, 165 us.
-__global__ void hc_collapse_backward_kernel(real *dX, real *dpre, const act *du, const act *X,
-                                            const real *pre, int C) {
-    __shared__ float shared[32];
-    const size_t t = blockIdx.x;
-    float p[HC], dot[HC] = {0};
-    #pragma unroll
-    for (int i = 0; i < HC; i++) { p[i] = pre[t * HC + i]; }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float d[8], x[8], g[8];
-        load8(d, du + t * C + c);
-        #pragma unroll
-        for (int i = 0; i < HC; i++) {
-            const size_t at = (t * HC + i) * C + c;
-            load8(x, X + at);
-            load8(g, dX + at);
-            #pragma unroll
-            for (int k = 0; k < 8; k++) { dot[i] += d[k] * x[k]; g[k] += p[i] * d[k]; }
-            store8(dX + at, g);
-        }
-    }
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        const float all = block_sum(dot[i], shared);
-        if (threadIdx.x == 0) { dpre[t * HC + i] = all; }
-    }
-}
-
-extern "C" void hc_collapse_backward_gpu(real *dX, real *dpre, const act *du, const act *X,
-                                         const real *pre, int T, int C) {
-    if (T == 0) { return; }
-    hc_collapse_backward_kernel<<<T, row_threads(C), 0, stream>>>(dX, dpre, du, X, pre, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// Y[j] = post[j] o + sum_i comb[i][j] X[i]. One block per token.
-//   bytes: 8 C + 2 C read, 8 C written per token: 302 MB at T = 4,096, 71 us.
-__global__ void hc_deal_forward_kernel(act *Y, const act *o, const act *X, const real *post,
-                                       const real *comb, int C) {
-    const size_t t = blockIdx.x;
-    float p[HC], mix[HC][HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        p[i] = post[t * HC + i];
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { mix[i][j] = comb[(t * HC + i) * HC + j]; }
-    }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float x[HC][8], v[8], y[8];
-        load8(v, o + t * C + c);
-        #pragma unroll
-        for (int i = 0; i < HC; i++) { load8(x[i], X + (t * HC + i) * C + c); }
-        #pragma unroll
-        for (int j = 0; j < HC; j++) {
-            #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                y[k] = p[j] * v[k] + mix[0][j] * x[0][k] + mix[1][j] * x[1][k] +
-                       mix[2][j] * x[2][k] + mix[3][j] * x[3][k];
-            }
-            store8(Y + (t * HC + j) * C + c, y);
-        }
-    }
-}
-
-extern "C" void hc_deal_forward_gpu(act *Y, const act *o, const act *X, const real *post,
-                                    const real *comb, int T, int C) {
-    if (T == 0) { return; }
-    hc_deal_forward_kernel<<<T, row_threads(C), 0, stream>>>(Y, o, X, post, comb, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>, and dX in place of
-// dY. One block per token; 20 sums over its threads.
-//   bytes: 32 C for dY and dX, 8 C for X, 4 C for o and do: 738 MB at T = 4,096, 173 us.
-__global__ void hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, real *dX, const act *o,
-                                        const act *X, const real *post, const real *comb, int C) {
-    __shared__ float shared[32][HC + HC * HC];
-    const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    float p[HC], mix[HC][HC], sums[HC + HC * HC] = {0};
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        p[i] = post[t * HC + i];
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { mix[i][j] = comb[(t * HC + i) * HC + j]; }
-    }
-    for (int c = threadIdx.x * 4; c < C; c += blockDim.x * 4) {
-        float d[HC][4], x[4], v[4], out[4];
-        load4(v, o + t * C + c);
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { load4(d[j], dX + (t * HC + j) * C + c); }
-        #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            out[k] = p[0] * d[0][k] + p[1] * d[1][k] + p[2] * d[2][k] + p[3] * d[3][k];
-        }
-        store4(do_ + t * C + c, out);
-        #pragma unroll
-        for (int j = 0; j < HC; j++) {
-            #pragma unroll
-            for (int k = 0; k < 4; k++) { sums[j] += d[j][k] * v[k]; }
-        }
-        #pragma unroll
-        for (int i = 0; i < HC; i++) {
-            load4(x, X + (t * HC + i) * C + c);
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                out[k] = mix[i][0] * d[0][k] + mix[i][1] * d[1][k] + mix[i][2] * d[2][k] +
-                         mix[i][3] * d[3][k];
+            for (int j = 0; j < HC; j++) {
                 #pragma unroll
-                for (int j = 0; j < HC; j++) { sums[HC + i * HC + j] += x[k] * d[j][k]; }
+                for (int k = 0; k < 8; k++) { sums[HC + i * HC + j] += x[k] * d[j][k]; }
             }
-            store4(dX + (t * HC + i) * C + c, out);
         }
     }
     #pragma unroll
@@ -3042,18 +2940,260 @@ __global__ void hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, real
     __syncthreads();
     if (threadIdx.x >= HC + HC * HC) { return; }
     float all = 0;
-    for (int k = 0; k < warps; k++) { all += shared[k][threadIdx.x]; }
+    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
     if (threadIdx.x < HC) { dpost[t * HC + threadIdx.x] = all; }
     else { dcomb[t * HC * HC + threadIdx.x - HC] = all; }
 }
 
-extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, real *dX, const act *o,
-                                     const act *X, const real *post, const real *comb, int T,
-                                     int C) {
+extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY,
+                                     const act *o, const act *X, const real *post, int T, int C) {
     if (T == 0) { return; }
-    hc_deal_backward_kernel<<<T, row_threads(C), 0, stream>>>(do_, dpost, dcomb, dX, o, X, post,
-                                                              comb, C);
+    hc_deal_backward_kernel<<<T, HC_SUM_THREADS, 0, stream>>>(do_, dpost, dcomb, dY, o, X, post, C);
     cudaCheck(cudaGetLastError());
+}
+
+// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm says
+//     du = rstd a - kappa u,  kappa = rstd^3 <a, u> / C
+// so all that dm needs of a token's streams are eight sums, <a, X[i]> and <u, X[i]>. One block per
+// token.
+//   bytes: 8 C for X, 4 C for dx per token: 48 KiB, 201 MB at T = 4,096: 47 us.
+__global__ void __launch_bounds__(HC_SUM_THREADS)
+hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, const bf16 *w,
+                     int C) {
+    __shared__ float shared[HC_SUM_THREADS / 32][2 * HC];
+    const size_t t = blockIdx.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float p[HC], sums[2 * HC] = {0};
+    load4(p, pre + t * HC);
+    for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
+        float a[8], g[8], u[8] = {0}, x[HC][8];
+        load8(a, dx + t * C + c);
+        load8(g, w + c);
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            load8(x[i], X + (t * HC + i) * C + c);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) { u[k] += p[i] * x[i][k]; }
+        }
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            #pragma unroll
+            for (int k = 0; k < 8; k++) {
+                sums[i] += a[k] * g[k] * x[i][k];
+                sums[HC + i] += u[k] * x[i][k];
+            }
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < 2 * HC; i++) {
+        const float all = warp_sum(sums[i]);
+        if (lane == 0) { shared[warp][i] = all; }
+    }
+    __syncthreads();
+    if (threadIdx.x >= 2 * HC) { return; }
+    float all = 0;
+    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
+    out[t * 2 * HC + threadIdx.x] = all;
+}
+
+// What dX needs of a token: r dm, 24 numbers, then kappa and `along`, the factors of u and X.
+enum { HC_KAPPA = HC_MIX, HC_ALONG, HC_TOKEN = 32, HC_WEIGHTS_THREADS = 64 };
+
+// dm by 16 lanes per token: the forward again with its divisors kept, then backwards through the
+// steps.
+__global__ void hc_weights_backward_kernel(float *token, const float *sums, const real *dpost,
+                                           const real *dcomb, const real *m, const real *r,
+                                           const real *pre, const real *rstd, const float *base,
+                                           const float *scale, float eps, int T, int C, int M,
+                                           int iters) {
+    extern __shared__ float divisors[];         // (2*iters-1, threads)
+    const int at = blockIdx.x * HC_WEIGHTS_THREADS + threadIdx.x, e = at % 16;
+    const size_t t = min(at / 16, T - 1);
+    const float norm = rstd[t], rms = r[t];
+    float p[HC], a[2 * HC], mean = 0, along = 0, dm = 0;
+    load4(p, pre + t * HC);
+    load8(a, sums + t * 2 * HC);
+    #pragma unroll
+    for (int i = 0; i < HC; i++) { mean += norm / C * p[i] * a[i]; }
+    const float kappa = norm * norm * mean;
+    m += t * M;
+    token += t * HC_TOKEN;
+    if (e < HC) {                               // pre = s(m scale0 + base) + eps
+        const float s = sigmoid_gpu(m[e] * scale[0] + base[e]);
+        const float dpre = norm * a[e % HC] - kappa * a[HC + e % HC];
+        dm = dpre * s * (1 - s) * scale[0];
+        along = m[e] * dm;
+        token[e] = rms * dm;
+    } else if (M > HC && e < 2 * HC) {          // post = 2 s(m scale1 + base)
+        const float s = sigmoid_gpu(m[e] * scale[1] + base[e]);
+        dm = dpost[t * HC + e - HC] * 2 * s * (1 - s) * scale[1];
+        along = m[e] * dm;
+        token[e] = rms * dm;
+    }
+    if (M > HC) {
+        float *mine = divisors + threadIdx.x;
+        float d = dcomb[t * HC * HC + e];
+        float c = m[2 * HC + e] * scale[2] + base[2 * HC + e];
+        c = sinkhorn(c, mine, HC_WEIGHTS_THREADS, iters, eps);
+        for (int step = 2 * iters - 2; step >= 0; step--) {
+            // forward: y_b = x_b / S, so dx_b = (dy_b - sum_k dy_k y_k) / S
+            const float sum = mine[step * HC_WEIGHTS_THREADS];
+            d = (d - line_sum(d * c, step)) / sum;
+            c *= sum;
+        }
+        c -= eps;                               // p + eps with p a softmax: p (da - <da, p>)
+        dm = c * (d - line_sum(d * c, 1)) * scale[2];
+        along += m[2 * HC + e] * dm;
+        token[2 * HC + e] = rms * dm;
+    }
+    #pragma unroll
+    for (int k = 1; k < 16; k *= 2) { along += __shfl_xor_sync(~0u, along, k); }
+    if (e == 0) {
+        token[HC_KAPPA] = kappa;
+        token[HC_ALONG] = rms * rms / (HC * C) * along;
+    }
+}
+
+// dX[i] = sum_j comb[i][j] dY[j] + pre[i] du + (fn^T r dm)[i] - along X[i]; dX holds dY on entry
+// (NEXT; at the head there is none). fn is rounded to tf32, as is r dm: 2^-12, where dX rounds to
+// 2^-9. Tokens come last to first: of what hc_enter_sums_kernel read last, some is still in L2.
+//   bytes: 8 C for dY, 8 C for X, 4 C for dx, 8 C for dX: 112 KiB, 470 MB at T = 4,096: 110 us.
+//   operations: 2 x 24 x 16,384 per token on tensor cores, 3.2 GFLOP in tf32: 13 us.
+enum { HC_ENTER_THREADS = 256 };
+template <int M, bool NEXT>
+__global__ void __launch_bounds__(HC_ENTER_THREADS, 1)
+hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre, const real *comb,
+                         const real *rstd, const float *token, const float *fn, const bf16 *w, int T,
+                         int C) {
+    constexpr int KT = (M + 7) / 8;             // blocks of 8 rows of fn
+    extern __shared__ uint4 parts[];            // (groups,HC,2*KT,32)
+    const int first = blockIdx.x * HC_SLICE, groups = min(HC_SLICE, C - first) / HC_GROUP;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int at = threadIdx.x; at < groups * HC * KT * 64; at += HC_ENTER_THREADS) {
+        const int c = at % 8 * 4, k = at / 8 % (8 * KT), j = at / (64 * KT) % HC;
+        const int group = at / (64 * KT * HC);
+        float x[4] = {0};
+        if (k < M) { load4(x, fn + ((size_t)k * HC + j) * C + first + group * HC_GROUP + c); }
+        #pragma unroll
+        for (int e = 0; e < 4; e++) {
+            // Block v of 8 columns has the channels 8 q + 2 v, 8 q + 2 v + 1 of every q.
+            const int v = (c + e) % 8 / 2, column = (c + e) / 8 * 2 + e % 2;
+            const int word = (v * KT + k / 8) * 2 + k % 8 / 4;
+            ((uint32_t *)parts)[(((group * HC + j) * 2 * KT + word / 4) * 32 + column * 4 + k % 4) * 4
+                                + word % 4] = round_tf32(x[e]);
+        }
+    }
+    __syncthreads();
+    const int warps = HC_ENTER_THREADS / 32, warp = threadIdx.x / 32;
+    const int tiles = (T + HC_TILE - 1) / HC_TILE;
+    for (int n = blockIdx.y * warps + warp; n < tiles; n += gridDim.y * warps) {
+        const int t0 = (tiles - 1 - n) * HC_TILE + g;
+        size_t t[2];
+        uint32_t a[KT][4];
+        float p[2][HC], norm[2], kappa[2], along[2];
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            t[h] = min(t0 + 8 * h, T - 1);
+            const float *of = token + t[h] * HC_TOKEN;
+            load4(p[h], pre + t[h] * HC);
+            norm[h] = rstd[t[h]];
+            kappa[h] = of[HC_KAPPA];
+            along[h] = of[HC_ALONG];
+            #pragma unroll
+            for (int k = 0; k < KT; k++) {
+                a[k][h] = 8 * k + q < M ? round_tf32(of[8 * k + q]) : 0;
+                a[k][2 + h] = 8 * k + q + 4 < M ? round_tf32(of[8 * k + q + 4]) : 0;
+            }
+        }
+        for (int group = 0; group < groups; group++) {
+            const int c = first + group * HC_GROUP + q * 8;
+            uint4 x[2][HC], d[2][HC];
+            float du[2][8], z[8];
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                load8(du[h], dx + t[h] * C + c);
+                #pragma unroll
+                for (int i = 0; i < HC; i++) {
+                    x[h][i] = *(const uint4 *)(X + (t[h] * HC + i) * C + c);
+                    if (NEXT) { d[h][i] = *(const uint4 *)(dX + (t[h] * HC + i) * C + c); }
+                }
+            }
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                load8(z, w + c);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) { du[h][e] *= norm[h] * z[e]; }
+                #pragma unroll
+                for (int i = 0; i < HC; i++) {
+                    unpack8(z, x[h][i]);
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) { du[h][e] -= kappa[h] * p[h][i] * z[e]; }
+                }
+            }
+            #pragma unroll
+            for (int i = 0; i < HC; i++) {
+                float sum[4][4];
+                uint32_t b[8 * KT];
+                #pragma unroll
+                for (int k = 0; k < 2 * KT; k++) {
+                    ((uint4 *)b)[k] = parts[((group * HC + i) * 2 * KT + k) * 32 + lane];
+                }
+                #pragma unroll
+                for (int v = 0; v < 4; v++) {
+                    sum[v][0] = sum[v][1] = sum[v][2] = sum[v][3] = 0;
+                    #pragma unroll
+                    for (int k = 0; k < KT; k++) {
+                        mma_tf32(sum[v], a[k], b[(v * KT + k) * 2], b[(v * KT + k) * 2 + 1]);
+                    }
+                }
+                #pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    float out[8], mix[HC];
+                    unpack8(z, x[h][i]);
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        out[e] = sum[e / 2][2 * h + e % 2] + p[h][i] * du[h][e] - along[h] * z[e];
+                    }
+                    if (NEXT) {
+                        load4(mix, comb + (t[h] * HC + i) * HC);
+                        #pragma unroll
+                        for (int j = 0; j < HC; j++) {
+                            unpack8(z, d[h][j]);
+                            #pragma unroll
+                            for (int e = 0; e < 8; e++) { out[e] += mix[j] * z[e]; }
+                        }
+                    }
+                    if (t0 + 8 * h < T) { store8(dX + (t[h] * HC + i) * C + c, out); }
+                }
+            }
+        }
+    }
+}
+
+extern "C" void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost, const real *dcomb,
+                                      const act *X, const real *m, const real *r, const real *pre,
+                                      const real *comb, const real *rstd, const float *fn,
+                                      const float *base, const float *scale, const bf16 *w,
+                                      float eps, int T, int C, int M, int iters) {
+    if (T == 0) { return; }
+    gpuRequire(C % HC_GROUP == 0 && iters <= 64 && (M == HC_MIX || M == HC));
+    const size_t mark = workspace_mark();
+    float *sums = (float *)workspace(sizeof(float) * T * 2 * HC);
+    float *token = (float *)workspace(sizeof(float) * T * HC_TOKEN);
+    hc_enter_sums_kernel<<<T, HC_SUM_THREADS, 0, stream>>>(sums, dx, X, pre, w, C);
+    cudaCheck(cudaGetLastError());
+    hc_weights_backward_kernel<<<blocks_for((size_t)T * 16, HC_WEIGHTS_THREADS), HC_WEIGHTS_THREADS,
+                                 sizeof(float) * 2 * iters * HC_WEIGHTS_THREADS, stream>>>(
+        token, sums, dpost, dcomb, m, r, pre, rstd, base, scale, eps, T, C, M, iters);
+    cudaCheck(cudaGetLastError());
+    const size_t bytes = HC_SLICE_GROUPS * HC * 2 * ((M + 7) / 8) * 32 * 16;
+    auto kernel = M == HC ? hc_enter_backward_kernel<HC, false>
+                          : hc_enter_backward_kernel<HC_MIX, true>;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<hc_grid(T, C, HC_ENTER_THREADS / 32, 1), HC_ENTER_THREADS, bytes, stream>>>(
+        dX, dx, X, pre, comb, rstd, token, fn, w, T, C);
+    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -130,41 +130,49 @@ static void test_heads(int T, int Hn, int Dn) {
 
 static void test_streams(int T, int C) {
     arena_used = 0;
-    size_t N = (size_t)T * HC * C;
-    act *Xs = acts(N, 1), *u = blank_act((size_t)T * C), *o = acts((size_t)T * C, 1);
-    act *Y = blank_act(N), *du = acts((size_t)T * C, 1), *do_ = blank_act((size_t)T * C);
-    real *fn = reals((size_t)HC_MIX * HC * C, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1);
-    real *m = blank((size_t)T * HC_MIX), *r = blank(T), *pre = blank(T * HC), *post = blank(T * HC);
-    real *comb = blank(T * HC * HC), *dX = reals(N, 1), *dpre = blank(T * HC), *dpost = blank(T * HC);
-    real *dcomb = blank(T * HC * HC), *dm = blank(T * HC_MIX);
-    real *hm = blank(T * HC), *hpre = blank(T * HC), *hdm = blank(T * HC), *hr = blank(T);
+    size_t N = (size_t)T * HC * C, n = (size_t)T * C, M = (size_t)HC_MIX * HC * C;
+    act *Xs = acts(N, 1), *o = acts(n, 1), *x = blank_act(n), *Y = blank_act(N), *do_ = blank_act(n);
+    act *place = acts(N, 1), *dX = acts(N, 1), *hx = blank_act(n), *hdX = blank_act(N);
+    real *fn = reals(M, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1), *dx = reals(n, 1);
+    real *next = reals(M, 0.02), *m = blank((size_t)T * HC_MIX), *r = blank(T), *rstd = blank(T);
+    real *pre = blank(T * HC), *post = blank(T * HC), *comb = blank(T * HC * HC);
+    real *dpost = blank(T * HC), *dcomb = blank(T * HC * HC), *nm = blank((size_t)T * HC_MIX);
+    real *nr = blank(T), *hm = blank(T * HC), *hr = blank(T), *hpre = blank(T * HC), *hrstd = blank(T);
     int *token = ints(T);
-    bf16 *embed = (bf16 *)acts((size_t)50 * C, 1);
+    bf16 *embed = (bf16 *)acts((size_t)50 * C, 1), *w = (bf16 *)acts(C, 1);
     act *E = blank_act(N);
     for (int t = 0; t < T; t++) { token[t] = t * 13 % 50; }
     BOTH({ hc_logits_forward(X(m), X(r), X(Xs), X(fn), 1e-6f, T, C, HC_MIX);
-           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, 20);
-           hc_collapse_forward(X(u), X(Xs), X(pre), T, C);
-           hc_deal_forward(X(Y), X(o), X(Xs), X(post), X(comb), T, C);
-           hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), X(comb), T, C);
-           hc_collapse_backward(X(dX), X(dpre), X(du), X(Xs), X(pre), T, C);
-           hc_weights_backward(X(dm), X(dpre), X(dpost), X(dcomb), X(m), X(base), X(scale), 1e-6f, T, 20);
-           hc_logits_backward(X(dX), X(dm), X(m), X(r), X(Xs), X(fn), T, C, HC_MIX);
-           hc_logits_forward(X(hm), X(hr), X(Xs), X(fn), 1e-6f, T, C, HC);
-           hc_head_weights_forward(X(hpre), X(hm), X(base), X(scale), 1e-6f, T);
-           hc_head_weights_backward(X(hdm), X(hpre), X(hm), X(base), X(scale), T);
+           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, HC_MIX, 20);
+           hc_enter_forward(X(x), X(rstd), X(Xs), X(pre), X(w), 1e-6f, T, C);
+           hc_deal_forward(X(Y), X(nm), X(nr), X(o), X(Xs), X(post), X(comb), X(next), 1e-6f, T, C, HC_MIX);
+           hc_deal_forward(X(place), X(hm), X(hr), X(o), X(place), X(post), X(comb), X(next), 1e-6f, T, C, HC);
+           hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), T, C);
+           hc_enter_backward(X(dX), X(dx), X(dpost), X(dcomb), X(Xs), X(m), X(r), X(pre), X(comb), X(rstd),
+                             X(fn), X(base), X(scale), X(w), 1e-6f, T, C, HC_MIX, 20);
+           hc_weights_forward(X(hpre), NULL, NULL, X(hm), X(base), X(scale), 1e-6f, T, HC, 0);
+           hc_enter_forward(X(hx), X(hrstd), X(place), X(hpre), X(w), 1e-6f, T, C);
+           hc_enter_backward(X(hdX), X(dx), NULL, NULL, X(place), X(hm), X(hr), X(hpre), NULL, X(hrstd),
+                             X(next), X(base), X(scale), X(w), 1e-6f, T, C, HC, 0);
            embed_forward(X(E), X(embed), X(token), T, C); });
     compare_real("hc m", m, (size_t)T * HC_MIX, FP32);
+    compare_real("hc r", r, T, FP32);
+    compare_real("hc pre", pre, T * HC, FP32);
+    compare_real("hc post", post, T * HC, FP32);
     compare_real("hc comb", comb, (size_t)T * HC * HC, 1e-4);
-    compare_act("hc u", u, (size_t)T * C, BF16);
+    compare_act("hc x", x, n, BF16);
     compare_act("hc Y", Y, N, BF16);
-    compare_act("hc do", do_, (size_t)T * C, BF16);
+    compare_real("hc m of Y", nm, (size_t)T * HC_MIX, 1e-3);    // of Y as each side rounded it
+    compare_real("hc r of Y", nr, T, 1e-4);
+    compare_act("hc Y in X's place", place, N, BF16);
+    compare_act("hc do", do_, n, BF16);
     compare_real("hc dpost", dpost, (size_t)T * HC, 1e-4);
     compare_real("hc dcomb", dcomb, (size_t)T * HC * HC, 1e-4);
-    compare_real("hc dpre", dpre, (size_t)T * HC, 1e-4);
-    compare_real("hc dX", dX, N, 1e-4);
-    compare_real("hc head pre", hpre, (size_t)T * HC, FP32);
-    compare_real("hc head dm", hdm, (size_t)T * HC, 1e-4);
+    compare_act("hc dX", dX, N, BF16);
+    compare_real("hc head m", hm, T * HC, 1e-3);
+    compare_real("hc head pre", hpre, (size_t)T * HC, 1e-4);
+    compare_act("hc head x", hx, n, BF16);
+    compare_act("hc head dX", hdX, N, BF16);
     compare_act("embed", E, N, 0);
 }
 
@@ -438,7 +446,7 @@ int main(void) {
     printf("on %s\n", name);
     test_norms(37, 4096); test_norms(1, 128); test_norms(3, 1024);
     test_heads(37, 64, 512); test_heads(5, 4, 128);
-    test_streams(37, 4096); test_streams(5, 128); test_streams(1, 256);
+    test_streams(37, 4096); test_streams(300, 192); test_streams(5, 128); test_streams(1, 256);
     test_linears(37, 256, 384, 8); test_linears(130, 1024, 128, 3); test_linears(1, 128, 128, 16);
     test_experts(256, 128, 8); test_experts(128, 256, 3); test_experts(320, 576, 8);
     test_routing(37, 256, 256, 6); test_routing(5, 128, 8, 2);
