@@ -693,6 +693,23 @@ __device__ inline float block_max(float x, float *shared) {
     return x;
 }
 
+// Shared memory is addressed by 32-bit numbers where instructions of the copy engine and the tensor
+// cores take it.
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// 16 bytes from global to shared memory without passing through registers; zeros if !valid. What
+// a thread started since its last commit is a group; wait until at most `left` of its groups run.
+__device__ inline void copy16(uint32_t to, const void *from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left> __device__ inline void copy_wait(void) {
+    asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
+}
+
 // Workspace: scratch inside a launcher, from one region that the plan counts. A stack; kernels run
 // in order on one stream, so what is released may be handed out again at once.
 static struct { unsigned char *base; size_t size, used, peak; } work;
@@ -2596,21 +2613,30 @@ extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const ac
 // ---- hyper-connections
 //
 // A token's streams are HC * C numbers, and its projection fn is a matrix (M,HC*C) that all tokens
-// share. What multiplies with fn keeps a slice of it, HC_SLICE channels of all four streams, in
-// shared memory and lets the tokens pass by; so a token is worked on by C / HC_SLICE blocks, which
-// leave partial sums. A warp takes 16 tokens and 32 channels at a time, held as the operands of the
+// share. What multiplies with fn keeps a slice of it, 128 or 256 channels of all four streams, in
+// shared memory and lets the tokens pass by; so a token is worked on by several blocks, which leave
+// partial sums. A warp takes 16 tokens and 32 channels at a time, held as the operands of the
 // tensor cores lie: lane 4 g + q has the channels 8 q .. 8 q + 7 of tokens g and g + 8.
 
-enum { HC_TILE = 16, HC_GROUP = 32, HC_SLICE = 256, HC_SLICE_GROUPS = HC_SLICE / HC_GROUP };
+// It asks for them some rounds ahead, each lane for what it will use itself, so nobody waits for
+// another.
 
-// Blocks along C, and as many along T as fit onto the device with `per_sm` of them together.
-static dim3 hc_grid(int T, int C, int warps, int per_sm) {
+enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32 };
+
+// Blocks along C, and as many along T as fit onto the device, one per multiprocessor.
+static dim3 hc_grid(int T, int C, int slice) {
     int device, processors;
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    const int slices = blocks_for(C, HC_SLICE), most = blocks_for(T, HC_TILE * warps);
-    const int fit = processors * per_sm / slices > 1 ? processors * per_sm / slices : 1;
+    const int slices = blocks_for(C, slice), most = blocks_for(T, HC_TILE * HC_WARPS);
+    const int fit = processors / slices > 1 ? processors / slices : 1;
     return dim3(slices, most < fit ? most : fit);
+}
+
+// The rounds of a warp: 16 tokens with one group of 32 channels after the other, then the next 16.
+typedef struct { int tile, group, groups, stride; } HcRound;
+__device__ inline void next_round(HcRound &r) {
+    if (++r.group == r.groups) { r.group = 0; r.tile += r.stride; }
 }
 
 __device__ inline uint32_t pack_pair(float low, float high) {
@@ -2655,16 +2681,37 @@ __device__ inline uint32_t round_tf32(float x) {
 //   bytes: 8 C for X, 2 C for o, 8 C for Y per token: 72 KiB, 302 MB at T = 4,096: 71 us.
 //   operations: 2 x 2 x 24 x 16,384 per token on tensor cores, 6.4 GFLOP: 13 us, and about 500
 //   instructions per warp and 9 KB moved, a quarter of what the bytes take.
-enum { HC_DEAL_THREADS = 384 };
+enum { HC_DEAL_SLICE = 256, HC_DEAL_STAGES = 3, HC_DEAL_LOADS = 2 * (HC + 1) };
+template <int M> constexpr int hc_deal_parts = HC_DEAL_SLICE / HC_GROUP * HC * ((M + 7) / 8) * 64;
 template <int M, bool DEAL>
-__global__ void __launch_bounds__(HC_DEAL_THREADS, 1)
+__global__ void __launch_bounds__(HC_THREADS, 1)
 hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const real *post,
                        const real *comb, const float *fn, int T, int C) {
     constexpr int NT = (M + 7) / 8;             // blocks of 8 rows of fn
     extern __shared__ uint4 parts[];            // (groups,HC,NT,2,32): high and low halves of fn
-    const int first = blockIdx.x * HC_SLICE, groups = min(HC_SLICE, C - first) / HC_GROUP;
+    uint4 *mine = parts + hc_deal_parts<M> + threadIdx.x;       // (stages,loads,threads)
+    const int first = blockIdx.x * HC_DEAL_SLICE, groups = min(HC_DEAL_SLICE, C - first) / HC_GROUP;
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int at = threadIdx.x; at < groups * HC * NT * 32; at += HC_DEAL_THREADS) {
+    HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
+                    (int)gridDim.y * HC_WARPS }, ahead = now;
+    auto fetch = [&](int stage) {
+        uint4 *to = mine + stage * HC_DEAL_LOADS * HC_THREADS;
+        #pragma unroll
+        for (int h = 0; h < 2 && ahead.tile * HC_TILE < T; h++) {
+            const size_t t = min(ahead.tile * HC_TILE + g + 8 * h, T - 1);
+            const int c = first + ahead.group * HC_GROUP + q * 8;
+            #pragma unroll
+            for (int i = 0; i < HC; i++) {
+                copy16(shared_address(to + (h * HC + i) * HC_THREADS), X + (t * HC + i) * C + c);
+            }
+            if (DEAL) { copy16(shared_address(to + (2 * HC + h) * HC_THREADS), o + t * C + c); }
+        }
+        copy_commit();
+        next_round(ahead);
+    };
+    #pragma unroll
+    for (int stage = 0; stage < HC_DEAL_STAGES - 1; stage++) { fetch(stage); }
+    for (int at = threadIdx.x; at < groups * HC * NT * 32; at += HC_THREADS) {
         const int l = at % 32, n = at / 32 % NT * 8 + l / 4, j = at / (32 * NT) % HC;
         const int c = first + at / (32 * NT * HC) * HC_GROUP + l % 4 * 8;
         float x[8] = {0}, low[8];
@@ -2675,86 +2722,80 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
         store8((bf16 *)&parts[at / 32 * 64 + 32 + l], low);
     }
     __syncthreads();
-    const int warps = HC_DEAL_THREADS / 32, warp = threadIdx.x / 32;
-    for (int tile = blockIdx.y * warps + warp; tile * HC_TILE < T; tile += gridDim.y * warps) {
-        float p[2][HC], mix[2][HC][HC], sum[NT][4], square[2] = {0};
-        const int t0 = tile * HC_TILE + g;
-        #pragma unroll
-        for (int h = 0; DEAL && h < 2; h++) {
-            const size_t t = min(t0 + 8 * h, T - 1);
-            load4(p[h], post + t * HC);
+    float p[2][HC], mix[2][HC][HC], sum[NT][4], square[2];
+    for (int stage = 0; now.tile * HC_TILE < T; stage = (stage + 1) % HC_DEAL_STAGES) {
+        const int t0 = now.tile * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        if (now.group == 0) {
             #pragma unroll
-            for (int i = 0; i < HC; i++) { load4(mix[h][i], comb + (t * HC + i) * HC); }
-        }
-        #pragma unroll
-        for (int n = 0; n < NT; n++) { sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0; }
-        for (int k = 0; k < groups; k++) {
-            const int c = first + k * HC_GROUP + q * 8;
-            uint4 x[2][HC], v[2];
-            #pragma unroll
-            for (int h = 0; h < 2; h++) {
+            for (int h = 0; DEAL && h < 2; h++) {
                 const size_t t = min(t0 + 8 * h, T - 1);
-                if (DEAL) { v[h] = *(const uint4 *)(o + t * C + c); }
+                load4(p[h], post + t * HC);
                 #pragma unroll
-                for (int i = 0; i < HC; i++) { x[h][i] = *(const uint4 *)(X + (t * HC + i) * C + c); }
+                for (int i = 0; i < HC; i++) { load4(mix[h][i], comb + (t * HC + i) * HC); }
             }
             #pragma unroll
-            for (int h = 0; h < 2; h++) {       // x[h] becomes y, rounded
-                float y[HC][8], z[8];
-                if (DEAL) {
-                    unpack8(z, v[h]);
-                    #pragma unroll
-                    for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
-                    #pragma unroll
-                    for (int i = 0; i < HC; i++) {
-                        unpack8(z, x[h][i]);
-                        #pragma unroll
-                        for (int je = 0; je < HC * 8; je++) {
-                            y[je / 8][je % 8] += mix[h][i][je / 8] * z[je % 8];
-                        }
-                    }
-                }
+            for (int n = 0; n < NT; n++) { sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0; }
+            square[0] = square[1] = 0;
+        }
+        copy_wait<HC_DEAL_STAGES - 2>();
+        const uint4 *from = mine + stage * HC_DEAL_LOADS * HC_THREADS;
+        fetch((stage + HC_DEAL_STAGES - 1) % HC_DEAL_STAGES);
+        uint4 y4[2][HC];                        // Y, rounded
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float y[HC][8], z[8];
+            if (DEAL) {
+                unpack8(z, from[(2 * HC + h) * HC_THREADS]);
                 #pragma unroll
-                for (int j = 0; j < HC; j++) {
-                    if (DEAL) {
-                        x[h][j] = make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
-                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]));
-                        if (t0 + 8 * h < T) {
-                            *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = x[h][j];
-                        }
-                    }
-                    unpack8(z, x[h][j]);
+                for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
+                #pragma unroll
+                for (int i = 0; i < HC; i++) {
+                    unpack8(z, from[(h * HC + i) * HC_THREADS]);
                     #pragma unroll
-                    for (int e = 0; e < 8; e++) { square[h] += z[e] * z[e]; }
+                    for (int je = 0; je < HC * 8; je++) {
+                        y[je / 8][je % 8] += mix[h][i][je / 8] * z[je % 8];
+                    }
                 }
             }
             #pragma unroll
             for (int j = 0; j < HC; j++) {
-                const uint32_t a[2][4] = { { x[0][j].x, x[1][j].x, x[0][j].y, x[1][j].y },
-                                           { x[0][j].z, x[1][j].z, x[0][j].w, x[1][j].w } };
-                #pragma unroll
-                for (int n = 0; n < 2 * NT; n++) {      // high half, low half, next block of rows
-                    const uint4 b = parts[((k * HC + j) * 2 * NT + n) * 32 + lane];
-                    mma_bf16(sum[n / 2], a[0], b.x, b.y);
-                    mma_bf16(sum[n / 2], a[1], b.z, b.w);
+                y4[h][j] = DEAL ? make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
+                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]))
+                                : from[(h * HC + j) * HC_THREADS];
+                if (DEAL && t0 + 8 * h < T) {
+                    *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
                 }
+                unpack8(z, y4[h][j]);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) { square[h] += z[e] * z[e]; }
             }
         }
         #pragma unroll
-        for (int h = 0; h < 2; h++) {           // the four lanes of a token; then its M + 1 sums
-            square[h] += __shfl_xor_sync(~0u, square[h], 1);
-            square[h] += __shfl_xor_sync(~0u, square[h], 2);
-            if (t0 + 8 * h >= T) { continue; }
-            float *out = partial + ((size_t)blockIdx.x * T + t0 + 8 * h) * (M + 1);
+        for (int j = 0; j < HC; j++) {
+            const uint32_t a[2][4] = { { y4[0][j].x, y4[1][j].x, y4[0][j].y, y4[1][j].y },
+                                       { y4[0][j].z, y4[1][j].z, y4[0][j].w, y4[1][j].w } };
             #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (n * 8 + 2 * q + e < M) { out[n * 8 + 2 * q + e] = sum[n][2 * h + e]; }
-                }
+            for (int n = 0; n < 2 * NT; n++) {          // high half, low half, next block of rows
+                const uint4 b = parts[((now.group * HC + j) * 2 * NT + n) * 32 + lane];
+                mma_bf16(sum[n / 2], a[0], b.x, b.y);
+                mma_bf16(sum[n / 2], a[1], b.z, b.w);
             }
-            if (q == 0) { out[M] = square[h]; }
         }
+        if (now.group == groups - 1) {
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {       // the four lanes of a token; then its M + 1 sums
+                square[h] += __shfl_xor_sync(~0u, square[h], 1);
+                square[h] += __shfl_xor_sync(~0u, square[h], 2);
+                float *out = partial + ((size_t)blockIdx.x * T + t0 + 8 * h) * (M + 1);
+                #pragma unroll
+                for (int ne = 0; ne < 2 * NT; ne++) {
+                    const int n = ne / 2 * 8 + 2 * q + ne % 2;
+                    if (n < M && t0 + 8 * h < T) { out[n] = sum[ne / 2][2 * h + ne % 2]; }
+                }
+                if (q == 0 && t0 + 8 * h < T) { out[M] = square[h]; }
+            }
+        }
+        next_round(now);
     }
 }
 
@@ -2776,12 +2817,13 @@ template <int M, bool DEAL>
 static void hc_deal(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
                     const real *comb, const float *fn, float eps, int T, int C) {
     if (T == 0) { return; }
-    const dim3 grid = hc_grid(T, C, HC_DEAL_THREADS / 32, 1);
-    const size_t mark = workspace_mark(), bytes = HC_SLICE_GROUPS * HC * ((M + 7) / 8) * 64 * 16;
+    const dim3 grid = hc_grid(T, C, HC_DEAL_SLICE);
+    const size_t mark = workspace_mark();
+    const int bytes = 16 * (hc_deal_parts<M> + HC_DEAL_STAGES * HC_DEAL_LOADS * HC_THREADS);
     float *partial = (float *)workspace(sizeof(float) * grid.x * T * (M + 1));
     auto kernel = hc_deal_forward_kernel<M, DEAL>;
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<grid, HC_DEAL_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
+    kernel<<<grid, HC_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
     cudaCheck(cudaGetLastError());
     hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T, HC * C,
                                                                M);
@@ -3059,17 +3101,42 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
 // 2^-9. Tokens come last to first: of what hc_enter_sums_kernel read last, some is still in L2.
 //   bytes: 8 C for dY, 8 C for X, 4 C for dx, 8 C for dX: 112 KiB, 470 MB at T = 4,096: 110 us.
 //   operations: 2 x 24 x 16,384 per token on tensor cores, 3.2 GFLOP in tf32: 13 us.
-enum { HC_ENTER_THREADS = 256 };
+enum { HC_ENTER_SLICE = 128, HC_ENTER_STAGES = 2, HC_ENTER_LOADS = 2 * (2 * HC + 2) };
+template <int M> constexpr int hc_enter_parts = HC_ENTER_SLICE / HC_GROUP * HC * ((M + 7) / 8) * 64;
 template <int M, bool NEXT>
-__global__ void __launch_bounds__(HC_ENTER_THREADS, 1)
+__global__ void __launch_bounds__(HC_THREADS, 1)
 hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre, const real *comb,
                          const real *rstd, const float *token, const float *fn, const bf16 *w, int T,
                          int C) {
     constexpr int KT = (M + 7) / 8;             // blocks of 8 rows of fn
     extern __shared__ uint4 parts[];            // (groups,HC,2*KT,32)
-    const int first = blockIdx.x * HC_SLICE, groups = min(HC_SLICE, C - first) / HC_GROUP;
+    uint4 *mine = parts + hc_enter_parts<M> + threadIdx.x;      // (stages,loads,threads)
+    const int first = blockIdx.x * HC_ENTER_SLICE;
+    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP, tiles = (T + HC_TILE - 1) / HC_TILE;
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    for (int at = threadIdx.x; at < groups * HC * KT * 64; at += HC_ENTER_THREADS) {
+    HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
+                    (int)gridDim.y * HC_WARPS }, ahead = now;
+    auto fetch = [&](int stage) {
+        uint4 *to = mine + stage * HC_ENTER_LOADS * HC_THREADS;
+        #pragma unroll
+        for (int h = 0; h < 2 && ahead.tile < tiles; h++) {
+            const size_t t = min((tiles - 1 - ahead.tile) * HC_TILE + g + 8 * h, T - 1);
+            const int c = first + ahead.group * HC_GROUP + q * 8, at = h * HC_ENTER_LOADS / 2;
+            #pragma unroll
+            for (int i = 0; i < HC; i++) {
+                const size_t stream_i = (t * HC + i) * C + c;
+                copy16(shared_address(to + (at + i) * HC_THREADS), X + stream_i);
+                if (NEXT) { copy16(shared_address(to + (at + HC + i) * HC_THREADS), dX + stream_i); }
+            }
+            copy16(shared_address(to + (at + 2 * HC) * HC_THREADS), dx + t * C + c);
+            copy16(shared_address(to + (at + 2 * HC + 1) * HC_THREADS), dx + t * C + c + 4);
+        }
+        copy_commit();
+        next_round(ahead);
+    };
+    #pragma unroll
+    for (int stage = 0; stage < HC_ENTER_STAGES - 1; stage++) { fetch(stage); }
+    for (int at = threadIdx.x; at < groups * HC * KT * 64; at += HC_THREADS) {
         const int c = at % 8 * 4, k = at / 8 % (8 * KT), j = at / (64 * KT) % HC;
         const int group = at / (64 * KT * HC);
         float x[4] = {0};
@@ -3084,16 +3151,13 @@ hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre,
         }
     }
     __syncthreads();
-    const int warps = HC_ENTER_THREADS / 32, warp = threadIdx.x / 32;
-    const int tiles = (T + HC_TILE - 1) / HC_TILE;
-    for (int n = blockIdx.y * warps + warp; n < tiles; n += gridDim.y * warps) {
-        const int t0 = (tiles - 1 - n) * HC_TILE + g;
-        size_t t[2];
-        uint32_t a[KT][4];
-        float p[2][HC], norm[2], kappa[2], along[2];
+    uint32_t a[KT][4];
+    float p[2][HC], norm[2], kappa[2], along[2];
+    for (int stage = 0; now.tile < tiles; stage = (stage + 1) % HC_ENTER_STAGES) {
+        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        const size_t t[2] = { (size_t)min(t0, T - 1), (size_t)min(t0 + 8, T - 1) };
         #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            t[h] = min(t0 + 8 * h, T - 1);
+        for (int h = 0; h < 2 && now.group == 0; h++) {
             const float *of = token + t[h] * HC_TOKEN;
             load4(p[h], pre + t[h] * HC);
             norm[h] = rstd[t[h]];
@@ -3105,68 +3169,64 @@ hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre,
                 a[k][2 + h] = 8 * k + q + 4 < M ? round_tf32(of[8 * k + q + 4]) : 0;
             }
         }
-        for (int group = 0; group < groups; group++) {
-            const int c = first + group * HC_GROUP + q * 8;
-            uint4 x[2][HC], d[2][HC];
-            float du[2][8], z[8];
+        copy_wait<HC_ENTER_STAGES - 2>();
+        const uint4 *from = mine + stage * HC_ENTER_LOADS * HC_THREADS;
+        fetch((stage + HC_ENTER_STAGES - 1) % HC_ENTER_STAGES);
+        float du[2][8], weight[8], z[8];
+        load8(weight, w + c);
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint4 *half = from + h * HC_ENTER_LOADS / 2 * HC_THREADS;
+            load4(du[h], (const float *)(half + 2 * HC * HC_THREADS));
+            load4(du[h] + 4, (const float *)(half + (2 * HC + 1) * HC_THREADS));
             #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                load8(du[h], dx + t[h] * C + c);
-                #pragma unroll
-                for (int i = 0; i < HC; i++) {
-                    x[h][i] = *(const uint4 *)(X + (t[h] * HC + i) * C + c);
-                    if (NEXT) { d[h][i] = *(const uint4 *)(dX + (t[h] * HC + i) * C + c); }
-                }
-            }
-            #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                load8(z, w + c);
-                #pragma unroll
-                for (int e = 0; e < 8; e++) { du[h][e] *= norm[h] * z[e]; }
-                #pragma unroll
-                for (int i = 0; i < HC; i++) {
-                    unpack8(z, x[h][i]);
-                    #pragma unroll
-                    for (int e = 0; e < 8; e++) { du[h][e] -= kappa[h] * p[h][i] * z[e]; }
-                }
-            }
+            for (int e = 0; e < 8; e++) { du[h][e] *= norm[h] * weight[e]; }
             #pragma unroll
             for (int i = 0; i < HC; i++) {
-                float sum[4][4];
-                uint32_t b[8 * KT];
+                unpack8(z, half[i * HC_THREADS]);
                 #pragma unroll
-                for (int k = 0; k < 2 * KT; k++) {
-                    ((uint4 *)b)[k] = parts[((group * HC + i) * 2 * KT + k) * 32 + lane];
-                }
-                #pragma unroll
-                for (int v = 0; v < 4; v++) {
-                    sum[v][0] = sum[v][1] = sum[v][2] = sum[v][3] = 0;
-                    #pragma unroll
-                    for (int k = 0; k < KT; k++) {
-                        mma_tf32(sum[v], a[k], b[(v * KT + k) * 2], b[(v * KT + k) * 2 + 1]);
-                    }
-                }
-                #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    float out[8], mix[HC];
-                    unpack8(z, x[h][i]);
-                    #pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        out[e] = sum[e / 2][2 * h + e % 2] + p[h][i] * du[h][e] - along[h] * z[e];
-                    }
-                    if (NEXT) {
-                        load4(mix, comb + (t[h] * HC + i) * HC);
-                        #pragma unroll
-                        for (int j = 0; j < HC; j++) {
-                            unpack8(z, d[h][j]);
-                            #pragma unroll
-                            for (int e = 0; e < 8; e++) { out[e] += mix[j] * z[e]; }
-                        }
-                    }
-                    if (t0 + 8 * h < T) { store8(dX + (t[h] * HC + i) * C + c, out); }
-                }
+                for (int e = 0; e < 8; e++) { du[h][e] -= kappa[h] * p[h][i] * z[e]; }
             }
         }
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            float sum[4][4];
+            uint4 b[2 * KT];
+            #pragma unroll
+            for (int k = 0; k < 2 * KT; k++) {
+                b[k] = parts[((now.group * HC + i) * 2 * KT + k) * 32 + lane];
+            }
+            const uint32_t *word = (const uint32_t *)b;
+            #pragma unroll
+            for (int v = 0; v < 4; v++) {
+                sum[v][0] = sum[v][1] = sum[v][2] = sum[v][3] = 0;
+                #pragma unroll
+                for (int k = 0; k < KT; k++) {
+                    mma_tf32(sum[v], a[k], word[(v * KT + k) * 2], word[(v * KT + k) * 2 + 1]);
+                }
+            }
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint4 *half = from + h * HC_ENTER_LOADS / 2 * HC_THREADS;
+                float out[8], mix[HC];
+                unpack8(z, half[i * HC_THREADS]);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    out[e] = sum[e / 2][2 * h + e % 2] + p[h][i] * du[h][e] - along[h] * z[e];
+                }
+                if (NEXT) {
+                    load4(mix, comb + (t[h] * HC + i) * HC);
+                    #pragma unroll
+                    for (int j = 0; j < HC; j++) {
+                        unpack8(z, half[(HC + j) * HC_THREADS]);
+                        #pragma unroll
+                        for (int e = 0; e < 8; e++) { out[e] += mix[j] * z[e]; }
+                    }
+                }
+                if (t0 + 8 * h < T) { store8(dX + (t[h] * HC + i) * C + c, out); }
+            }
+        }
+        next_round(now);
     }
 }
 
@@ -3186,11 +3246,12 @@ extern "C" void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost
                                  sizeof(float) * 2 * iters * HC_WEIGHTS_THREADS, stream>>>(
         token, sums, dpost, dcomb, m, r, pre, rstd, base, scale, eps, T, C, M, iters);
     cudaCheck(cudaGetLastError());
-    const size_t bytes = HC_SLICE_GROUPS * HC * 2 * ((M + 7) / 8) * 32 * 16;
+    const int bytes = 16 * ((M == HC ? hc_enter_parts<HC> : hc_enter_parts<HC_MIX>) +
+                            HC_ENTER_STAGES * HC_ENTER_LOADS * HC_THREADS);
     auto kernel = M == HC ? hc_enter_backward_kernel<HC, false>
                           : hc_enter_backward_kernel<HC_MIX, true>;
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<hc_grid(T, C, HC_ENTER_THREADS / 32, 1), HC_ENTER_THREADS, bytes, stream>>>(
+    kernel<<<hc_grid(T, C, HC_ENTER_SLICE), HC_THREADS, bytes, stream>>>(
         dX, dx, X, pre, comb, rstd, token, fn, w, T, C);
     cudaCheck(cudaGetLastError());
     workspace_release(mark);
@@ -3499,12 +3560,6 @@ __device__ inline uint32_t chunk_offset(int row, int chunk) {
     return chunk / 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-// 16 bytes to shared memory, asynchronously; zeros when there is no source.
-__device__ inline void copy16(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(from ? 16 : 0) : "memory");
-}
-
 // The keys that a token attends to.
 typedef struct {
     int t, window, count, first_entry;
@@ -3726,7 +3781,7 @@ __device__ inline void copy_half(uint32_t to, const act *mine, int half) {
     for (int i = 0; i < 16; i++) {
         const act *row = from_lane(mine, i);
         copy16(to + half * V3_HALF + chunk_offset(16 * warp + i, lane),
-               row ? row + half * 256 + lane * 8 : NULL);
+               row + half * 256 + lane * 8, row != NULL);
     }
 }
 
@@ -4503,7 +4558,7 @@ enum {
     AB_KEYS = 64,                       // keys of a tile
     AB_CHUNKS = 8, AB_CHUNK = 8192,     // of a tile, in bytes
     AB_TILE = AB_CHUNKS * AB_CHUNK,
-    AB_EXCHANGE = 16384,                // bytes through which the two warpgroups swap halves
+    AB_EXCHANGE = 32768,                // two buffers in turn: warpgroups swap halves
 };
 
 __device__ inline uint32_t shared_address(const void *p) {
@@ -4551,12 +4606,6 @@ __device__ inline void wgmma_rows(float (&d)[32], uint64_t a, uint64_t b, int ad
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " AB_R32
         ", %32, %33, p, 1, 1, 0, 0;\n}"
         : AB_D32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-// 16 bytes from global to shared memory without passing through registers; zeros if !valid.
-__device__ inline void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
 __device__ inline uint32_t pack2(float low, float high) {
@@ -4911,12 +4960,13 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
             softmax_backward(&s[j], &dp[j], x[j], x[j + 16], lse_j, delta_j,
                              j & 2 ? valid1 : valid0);
         }
-        // Each warpgroup reads what the other wrote; neither writes again before all slots have
-        // been refilled, hence not before both have read.
+        // Each warpgroup reads what the other wrote. The buffers take turns: who writes one again
+        // has passed the barrier in between, and so has who read it.
+        float4 *swap = exchange + phase * 1024;
         pack_half(p[0], s);
         pack_half(dl[0], dp);
-        send(p[0], exchange, group * 512 + thread);
-        send(dl[0], exchange, group * 512 + 256 + thread);
+        send(p[0], swap, group * 512 + thread);
+        send(dl[0], swap, group * 512 + 256 + thread);
 
         // dK (keys,dims) += P^T dO + dS^T Q, for own 4 chunks, two by two; own heads first.
         const uint32_t chunks = slots + group * 4 * AB_SLOT;
@@ -4925,8 +4975,8 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         wgmma_fence();
         add_heads(sum, 0, p[0], dl[0], own);
         pair_barrier();
-        receive(p[1], exchange, (1 - group) * 512 + thread);
-        receive(dl[1], exchange, (1 - group) * 512 + 256 + thread);
+        receive(p[1], swap, (1 - group) * 512 + thread);
+        receive(dl[1], swap, (1 - group) * 512 + 256 + thread);
         pin(p[1]); pin(dl[1]);
         wgmma_fence();
         add_heads(sum, 0, p[1], dl[1], other);
@@ -5086,9 +5136,9 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
             }
             // As left operand of the next product, rows g are of the first 32 heads, rows g + 8 of
             // the others: half of each fragment comes from the other warpgroup.
-            send(own, exchange, group * 256 + thread);
+            send(own, exchange + phase * 512, group * 256 + thread);
             pair_barrier();
-            receive(other, exchange, (1 - group) * 256 + thread);
+            receive(other, exchange + phase * 512, (1 - group) * 256 + thread);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 dl[2 * j] = group ? other[j] : own[j];
