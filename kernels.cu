@@ -2633,6 +2633,15 @@ static dim3 hc_grid(int T, int C, int slice) {
     return dim3(slices, most < fit ? most : fit);
 }
 
+// 16 bytes to shared memory; L2 is told to bring the 128 around them, which the next round wants.
+__device__ inline void copy16_ahead(uint4 *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+                 :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Asks for a line that the next tile will want.
+__device__ inline void touch(const float *p) { asm volatile("prefetch.global.L1 [%0];" :: "l"(p)); }
+
 // The rounds of a warp: 16 tokens with one group of 32 channels after the other, then the next 16.
 typedef struct { int tile, group, groups, stride; } HcRound;
 __device__ inline void next_round(HcRound &r) {
@@ -2702,15 +2711,19 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             const int c = first + ahead.group * HC_GROUP + q * 8;
             #pragma unroll
             for (int i = 0; i < HC; i++) {
-                copy16(shared_address(to + (h * HC + i) * HC_THREADS), X + (t * HC + i) * C + c);
+                copy16_ahead(to + (h * HC + i) * HC_THREADS, X + (t * HC + i) * C + c);
             }
-            if (DEAL) { copy16(shared_address(to + (2 * HC + h) * HC_THREADS), o + t * C + c); }
+            if (DEAL) { copy16_ahead(to + (2 * HC + h) * HC_THREADS, o + t * C + c); }
+            if (DEAL && ahead.group == 0) {
+                touch(q < 2 ? comb + t * HC * HC + q * 8 : post + t * HC);
+            }
         }
         copy_commit();
         next_round(ahead);
     };
     #pragma unroll
     for (int stage = 0; stage < HC_DEAL_STAGES - 1; stage++) { fetch(stage); }
+    #pragma unroll 4
     for (int at = threadIdx.x; at < groups * HC * NT * 32; at += HC_THREADS) {
         const int l = at % 32, n = at / 32 % NT * 8 + l / 4, j = at / (32 * NT) % HC;
         const int c = first + at / (32 * NT * HC) * HC_GROUP + l % 4 * 8;
@@ -2866,7 +2879,7 @@ __device__ inline float sinkhorn(float c, float *sums, int stride, int iters, fl
     for (int step = 0; step < 2 * iters - 1; step++) {
         const float sum = line_sum(c, step) + eps;
         if (sums) { sums[step * stride] = sum; }
-        c /= sum;
+        c = __fdividef(c, sum);
     }
     return c;
 }
@@ -3080,7 +3093,7 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
         for (int step = 2 * iters - 2; step >= 0; step--) {
             // forward: y_b = x_b / S, so dx_b = (dy_b - sum_k dy_k y_k) / S
             const float sum = mine[step * HC_WEIGHTS_THREADS];
-            d = (d - line_sum(d * c, step)) / sum;
+            d = __fdividef(d - line_sum(d * c, step), sum);
             c *= sum;
         }
         c -= eps;                               // p + eps with p a softmax: p (da - <da, p>)
@@ -3125,17 +3138,23 @@ hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre,
             #pragma unroll
             for (int i = 0; i < HC; i++) {
                 const size_t stream_i = (t * HC + i) * C + c;
-                copy16(shared_address(to + (at + i) * HC_THREADS), X + stream_i);
-                if (NEXT) { copy16(shared_address(to + (at + HC + i) * HC_THREADS), dX + stream_i); }
+                copy16_ahead(to + (at + i) * HC_THREADS, X + stream_i);
+                if (NEXT) { copy16_ahead(to + (at + HC + i) * HC_THREADS, dX + stream_i); }
             }
-            copy16(shared_address(to + (at + 2 * HC) * HC_THREADS), dx + t * C + c);
-            copy16(shared_address(to + (at + 2 * HC + 1) * HC_THREADS), dx + t * C + c + 4);
+            copy16_ahead(to + (at + 2 * HC) * HC_THREADS, dx + t * C + c);
+            copy16_ahead(to + (at + 2 * HC + 1) * HC_THREADS, dx + t * C + c + 4);
+            if (ahead.group == 0) {
+                touch(token + t * HC_TOKEN + q * 8);
+                touch(NEXT && q < 2 ? comb + t * HC * HC + q * 8 : pre + t * HC);
+                touch(rstd + t);
+            }
         }
         copy_commit();
         next_round(ahead);
     };
     #pragma unroll
     for (int stage = 0; stage < HC_ENTER_STAGES - 1; stage++) { fetch(stage); }
+    #pragma unroll 4
     for (int at = threadIdx.x; at < groups * HC * KT * 64; at += HC_THREADS) {
         const int c = at % 8 * 4, k = at / 8 % (8 * KT), j = at / (64 * KT) % HC;
         const int group = at / (64 * KT * HC);
