@@ -106,7 +106,6 @@ test_refused() {
     refused 'steps' -x
     refused 'steps.*many' -x many
     refused 'fp8' "${small[@]}" --precision fp8
-    refused 'muon' "${small[@]}" --optimizer muon
     refused 'lora-r' "${small[@]}" --lora-r 0
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
@@ -178,6 +177,23 @@ test_killed_save() {
     run 0 "${options[@]}" --resume
     equal_runs "killed while saving, resumed" whole killed
     check "the temporary is still there" same "$(echo killed/*tmp*)" 'killed/*tmp*'
+}
+
+# Muon, with either method: the second half of a run is the same after --resume, and the checkpoint
+# knows which optimizer it is of.
+test_resume_muon() {
+    local options=("${small[@]}" --optimizer muon --ns standard --ranks 2 -n 3)
+    run 0 "${options[@]}" -x 6 -o muon
+    check "no ledger" grep -qE '^plan +muon .*1 moment \|.*\(standard\) a step' log
+    cp -r muon muon2 && rm -r muon2/checkpoint-000006 && echo checkpoint-000003 > muon2/latest
+    run 0 "${small[@]}" --ranks 2 -n 3 -o muon2 --resume
+    equal_runs "muon, resumed" muon muon2
+    check "a second moment is stored" [ "$(grep -c 'weight\.v"' \
+        muon/checkpoint-000003/optimizer.safetensors)" = 0 ]
+    refused 'optimizer adamw, but .* has muon' "${small[@]}" -o muon --resume --optimizer adamw
+    refused 'ns gram, but .* has standard' "${small[@]}" -o muon --resume --ns gram
+    run 0 "${small[@]}" --optimizer muon --ranks 2 -x 6 -o gram
+    check "--ns does nothing" [ "$(value loss gram)" != "$(value loss muon)" ]
 }
 
 # children PID: the processes whose parent it is.
@@ -276,6 +292,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_resume
     test_killed_save
     test_resume_ranks
+    test_resume_muon
 fi
 test_checkpoint
 closing test_cli
