@@ -121,6 +121,14 @@ enum {
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
 };
 
+// How a router chooses (moe.c, section 5); zero is DeepSeek-V4's way.
+enum { SCORE_SQRTSOFTPLUS, SCORE_SIGMOID, SCORE_SOFTMAX };
+typedef struct {
+    int score;                  // SCORE_*: from logits to scores
+    int greedy;                 // 1: by the scores alone, 0: by scores plus bias
+    int groups, kept;           // experts fall into groups, of which so many are open; 0, 1: one
+} Routing;
+
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
 // part 5). The one struct that twins take, by value; its pointers lead to device memory there.
 typedef struct {
@@ -268,11 +276,11 @@ void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double
 void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
                      double lr, double beta, double weight_decay, int restarts);
 void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                       const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
-                       int K);
+                       const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
+                       int T, int E, int K);
 void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
-                        real *weights, const real *logits, const bf16 *gate, float scale, int norm,
-                        int T, int C, int K);
+                        real *weights, const real *logits, const real *all, const bf16 *gate,
+                        Routing how, float scale, int norm, int T, int C, int E, int K);
 void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
 void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
 void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
@@ -2623,37 +2631,83 @@ extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_
 // -------------------------------------------------------------------------------------------------
 // 6 Routing, permutation, combine (moe.c)
 
-// s = sqrt(softplus(v)), as in moe.c: the limit exp(v/2) below -20.
-__device__ inline float route_score(float v) {
+// A score and its derivative, as in moe.c: sqrt(softplus(v)) is its limit exp(v/2) below -20.
+__device__ inline float route_score(int score, float v) {
+    if (score == SCORE_SIGMOID) { return 1 / (1 + expf(-v)); }
+    if (score == SCORE_SOFTMAX) { return expf(v); }
     return v < -20 ? expf(v / 2) : sqrtf(fmaxf(v, 0) + log1pf(expf(-fabsf(v))));
+}
+
+__device__ inline float route_slope(int score, float v, float s) {
+    if (score == SCORE_SIGMOID) { return s * (1 - s); }
+    return score == SCORE_SOFTMAX ? s : v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s);
+}
+
+// What softmax takes off the logits: the log of the sum of their exponentials, by one warp.
+__device__ inline float route_shift(int score, const float *all, int E) {
+    float most = -INFINITY, sum = 0;
+    if (score != SCORE_SOFTMAX) { return 0; }
+    for (int e = threadIdx.x % 32; e < E; e += 32) { most = fmaxf(most, all[e]); }
+    most = warp_max(most);
+    for (int e = threadIdx.x % 32; e < E; e += 32) { sum += expf(all[e] - most); }
+    return most + logf(warp_sum(sum));
+}
+
+// The best of all lanes' candidates, to all lanes; equal ones: the smaller id.
+__device__ inline int warp_best(float best, int id) {
+    #pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, best, step);
+        const int other_id = __shfl_xor_sync(~0u, id, step);
+        if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
+    }
+    return id;
+}
+
+// The open groups, as bits: lane g rates group g by its two best choices together, or by its best.
+__device__ inline unsigned route_groups(const float *all, const float *bias, float shift,
+                                        Routing how, int E) {
+    const int lane = threadIdx.x % 32, size = E / how.groups;
+    float first = -INFINITY, second = -INFINITY;
+    unsigned open = 0;
+    for (int e = lane * size; lane < how.groups && e < (lane + 1) * size; e++) {
+        const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+        second = fmaxf(second, fminf(first, choice));
+        first = fmaxf(first, choice);
+    }
+    for (int k = 0; k < how.kept; k++) {
+        const bool out = lane >= how.groups || (open >> lane & 1);
+        open |= 1u << warp_best(out ? -INFINITY : how.greedy ? first : first + second,
+                                out ? INT_MAX : lane);
+    }
+    return open;
 }
 
 // One warp per token. Selection takes the best K times; a lane looks after every 32nd expert, and
 // equal choices go to the smaller id.
 __global__ void route_kernel(int *ids, real *weights, real *logits, const real *all,
-                             const float *bias, const int *tid2eid, const int *tokens, float scale,
-                             int norm, int T, int E, int K) {
+                             const float *bias, const int *tid2eid, const int *tokens, Routing how,
+                             float scale, int norm, int T, int E, int K) {
     const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (t >= T) { return; }
     all += (size_t)t * E;
     ids += (size_t)t * K;
+    const float shift = route_shift(how.score, all, E);
     if (tid2eid) {
         for (int k = lane; k < K; k += 32) { ids[k] = tid2eid[(size_t)tokens[t] * K + k]; }
     } else {
         unsigned long long taken = 0;           // of this lane's experts lane, lane + 32, ..
+        const bool grouped = how.groups > 1;
+        const unsigned open = grouped ? route_groups(all, bias, shift, how, E) : ~0u;
         for (int k = 0; k < K; k++) {
             float best = -INFINITY;
             int id = INT_MAX;
             for (int e = lane, i = 0; e < E; e += 32, i++) {
-                const float choice = route_score(all[e]) + bias[e];
-                if (!(taken >> i & 1) && choice > best) { best = choice; id = e; }
+                const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+                const bool in = !grouped || open >> e / (E / how.groups) & 1;
+                if (in && !(taken >> i & 1) && choice > best) { best = choice; id = e; }
             }
-            #pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                const float other = __shfl_xor_sync(~0u, best, step);
-                const int other_id = __shfl_xor_sync(~0u, id, step);
-                if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
-            }
+            id = warp_best(best, id);
             if (id % 32 == lane) { taken |= 1ull << (id / 32); }
             if (lane == 0) { ids[k] = id; }
         }
@@ -2662,54 +2716,61 @@ __global__ void route_kernel(int *ids, real *weights, real *logits, const real *
     if (lane != 0) { return; }
     float sum = 1e-20f;
     for (int k = 0; k < K; k++) {
-        logits[(size_t)t * K + k] = all[ids[k]];
-        sum += route_score(all[ids[k]]);
+        const float v = all[ids[k]] - shift;
+        logits[(size_t)t * K + k] = v;
+        sum += weights[(size_t)t * K + k] = route_score(how.score, v);
     }
     for (int k = 0; k < K; k++) {
-        weights[(size_t)t * K + k] = scale * route_score(all[ids[k]]) / (norm ? sum : 1);
+        weights[(size_t)t * K + k] = scale * weights[(size_t)t * K + k] / (norm ? sum : 1);
     }
 }
 
 extern "C" void route_forward_gpu(int *ids, real *weights, real *logits, const real *all,
                                   const float *bias, const int *tid2eid, const int *tokens,
-                                  float scale, int norm, int T, int E, int K) {
+                                  Routing how, float scale, int norm, int T, int E, int K) {
     if (T == 0) { return; }
-    gpuRequire(E <= 32 * 64);
+    gpuRequire(E <= 32 * 64 && how.groups <= 32);
     route_kernel<<<blocks_for(T, 4), 128, 0, stream>>>(ids, weights, logits, all, bias, tid2eid,
-                                                       tokens, scale, norm, T, E, K);
+                                                       tokens, how, scale, norm, T, E, K);
     cudaCheck(cudaGetLastError());
 }
 
-// dinp += sum_k dv_k gate[id_k]. One block per token.
+// dinp += sum_k dv_k gate[id_k]. One block per token. all: only a softmax without norm needs it.
 enum { ROUTE_K_MAX = 16 };
 __global__ void route_backward_kernel(real *dinp, const real *dweights, const int *slot_row,
                                       const int *ids, const real *weights, const real *logits,
-                                      const bf16 *gate, float scale, int norm, int C, int K) {
-    __shared__ float dv[ROUTE_K_MAX];
+                                      const real *all, const bf16 *gate, Routing how, float scale,
+                                      int norm, int C, int E, int K) {
+    __shared__ float dv[ROUTE_K_MAX], shift;
     __shared__ int id[ROUTE_K_MAX];
     const size_t t = blockIdx.x, first = t * K;
+    float sum = 1e-20f, dot = 0;
+    for (int k = 0; k < K; k++) {
+        sum += route_score(how.score, logits[first + k]);
+        dot += dweights[slot_row[first + k]] * weights[first + k];
+    }
     if ((int)threadIdx.x < K) {
-        float sum = 1e-20f, dot = 0;
-        for (int k = 0; k < K; k++) {
-            sum += route_score(logits[first + k]);
-            dot += dweights[slot_row[first + k]] * weights[first + k];
-        }
-        // forward: w_k = scale s_k / sum s, s = sqrt(softplus(v)), v = gate[id_k] . x
+        // forward: w_k = scale s_k / sum s, s = score(v), v = gate[id_k] . x
         const size_t slot = first + threadIdx.x;
-        const float v = logits[slot], s = route_score(v);
+        const float v = logits[slot], s = route_score(how.score, v);
         float ds = scale * dweights[slot_row[slot]];
         if (norm) { ds = (ds - dot) / sum; }
-        dv[threadIdx.x] = ds * (v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s));
+        dv[threadIdx.x] = ds * route_slope(how.score, v, s);
         id[threadIdx.x] = ids[slot];
+    }
+    if (all && threadIdx.x < 32) {
+        const float log_sum = route_shift(how.score, all + t * E, E);
+        if (threadIdx.x == 0) { shift = log_sum; }
     }
     __syncthreads();
     for (int c = threadIdx.x * 4; c < C; c += blockDim.x * 4) {
         float d[4], g[4];
         load4(d, dinp + t * C + c);
-        for (int k = 0; k < K; k++) {
-            load4(g, gate + (size_t)id[k] * C + c);
+        for (int k = 0; k < K + (all ? E : 0); k++) {
+            load4(g, gate + (size_t)(k < K ? id[k] : k - K) * C + c);
+            const float v = k < K ? dv[k] : -dot * expf(all[t * E + k - K] - shift);
             #pragma unroll
-            for (int j = 0; j < 4; j++) { d[j] += dv[k] * g[j]; }
+            for (int j = 0; j < 4; j++) { d[j] += v * g[j]; }
         }
         store4(dinp + t * C + c, d);
     }
@@ -2717,11 +2778,12 @@ __global__ void route_backward_kernel(real *dinp, const real *dweights, const in
 
 extern "C" void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row,
                                    const int *ids, const real *weights, const real *logits,
-                                   const bf16 *gate, float scale, int norm, int T, int C, int K) {
+                                   const real *all, const bf16 *gate, Routing how, float scale,
+                                   int norm, int T, int C, int E, int K) {
     if (T == 0) { return; }
     gpuRequire(K <= ROUTE_K_MAX);
     route_backward_kernel<<<T, 256, 0, stream>>>(dinp, dweights, slot_row, ids, weights, logits,
-                                                 gate, scale, norm, C, K);
+                                                 all, gate, how, scale, norm, C, E, K);
     cudaCheck(cudaGetLastError());
 }
 

@@ -186,7 +186,7 @@ static int layer_has(const Config *c, int layer, const TensorKind *k) {
         case CSA: return c->ratio[layer] == 4;
         case POOLED: return c->ratio[layer] > 0;
         case HASHED: return layer < c->hash_layers;
-        case SCORED: return layer >= c->hash_layers;
+        case SCORED: return layer >= c->hash_layers && !c->how.greedy;
         case GLOBAL: return 0;
         default: return 1;
     }
@@ -1876,6 +1876,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
         .first = comm_ep_rank() * (c->E / comm_ep()), .limit = c->swiglu_limit,
         .route_scale = c->route_scale, .norm_topk = c->norm_topk, .lora_scale = o->alpha / o->R,
+        .how = c->how,
     };
     if (m->layer == NULL) {
         m->layer = host_calloc(sizeof(Layer) * (size_t)c->layers);
@@ -1968,6 +1969,15 @@ void model_load(Model *m, const char *dir) {
         }
     }
     check_scales(m->tensors, m->n_tensors);
+    for (int i = 0; i < c->layers; i++) {       // one NaN in a bias, and its expert is never chosen
+        const float *bias = m->layer[i].moe.bias;
+        if (bias == NULL) { continue; }
+        const float *b = host_view(bias, sizeof *b * (size_t)c->E);
+        for (int e = 0; e < c->E; e++) {
+            refuse_if(!isfinite(b[e]), "layers.%d.ffn.gate.bias: entry %d is %g", i, e, b[e]);
+        }
+        host_view_end(b, bias);
+    }
     for (int k = 0; k < 2; k++) { rope_table(m->rope[k], c, k, m->options.max_tokens); }
     adapters_init(&m->adapters, m->options.seed);
 }
@@ -2091,7 +2101,7 @@ static inline void batch_fill(Batch *x, const Rows *s, int micro, int b, int ran
 // What the user asked for. Names, defaults and meaning stand in the table of part 12.
 static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
-               *ns, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
+               *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
         sample_every, sample_len, save_every, keep, bench, gpus, ranks, ep, seed;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
@@ -2448,6 +2458,7 @@ static Option option_table[] = {
     // What is trained, on what, and where results go.
     {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
     {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
+    {"routing", 0, TEXT, &opt.routing, "", "LIST", MODEL, .help = "config.json's keys, key=value,.."},
     {"train", 'i', TEXT, &opt.train, "", "F", KEPT, .help = "training data; tiny: its source"},
     {"val", 'j', TEXT, &opt.val, "", "F", KEPT, .help = "validation data; tiny: the held-out tail"},
     {"out", 'o', TEXT, &opt.out, "out", "DIR", NOT_KEPT, .help = "logs, checkpoints, adapter"},
@@ -2634,6 +2645,12 @@ static const Config tiny_config = {
     .original_positions = 65536, .ratio = { 0, 4, 128, 4, 0 },
 };
 
+static inline void config_tiny(Config *c) {
+    *c = tiny_config;
+    for (int k = 0; k < ROUTE_KEYS; k++) { routing_set(k, route_keys[k].tiny, "built in"); }
+    c->how = routing_resolve(&c->norm_topk, &c->route_scale, &c->swiglu_limit, c->E, c->K);
+}
+
 // --adapter-names as refit.c wants it.
 static inline int adapter_naming(void) {
     return strcmp(opt.names, "hf") == 0 ? NAMES_HF : NAMES_VLLM;
@@ -2753,6 +2770,9 @@ static inline void print_settings(const Config *c) {
         printf("| %-15s | %-58s |\n", o->name, o->text);
     }
     printf("%s", rule);
+    routing_print();
+    printf("plan   routing     %d experts, %d per token, %d shared, %d hash-routed layers (%s)\n",
+           c->E, c->K, c->n_shared, c->hash_layers, *opt.model ? "config.json" : "built in");
     fflush(stdout);
 }
 
@@ -3145,8 +3165,8 @@ int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
     options_read(argc, argv, checkpoint);
-    r.config = tiny_config;
-    if (*opt.model) { config_load(&r.config, opt.model); }
+    routing_given = opt.routing;
+    if (*opt.model) { config_load(&r.config, opt.model); } else { config_tiny(&r.config); }
     options_derive(&r.config);
     device_choose();
     print_settings(&r.config);

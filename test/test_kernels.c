@@ -218,7 +218,7 @@ static void test_experts(int C, int O, int R) {
     compare_real("experts db", db, (size_t)E * O * R, BF16);
 }
 
-static void test_routing(int T, int C, int E, int K) {
+static void test_routing(int T, int C, int E, int K, Routing how, int norm) {
     arena_used = 0;
     size_t slots = (size_t)T * K;
     real *all = reals((size_t)T * E, 3), *bias = reals(E, 0.3), *weights = blank(slots);
@@ -239,11 +239,13 @@ static void test_routing(int T, int C, int E, int K) {
         row_slot[slot_row[i]] = (int)i;
     }
     if (T > 2) { all[E + 1] = all[E + 2] = all[E]; all[2 * E] = -120; }
-    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, 1.5f, 1, T, E, K);
-           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), 1.5f, 1,
-                         T, E, K);
-           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(gate), 1.5f, 1,
-                          T, C, K);
+    const real *needed = route_needs_all(how, norm) ? all : NULL;
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), how.greedy ? NULL : X(bias), NULL, NULL,
+                         how, 1.5f, norm, T, E, K);
+           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), how, 1.5f,
+                         norm, T, E, K);
+           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(needed), X(gate),
+                          how, 1.5f, norm, T, C, E, K);
            pack_rows(X(home), X(inp), X(row_slot), T * K, K, C);
            pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
            combine_forward(X(out), X(rows), X(slot_row), T, K, C);
@@ -540,7 +542,11 @@ int main(void) {
     test_streams(37, 4096); test_streams(5, 128); test_streams(1, 256);
     test_linears(37, 256, 384, 8); test_linears(130, 1024, 128, 3); test_linears(1, 128, 128, 16);
     test_experts(256, 128, 8); test_experts(128, 256, 3); test_experts(320, 576, 8);
-    test_routing(37, 256, 256, 6); test_routing(5, 128, 8, 2);
+    test_routing(37, 256, 256, 6, (Routing){ 0 }, 1); test_routing(5, 128, 8, 2, (Routing){ 0 }, 1);
+    test_routing(37, 256, 256, 8, (Routing){ SCORE_SIGMOID, 0, 8, 4 }, 1);
+    test_routing(37, 128, 64, 6, (Routing){ SCORE_SOFTMAX, 1, 8, 3 }, 0);
+    test_routing(37, 128, 66, 3, (Routing){ SCORE_SOFTMAX, 0, 3, 2 }, 1);
+    test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
     test_swiglu(37, 2048); test_swiglu(3, 128);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
     test_attention(odd, 5, 4, 128, 32, 0, 0);
