@@ -121,6 +121,14 @@ enum {
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
 };
 
+// How a router chooses (moe.c, section 5); zero is DeepSeek-V4's way.
+enum { SCORE_SQRTSOFTPLUS, SCORE_SIGMOID, SCORE_SOFTMAX };
+typedef struct {
+    int score;                  // SCORE_*: from logits to scores
+    int greedy;                 // 1: by the scores alone, 0: by scores plus bias
+    int groups, kept;           // experts fall into groups, of which so many are open; 0, 1: one
+} Routing;
+
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
 // part 5). The one struct that twins take, by value; its pointers lead to device memory there.
 typedef struct {
@@ -265,12 +273,14 @@ void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real 
 void sum_squares_gpu(double *sum_h, const real *x, size_t n);
 void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double
                       lr, double beta1, double beta2, double eps, double weight_decay, int step);
+void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
+                     double lr, double beta, double weight_decay, int restarts);
 void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                       const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
-                       int K);
+                       const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
+                       int T, int E, int K);
 void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
-                        real *weights, const real *logits, const bf16 *gate, float scale, int norm,
-                        int T, int C, int K);
+                        real *weights, const real *logits, const real *all, const bf16 *gate,
+                        Routing how, float scale, int norm, int T, int C, int E, int K);
 void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
 void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
 void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
@@ -570,6 +580,7 @@ static inline void phase_in(int p, int pass) {
 // -------------------------------------------------------------------------------------------------
 // Device code
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cublas_v2.h>
 #include <cuda.h>
 #include <cudaTypedefs.h>       // CUtensorMap; its one function is found through the runtime
@@ -2208,40 +2219,506 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
     cudaCheck(cudaGetLastError());
 }
 
+// Muon (C text: section 7 of lora.c): a step of all slices, in one launch per size of slice.
+//
+// A slice is a cluster of blocks, each with at most 64 KB of its columns, as X, in shared memory,
+// where R, Q and Z are too. Blocks add up their parts of R by reading each other's shared memory, in
+// their order, and every one of them does the small work on R alone. So 16 blocks hold what one
+// could not, and an SM has two or three, one of which computes while another waits for memory.
+// What 16 blocks cannot hold (ranks of 32 and more, at 32,768 columns) is worked on where the
+// gradient was, in global memory, by one block; so is a slice whose parts are not aligned to 16
+// bytes. Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double, so that a tiny
+// gradient has a norm. dev/cuda/muon.cu is the ladder.
+//   bytes: 20 per element; full model at r 8 on 8 ranks, 228 M elements: 4.6 GB, 1.07 ms at 4,277
+//   GB/s, where AdamW (28 bytes) has 1.49. Shared memory is passed 9 times, 0.5 ms; products with Q
+//   and Gram matrices 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.4 ms.
+//   Measured 2.27 ms, 1.31 x AdamW: the phases of a block wait for each other more than was thought.
+
+namespace muon {
+enum { THREADS = 256, WARPS = THREADS / 32, TILE = 8, ROUNDS = 5, BLOCKS_MAX = 16 };
+
+struct Slice { size_t at, rows, cols; };     // as in slices_h
+
+struct Step {
+    float *p, *m, *g;
+    const Slice *slices;        // of this launch
+    float scale, old, fresh, keep;
+    double lr;
+    int restarts;               // bit t: before round t
+    int n, count;               // the short side, and how many of the other's columns a block has
+};
+
+// What a block has in shared memory besides its part of X. N (N + ..) of each matrix.
+template <int N> struct Room {
+    float r[N * N], q[N * N], z[N * N], next[N * N], p[N * N];
+    float part[2][N * N];       // this block's part of R, of two Gram matrices in turn
+    float warp[WARPS][TILE * TILE];
+    double sum[WARPS], norm;    // this block's part of |U|^2
+    int state;                  // bit 0: some gradient is not zero, bit 1: one is not finite
+};
+
+template <int V> __device__ inline void load(float *x, const float *p) {
+    if (V == 4) { *(float4 *)x = *(const float4 *)p; } else { *x = *p; }
+}
+template <int V> __device__ inline void store(float *p, const float *x) {
+    if (V == 4) { *(float4 *)p = *(const float4 *)x; } else { *p = *x; }
+}
+
+// Where X is: n rows, the block's columns first .. first + count - 1 of all m.
+struct Columns {
+    float *x;                   // element (i,j) of the block at x[i * down + j * right]
+    int down, right;
+    int n, m, first, count;
+    bool wide;                  // stored row by row, n rows; else m rows of n
+};
+
+// A thread's way through the block's elements in the order of memory, V at a time: (i,j) and its
+// V - 1 neighbours in memory, then those THREADS V further on.
+template <int V, bool WIDE, bool SHARED> struct Walk {
+    int i, j;
+    __device__ Walk(const Columns &c) {
+        const int e = threadIdx.x * V, length = WIDE ? c.count : c.n;
+        i = WIDE ? e / length : e % length, j = WIDE ? e % length : e / length;
+    }
+    __device__ void next(const Columns &c) {
+        if (WIDE) {
+            for (j += THREADS * V; j >= c.count; j -= c.count) { i++; }
+        } else {
+            i += THREADS * V % c.n, j += THREADS * V / c.n;
+            if (i >= c.n) { i -= c.n, j++; }
+        }
+    }
+    __device__ bool inside(const Columns &c) const { return WIDE ? i < c.n : j < c.count; }
+    // Its place in the slice.
+    __device__ int at(const Columns &c) const {
+        return WIDE ? i * c.m + c.first + j : (c.first + j) * c.n + i;
+    }
+    // From X, or to it.
+    template <bool STORE> __device__ void move(float *x, const Columns &c) const {
+        if constexpr (WIDE || !SHARED) {
+            float *p = c.x + (SHARED ? i * c.down + j : at(c));
+            if (STORE) { store<V>(p, x); } else { load<V>(x, p); }
+        } else {
+            #pragma unroll
+            for (int v = 0, row = i, column = j; v < V; v++) {
+                float *p = c.x + row * c.down + column;
+                if (STORE) { *p = x[v]; } else { x[v] = *p; }
+                if (++row == c.n) { row = 0, column++; }
+            }
+        }
+    }
+};
+
+enum { BATCH = 4 };             // loads that a thread has under way
+
+// Reads the gradient, into X if that is in shared memory; what it is like, as in Room.
+template <int V, bool WIDE, bool SHARED>
+__device__ int read_gradient(const Columns &c, const float *g) {
+    int state = 0;
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float x[BATCH][V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(x[u], g + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            #pragma unroll
+            for (int v = 0; v < V; v++) { state |= (x[u][v] != 0) | !isfinite(x[u][v]) << 1; }
+            if (SHARED) { here.template move<true>(x[u], c); }
+        }
+    }
+    return state;
+}
+
+// Moments, and U in place of the gradient. Returns this thread's part of |U|^2.
+template <int V, bool WIDE, bool SHARED>
+__device__ double update_moments(const Columns &c, float *m, const Step &s) {
+    double sum = 0;
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float x[V], old[BATCH][V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(old[u], m + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            here.template move<false>(x, c);
+            #pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float g = x[v] * s.scale;
+                old[u][v] = s.old * old[u][v] + s.fresh * g;
+                x[v] = s.fresh * g + s.old * old[u][v];
+                sum += (double)x[v] * x[v];
+            }
+            store<V>(m + here.at(c), old[u]);
+            here.template move<true>(x, c);
+        }
+    }
+    return sum;
+}
+
+template <int V, bool WIDE, bool SHARED>
+__device__ void update_masters(const Columns &c, float *p, float keep, float rate) {
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float y[BATCH][V], x[V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(y[u], p + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            here.template move<false>(x, c);
+            #pragma unroll
+            for (int v = 0; v < V; v++) { y[u][v] = keep * y[u][v] - rate * x[v]; }
+            store<V>(p + here.at(c), y[u]);
+        }
+    }
+}
+
+// Rows i0 .. i0+7 of column j, times scale; rows past n are zero.
+template <bool SHARED> __device__ inline void load_tile(float *y, const Columns &c, float scale,
+                                                        int i0, int j) {
+    #pragma unroll
+    for (int i = 0; i < TILE; i++) {
+        const int at = (i0 + i) * c.down + (SHARED ? j : j * c.right);
+        y[i] = i0 + i < c.n ? c.x[at] * scale : 0;
+    }
+}
+
+// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is left
+// with sum l in x[0], after 31 exchanges where 32 trees would take 160.
+template <int HALF> __device__ inline void warp_sums(float *x) {
+    const bool upper = threadIdx.x & HALF;
+    #pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float give = upper ? x[i] : x[i + HALF], keep = upper ? x[i + HALF] : x[i];
+        x[i] = keep + __shfl_xor_sync(~0u, give, HALF);
+    }
+    if constexpr (HALF > 1) { warp_sums<HALF / 2>(x); }
+}
+
+// Place of (i,k), i <= k < 8, in a triangle of 36.
+__host__ __device__ constexpr int triangle(int i, int k) { return i * TILE - i * (i - 1) / 2 + k - i; }
+
+// part (N,N) = the block's part of X X^T, X times scale: tiles of 8 x 8, those of the diagonal as
+// triangles. Each thread has sums over its columns; then over the warp, and over warps.
+template <int N, bool SHARED>
+__device__ void gram(float *part, Room<N> &room, const Columns &c, float scale) {
+    enum { ALL = TILE * TILE, HALF_ALL = TILE * (TILE + 1) / 2 };
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *mine = room.warp[warp];
+    for (int i0 = 0; i0 < c.n; i0 += TILE) {
+        for (int k0 = i0; k0 < c.n; k0 += TILE) {
+            float a[TILE], b[TILE];
+            if (i0 == k0) {
+                float sum[HALF_ALL] = {0};
+                for (int j = threadIdx.x; j < c.count; j += THREADS) {
+                    load_tile<SHARED>(a, c, scale, i0, j);
+                    #pragma unroll
+                    for (int i = 0; i < TILE; i++) {
+                        #pragma unroll
+                        for (int k = i; k < TILE; k++) { sum[triangle(i, k)] += a[i] * a[k]; }
+                    }
+                }
+                warp_sums<16>(sum);
+                mine[lane] = sum[0];
+                #pragma unroll
+                for (int e = 32; e < HALF_ALL; e++) { mine[e] = warp_sum(sum[e]); }
+            } else {
+                float sum[ALL] = {0};
+                for (int j = threadIdx.x; j < c.count; j += THREADS) {
+                    load_tile<SHARED>(a, c, scale, i0, j);
+                    load_tile<SHARED>(b, c, scale, k0, j);
+                    #pragma unroll
+                    for (int e = 0; e < ALL; e++) { sum[e] += a[e / TILE] * b[e % TILE]; }
+                }
+                warp_sums<16>(sum);
+                warp_sums<16>(sum + 32);
+                mine[lane] = sum[0];
+                mine[lane + 32] = sum[32];
+            }
+            __syncthreads();
+            if (threadIdx.x < ALL) {
+                const int i = threadIdx.x / TILE, k = threadIdx.x % TILE;
+                const int e = i0 < k0 ? (int)threadIdx.x : triangle(min(i, k), max(i, k));
+                float all = 0;
+                for (int w = 0; w < WARPS; w++) { all += room.warp[w][e]; }
+                part[(i0 + i) * N + k0 + k] = part[(k0 + k) * N + i0 + i] = all;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// A barrier of the slice's blocks.
+__device__ inline void slice_sync(int blocks) {
+    if (blocks > 1) { cooperative_groups::this_cluster().sync(); } else { __syncthreads(); }
+}
+
+// out (N,N) = s x + t y x, by `workers` threads.
+template <int N> __device__ inline void polynomial(float *out, float s, const float *x, float t,
+                                                   const float *y, int workers) {
+    for (int e = threadIdx.x; e < N * N; e += workers) {
+        const int i = e / N, k = e % N;
+        float sum = 0;
+        #pragma unroll
+        for (int j = 0; j < N; j++) { sum += y[i * N + j] * x[j * N + k]; }
+        out[e] = s * x[e] + t * sum;
+    }
+}
+
+// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. 8 rows are one warp's work.
+template <int N> __device__ void rounds(Room<N> &room, int count) {
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    const int workers = N == TILE ? 32 : THREADS, worker = threadIdx.x < workers;
+    #define SYNC() do { if (N == TILE) { __syncwarp(); } else { __syncthreads(); } } while (0)
+    if (worker) {
+        for (int e = threadIdx.x; e < N * N; e += workers) { room.q[e] = e % (N + 1) == 0; }
+        SYNC();
+        for (int t = 0; t < count; t++) {
+            polynomial<N>(room.z, b, room.r, c, room.r, workers);
+            SYNC();
+            polynomial<N>(room.next, a, room.q, 1, room.z, workers);
+            if (t + 1 < count) { polynomial<N>(room.p, a, room.r, 1, room.z, workers); }
+            SYNC();
+            if (t + 1 < count) { polynomial<N>(room.r, a, room.p, 1, room.z, workers); }
+            for (int e = threadIdx.x; e < N * N; e += workers) { room.q[e] = room.next[e]; }
+            SYNC();
+        }
+    }
+    #undef SYNC
+    __syncthreads();
+}
+
+// X <- Q X, X times scale, a thread per column.
+template <int N, bool SHARED>
+__device__ void apply(const Columns &c, const float *q, float scale) {
+    for (int j = threadIdx.x; j < c.count; j += THREADS) {
+        float x[N];
+        #pragma unroll
+        for (int i = 0; i < N; i += TILE) { load_tile<SHARED>(x + i, c, scale, i, j); }
+        #pragma unroll 8
+        for (int i = 0; i < N; i++) {
+            if (i >= c.n) { break; }
+            float sum = 0;
+            #pragma unroll
+            for (int k = 0; k < N; k += 4) {
+                const float4 q4 = *(const float4 *)(q + i * N + k);
+                sum += q4.x * x[k] + q4.y * x[k + 1] + q4.z * x[k + 2] + q4.w * x[k + 3];
+            }
+            c.x[i * c.down + (SHARED ? j : j * c.right)] = sum;
+        }
+    }
+    __syncthreads();
+}
+
+// One slice: `blocks` blocks of a cluster, each with count of its columns.
+template <int N, bool SHARED> __global__ __launch_bounds__(THREADS, N == TILE ? 2 : 1)
+void muon_kernel(Step s, int blocks) {
+    enum { V = SHARED ? 4 : 1 };
+    extern __shared__ __align__(16) unsigned char shared[];
+    Room<N> &room = *(Room<N> *)shared;
+    const Slice slice = s.slices[blockIdx.x / blocks];
+    const int rank = blockIdx.x % blocks, m = (int)(slice.rows * slice.cols / s.n);
+    Columns c = { SHARED ? (float *)(shared + sizeof room) : s.g + slice.at, s.count, 1, s.n, m,
+                  rank * s.count, min(s.count, m - rank * s.count), slice.rows <= slice.cols };
+    if (!SHARED) { c.down = c.wide ? m : 1, c.right = c.wide ? 1 : s.n; }
+    auto cluster = cooperative_groups::this_cluster();
+
+    int state = c.wide ? read_gradient<V, true, SHARED>(c, s.g + slice.at)
+                       : read_gradient<V, false, SHARED>(c, s.g + slice.at);
+    state = __syncthreads_or(state & 1) | __syncthreads_or(state & 2) << 1;
+    if (blocks > 1) {
+        if (threadIdx.x == 0) { room.state = state; }
+        cluster.sync();
+        for (int b = 0; b < blocks; b++) { state |= *cluster.map_shared_rank(&room.state, b); }
+    }
+    if (state != 1) {           // nothing to follow: the slice keeps its bits
+        slice_sync(blocks);
+        return;
+    }
+
+    double sum = c.wide ? update_moments<V, true, SHARED>(c, s.m + slice.at, s)
+                        : update_moments<V, false, SHARED>(c, s.m + slice.at, s);
+    for (int k = 16; k > 0; k /= 2) { sum += __shfl_xor_sync(~0u, sum, k); }
+    if (threadIdx.x % 32 == 0) { room.sum[threadIdx.x / 32] = sum; }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        room.norm = 0;
+        for (int w = 0; w < WARPS; w++) { room.norm += room.sum[w]; }
+    }
+    slice_sync(blocks);
+    sum = 0;
+    for (int b = 0; b < blocks; b++) { sum += *cluster.map_shared_rank(&room.norm, b); }
+    // X = U / |U|: multiplied when it is read, until the first product has stored it.
+    float scale = sum > 0 ? fminf((float)(1 / sqrt(sum)), 3e38f) : 0;
+    for (int t = 0, turn = 0, end; t < ROUNDS; t = end, turn ^= 1) {
+        for (end = t + 1; end < ROUNDS && !(s.restarts >> end & 1); end++) { }
+        gram<N, SHARED>(room.part[turn], room, c, scale);
+        slice_sync(blocks);
+        for (int e = threadIdx.x; e < N * N; e += THREADS) {
+            float all = 0;
+            for (int b = 0; b < blocks; b++) { all += cluster.map_shared_rank(room.part[turn], b)[e]; }
+            room.r[e] = e / N < c.n && e % N < c.n ? all : 0;
+        }
+        __syncthreads();
+        rounds<N>(room, end - t);
+        apply<N, SHARED>(c, room.q, scale);
+        scale = 1;
+    }
+    const double side = (double)max(slice.rows, slice.cols);
+    const float rate = (float)(s.lr * 0.2 * sqrt(side));
+    if (c.wide) { update_masters<V, true, SHARED>(c, s.p + slice.at, s.keep, rate); }
+    else { update_masters<V, false, SHARED>(c, s.p + slice.at, s.keep, rate); }
+    slice_sync(blocks);         // nobody may leave while its part of R is read
+}
+
+template <int N, bool SHARED> static void launch(const Step &s, int slices, int blocks) {
+    const size_t bytes = sizeof(Room<N>) + (SHARED ? sizeof(float) * s.n * s.count : 0);
+    auto kernel = muon_kernel<N, SHARED>;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(slices * blocks), config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = &cluster, config.numAttrs = 1;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    cudaCheck(cudaLaunchKernelEx(&config, kernel, s, blocks));
+}
+
+// Slices of one size, with m columns. most: bytes of X that a block may have.
+template <int N> static void launch_size(Step s, size_t m, int slices, bool vector) {
+    const size_t most = 64 << 10, column = sizeof(float) * s.n;
+    size_t count = m;
+    int blocks = 1;
+    while (blocks < BLOCKS_MAX && count * column > most) {
+        blocks *= 2;
+        count = ((m + blocks - 1) / blocks + 3) / 4 * 4;
+    }
+    const bool shared = vector && count * column <= most;
+    s.count = (int)(shared ? count : m);
+    if (shared) { launch<N, true>(s, slices, blocks); } else { launch<N, false>(s, slices, 1); }
+}
+
+} // namespace muon
+
+extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n,
+                                double grad_scale, double lr, double beta, double weight_decay,
+                                int restarts) {
+    if (n == 0) { return; }
+    const size_t mark = workspace_mark(), bytes = sizeof(muon::Slice) * n;
+    const muon::Slice *list = (const muon::Slice *)slices_h;
+    muon::Slice *slices = (muon::Slice *)workspace(bytes);
+    cudaCheck(cudaMemcpyAsync(slices, slices_h, bytes, cudaMemcpyHostToDevice, stream));
+    muon::Step s = { p, m, g, slices, (float)grad_scale, (float)beta, (float)(1 - beta),
+                     (float)(1 - lr * weight_decay), lr, restarts, 0, 0 };
+    for (int first = 0, last; first < n; first = last) {        // a run of one size
+        const size_t low = min(list[first].rows, list[first].cols);
+        const size_t high = max(list[first].rows, list[first].cols);
+        bool vector = high % 4 == 0;
+        for (last = first; last < n; last++) {
+            const muon::Slice &l = list[last];
+            if (min(l.rows, l.cols) != low || max(l.rows, l.cols) != high) { break; }
+            vector = vector && l.at % 4 == 0;
+        }
+        gpuRequire(low <= 64);
+        auto launch = low <= 8 ? muon::launch_size<8> : low <= 16 ? muon::launch_size<16>
+                    : low <= 32 ? muon::launch_size<32> : muon::launch_size<64>;
+        s.slices = slices + first, s.n = (int)low;
+        launch(s, high, last - first, vector);
+    }
+    workspace_release(mark);
+}
+
 // -------------------------------------------------------------------------------------------------
 // 6 Routing, permutation, combine (moe.c)
 
-// s = sqrt(softplus(v)), as in moe.c: the limit exp(v/2) below -20.
-__device__ inline float route_score(float v) {
+// A score and its derivative, as in moe.c: sqrt(softplus(v)) is its limit exp(v/2) below -20.
+__device__ inline float route_score(int score, float v) {
+    if (score == SCORE_SIGMOID) { return 1 / (1 + expf(-v)); }
+    if (score == SCORE_SOFTMAX) { return expf(v); }
     return v < -20 ? expf(v / 2) : sqrtf(fmaxf(v, 0) + log1pf(expf(-fabsf(v))));
+}
+
+__device__ inline float route_slope(int score, float v, float s) {
+    if (score == SCORE_SIGMOID) { return s * (1 - s); }
+    return score == SCORE_SOFTMAX ? s : v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s);
+}
+
+// What softmax takes off the logits: the log of the sum of their exponentials, by one warp.
+__device__ inline float route_shift(int score, const float *all, int E) {
+    float most = -INFINITY, sum = 0;
+    if (score != SCORE_SOFTMAX) { return 0; }
+    for (int e = threadIdx.x % 32; e < E; e += 32) { most = fmaxf(most, all[e]); }
+    most = warp_max(most);
+    for (int e = threadIdx.x % 32; e < E; e += 32) { sum += expf(all[e] - most); }
+    return most + logf(warp_sum(sum));
+}
+
+// The best of all lanes' candidates, to all lanes; equal ones: the smaller id.
+__device__ inline int warp_best(float best, int id) {
+    #pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, best, step);
+        const int other_id = __shfl_xor_sync(~0u, id, step);
+        if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
+    }
+    return id;
+}
+
+// The open groups, as bits: lane g rates group g by its two best choices together, or by its best.
+__device__ inline unsigned route_groups(const float *all, const float *bias, float shift,
+                                        Routing how, int E) {
+    const int lane = threadIdx.x % 32, size = E / how.groups;
+    float first = -INFINITY, second = -INFINITY;
+    unsigned open = 0;
+    for (int e = lane * size; lane < how.groups && e < (lane + 1) * size; e++) {
+        const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+        second = fmaxf(second, fminf(first, choice));
+        first = fmaxf(first, choice);
+    }
+    for (int k = 0; k < how.kept; k++) {
+        const bool out = lane >= how.groups || (open >> lane & 1);
+        open |= 1u << warp_best(out ? -INFINITY : how.greedy ? first : first + second,
+                                out ? INT_MAX : lane);
+    }
+    return open;
 }
 
 // One warp per token. Selection takes the best K times; a lane looks after every 32nd expert, and
 // equal choices go to the smaller id.
 __global__ void route_kernel(int *ids, real *weights, real *logits, const real *all,
-                             const float *bias, const int *tid2eid, const int *tokens, float scale,
-                             int norm, int T, int E, int K) {
+                             const float *bias, const int *tid2eid, const int *tokens, Routing how,
+                             float scale, int norm, int T, int E, int K) {
     const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (t >= T) { return; }
     all += (size_t)t * E;
     ids += (size_t)t * K;
+    const float shift = route_shift(how.score, all, E);
     if (tid2eid) {
         for (int k = lane; k < K; k += 32) { ids[k] = tid2eid[(size_t)tokens[t] * K + k]; }
     } else {
         unsigned long long taken = 0;           // of this lane's experts lane, lane + 32, ..
+        const bool grouped = how.groups > 1;
+        const unsigned open = grouped ? route_groups(all, bias, shift, how, E) : ~0u;
         for (int k = 0; k < K; k++) {
             float best = -INFINITY;
             int id = INT_MAX;
             for (int e = lane, i = 0; e < E; e += 32, i++) {
-                const float choice = route_score(all[e]) + bias[e];
-                if (!(taken >> i & 1) && choice > best) { best = choice; id = e; }
+                const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+                const bool in = !grouped || open >> e / (E / how.groups) & 1;
+                if (in && !(taken >> i & 1) && choice > best) { best = choice; id = e; }
             }
-            #pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                const float other = __shfl_xor_sync(~0u, best, step);
-                const int other_id = __shfl_xor_sync(~0u, id, step);
-                if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
-            }
+            id = warp_best(best, id);
             if (id % 32 == lane) { taken |= 1ull << (id / 32); }
             if (lane == 0) { ids[k] = id; }
         }
@@ -2250,54 +2727,61 @@ __global__ void route_kernel(int *ids, real *weights, real *logits, const real *
     if (lane != 0) { return; }
     float sum = 1e-20f;
     for (int k = 0; k < K; k++) {
-        logits[(size_t)t * K + k] = all[ids[k]];
-        sum += route_score(all[ids[k]]);
+        const float v = all[ids[k]] - shift;
+        logits[(size_t)t * K + k] = v;
+        sum += weights[(size_t)t * K + k] = route_score(how.score, v);
     }
     for (int k = 0; k < K; k++) {
-        weights[(size_t)t * K + k] = scale * route_score(all[ids[k]]) / (norm ? sum : 1);
+        weights[(size_t)t * K + k] = scale * weights[(size_t)t * K + k] / (norm ? sum : 1);
     }
 }
 
 extern "C" void route_forward_gpu(int *ids, real *weights, real *logits, const real *all,
                                   const float *bias, const int *tid2eid, const int *tokens,
-                                  float scale, int norm, int T, int E, int K) {
+                                  Routing how, float scale, int norm, int T, int E, int K) {
     if (T == 0) { return; }
-    gpuRequire(E <= 32 * 64);
+    gpuRequire(E <= 32 * 64 && how.groups <= 32);
     route_kernel<<<blocks_for(T, 4), 128, 0, stream>>>(ids, weights, logits, all, bias, tid2eid,
-                                                       tokens, scale, norm, T, E, K);
+                                                       tokens, how, scale, norm, T, E, K);
     cudaCheck(cudaGetLastError());
 }
 
-// dinp += sum_k dv_k gate[id_k]. One block per token.
+// dinp += sum_k dv_k gate[id_k]. One block per token. all: only a softmax without norm needs it.
 enum { ROUTE_K_MAX = 16 };
 __global__ void route_backward_kernel(real *dinp, const real *dweights, const int *slot_row,
                                       const int *ids, const real *weights, const real *logits,
-                                      const bf16 *gate, float scale, int norm, int C, int K) {
-    __shared__ float dv[ROUTE_K_MAX];
+                                      const real *all, const bf16 *gate, Routing how, float scale,
+                                      int norm, int C, int E, int K) {
+    __shared__ float dv[ROUTE_K_MAX], shift;
     __shared__ int id[ROUTE_K_MAX];
     const size_t t = blockIdx.x, first = t * K;
+    float sum = 1e-20f, dot = 0;
+    for (int k = 0; k < K; k++) {
+        sum += route_score(how.score, logits[first + k]);
+        dot += dweights[slot_row[first + k]] * weights[first + k];
+    }
     if ((int)threadIdx.x < K) {
-        float sum = 1e-20f, dot = 0;
-        for (int k = 0; k < K; k++) {
-            sum += route_score(logits[first + k]);
-            dot += dweights[slot_row[first + k]] * weights[first + k];
-        }
-        // forward: w_k = scale s_k / sum s, s = sqrt(softplus(v)), v = gate[id_k] . x
+        // forward: w_k = scale s_k / sum s, s = score(v), v = gate[id_k] . x
         const size_t slot = first + threadIdx.x;
-        const float v = logits[slot], s = route_score(v);
+        const float v = logits[slot], s = route_score(how.score, v);
         float ds = scale * dweights[slot_row[slot]];
         if (norm) { ds = (ds - dot) / sum; }
-        dv[threadIdx.x] = ds * (v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s));
+        dv[threadIdx.x] = ds * route_slope(how.score, v, s);
         id[threadIdx.x] = ids[slot];
+    }
+    if (all && threadIdx.x < 32) {
+        const float log_sum = route_shift(how.score, all + t * E, E);
+        if (threadIdx.x == 0) { shift = log_sum; }
     }
     __syncthreads();
     for (int c = threadIdx.x * 4; c < C; c += blockDim.x * 4) {
         float d[4], g[4];
         load4(d, dinp + t * C + c);
-        for (int k = 0; k < K; k++) {
-            load4(g, gate + (size_t)id[k] * C + c);
+        for (int k = 0; k < K + (all ? E : 0); k++) {
+            load4(g, gate + (size_t)(k < K ? id[k] : k - K) * C + c);
+            const float v = k < K ? dv[k] : -dot * expf(all[t * E + k - K] - shift);
             #pragma unroll
-            for (int j = 0; j < 4; j++) { d[j] += dv[k] * g[j]; }
+            for (int j = 0; j < 4; j++) { d[j] += v * g[j]; }
         }
         store4(dinp + t * C + c, d);
     }
@@ -2305,11 +2789,12 @@ __global__ void route_backward_kernel(real *dinp, const real *dweights, const in
 
 extern "C" void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row,
                                    const int *ids, const real *weights, const real *logits,
-                                   const bf16 *gate, float scale, int norm, int T, int C, int K) {
+                                   const real *all, const bf16 *gate, Routing how, float scale,
+                                   int norm, int T, int C, int E, int K) {
     if (T == 0) { return; }
     gpuRequire(K <= ROUTE_K_MAX);
     route_backward_kernel<<<T, 256, 0, stream>>>(dinp, dweights, slot_row, ids, weights, logits,
-                                                 gate, scale, norm, C, K);
+                                                 all, gate, how, scale, norm, C, E, K);
     cudaCheck(cudaGetLastError());
 }
 

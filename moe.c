@@ -412,6 +412,7 @@ typedef struct {                // sizes of one MoE layer
     int first, local;           // this rank owns experts first .. first+local-1
     float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
     int norm_topk;              // divide by the sum of the selected scores
+    Routing how;                // the scores, and what is chosen by
     float lora_scale;
 } MoeDims;
 
@@ -543,18 +544,43 @@ void moe_alloc_scratch(MoeScratch *s, const MoeDims *d, int T, int training) {
 // 5 Routers
 //
 // A router is a choice (ids) and a weighting. Two choices exist: a table by token id in the first
-// layers, and the K largest of score + bias. The bias was tuned in pre-training to spread the load;
-// it must never reach the weights.
+// layers, and the K best by score. Which score, and best of what, config.json says:
+//
+//     scoring_func   sqrtsoftplus  s = sqrt(log(1 + e^v))       DeepSeek-V4
+//                    sigmoid       s = 1 / (1 + e^-v)           V3
+//                    softmax       s = e^(v - log sum e^v)      V2
+//     topk_method    noaux_tc      the largest s + bias; a group is as good as its two best
+//                    greedy        the largest s
+//                    group_limited_greedy      the same; a group is as good as its best
+//
+// With n_group > 1 only the experts of the topk_group best groups can be chosen: the others' choice
+// is -inf, not 0, which would beat a negative one. The bias was tuned in pre-training to spread the
+// load, in fp32; it must never reach the weights, and nothing trains or decays it.
 
-// s = sqrt(softplus(v)). log1p keeps what exp(v) would lose next to 1; below -20 the root of
+// From a logit to its score. log1p keeps what exp(v) would lose next to 1; below -20 the root of
 // softplus is exp(v/2) to 1e-9, and stays above zero long after softplus has underflowed in fp32.
-static inline real route_score_of(real v) {
+// Of softmax, v is the logit after route_shift.
+static inline real route_score_of(int score, real v) {
+    if (score == SCORE_SIGMOID) { return 1 / (1 + exp(-v)); }
+    if (score == SCORE_SOFTMAX) { return exp(v); }
     return v < -20 ? exp(v / 2) : sqrt((v > 0 ? v : 0) + log1p(exp(-fabs(v))));
 }
 
-// ds/dv = sigmoid(v) / (2 s); its limit below -20, where the quotient becomes 0/0, is s/2.
-static inline real route_slope(real v, real s) {
+// ds/dv: sigmoid' = s (1 - s); of the root sigmoid(v) / (2 s), whose limit below -20, where the
+// quotient becomes 0/0, is s/2; of e^v itself, the rest of softmax is in route_backward.
+static inline real route_slope(int score, real v, real s) {
+    if (score == SCORE_SIGMOID) { return s * (1 - s); }
+    if (score == SCORE_SOFTMAX) { return s; }
     return v < -20 ? s / 2 : 1 / ((1 + exp(-v)) * 2 * s);
+}
+
+// What is taken off the logits first: log sum e^v for softmax, nothing for the others.
+static inline real route_shift(int score, const real *all, int E) {
+    real most = all[0], sum = 0;
+    if (score != SCORE_SOFTMAX) { return 0; }
+    for (int e = 1; e < E; e++) { most = all[e] > most ? all[e] : most; }
+    for (int e = 0; e < E; e++) { sum += exp(all[e] - most); }
+    return most + log(sum);
 }
 
 // ids (K) = the experts with the largest choice (E), best first; equal ones: the smaller id first.
@@ -569,60 +595,102 @@ static inline void route_topk(int *ids, const real *choice, int E, int K) {
     }
 }
 
-// ids, weights, logits (T,K) from all (T,E), the router's logits. tid2eid (V,K) and tokens (T):
-// hash-routed; else NULL, and bias (E) is added for the choice. norm: weights are divided by their
-// sum.
+// Closes all but the best groups: their experts' choice (E) becomes -inf.
+static inline void route_groups(real *choice, Routing how, int E) {
+    int size = E / how.groups, open[how.kept];
+    real rating[how.groups];
+    for (int g = 0; g < how.groups; g++) {
+        real first = -INFINITY, second = -INFINITY;
+        for (int e = g * size; e < (g + 1) * size; e++) {
+            if (choice[e] > first) { second = first; first = choice[e]; }
+            else if (choice[e] > second) { second = choice[e]; }
+        }
+        rating[g] = how.greedy ? first : first + second;
+    }
+    route_topk(open, rating, how.groups, how.kept);
+    for (int g = 0; g < how.groups; g++) {
+        int is_open = 0;
+        for (int k = 0; k < how.kept; k++) { is_open |= open[k] == g; }
+        for (int e = g * size; e < (g + 1) * size && !is_open; e++) { choice[e] = -INFINITY; }
+    }
+}
+
+// ids, weights, logits (T,K) from all (T,E), the router's logits; the kept ones are shifted.
+// tid2eid (V,K) and tokens (T): hash-routed; else NULL, and bias (E), if there is one, is added for
+// the choice. norm: weights are divided by their sum.
 void route_forward(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                   const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
-                   int K) {
-    GPU(route_forward_gpu(ids, weights, logits, all, bias, tid2eid, tokens, scale, norm, T, E, K))
+                   const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
+                   int T, int E, int K) {
+    GPU(route_forward_gpu(ids, weights, logits, all, bias, tid2eid, tokens, how, scale, norm, T, E,
+                          K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
-        const real *all_t = all + (size_t)t * E;
+        const real *all_t = all + (size_t)t * E, shift = route_shift(how.score, all_t, E);
         real *logits_t = logits + (size_t)t * K, *weights_t = weights + (size_t)t * K;
         int *ids_t = ids + (size_t)t * K;
         if (tid2eid) {
             memcpy(ids_t, tid2eid + (size_t)tokens[t] * K, K * sizeof(int));
         } else {
             real choice[E];
-            for (int e = 0; e < E; e++) { choice[e] = route_score_of(all_t[e]) + bias[e]; }
+            for (int e = 0; e < E; e++) {
+                choice[e] = route_score_of(how.score, all_t[e] - shift) + (bias ? bias[e] : 0);
+            }
+            if (how.groups > 1) { route_groups(choice, how, E); }
             route_topk(ids_t, choice, E, K);
         }
         real sum = (real)1e-20;
         for (int k = 0; k < K; k++) {
-            logits_t[k] = all_t[ids_t[k]];
-            sum += weights_t[k] = route_score_of(logits_t[k]);
+            logits_t[k] = all_t[ids_t[k]] - shift;
+            sum += weights_t[k] = route_score_of(how.score, logits_t[k]);
         }
         for (int k = 0; k < K; k++) { weights_t[k] = scale * weights_t[k] / (norm ? sum : 1); }
     }
 }
 TWIN(route_forward)
 
+// Whether the backward needs the logits of all experts: a softmax passes gradients to those that
+// were not chosen too, unless the weights are divided by their sum, which does not change when all
+// scores change by one factor.
+static inline int route_needs_all(Routing how, int norm) {
+    return how.score == SCORE_SOFTMAX && !norm;
+}
+
 // dinp (T,C) += what the routing weights pass back to the router's input. dweights: gradient of
-// each travelling row's weight; slot_row (T*K) says which row is whose. Only selected experts get a
-// gradient: computing it for all of them is what makes NaN in implementations by autograd.
+// each travelling row's weight; slot_row (T*K) says which row is whose; all (T,E): see above, or
+// NULL. Otherwise only selected experts get a gradient: computing it for all of them is what makes
+// NaN in implementations by autograd.
 void route_backward(real *dinp, const real *dweights, const int *slot_row, const int *ids,
-                    const real *weights, const real *logits, const bf16 *gate, float scale,
-                    int norm, int T, int C, int K) {
-    GPU(route_backward_gpu(dinp, dweights, slot_row, ids, weights, logits, gate, scale, norm, T, C,
-                           K))
+                    const real *weights, const real *logits, const real *all, const bf16 *gate,
+                    Routing how, float scale, int norm, int T, int C, int E, int K) {
+    GPU(route_backward_gpu(dinp, dweights, slot_row, ids, weights, logits, all, gate, how, scale,
+                           norm, T, C, E, K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
         const int *row_t = slot_row + (size_t)t * K;
         const real *w_t = weights + (size_t)t * K, *logits_t = logits + (size_t)t * K;
+        const real *all_t = all ? all + (size_t)t * E : NULL;
+        const real shift = all ? route_shift(how.score, all_t, E) : 0;
         real sum = (real)1e-20, dot = 0;
         for (int k = 0; k < K; k++) {
-            sum += route_score_of(logits_t[k]);
+            sum += route_score_of(how.score, logits_t[k]);
             dot += dweights[row_t[k]] * w_t[k];
         }
-        for (int k = 0; k < K; k++) {
-            // forward: w_k = scale s_k / S with S = sum_j s_j, so
-            // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division ds_k = scale dw_k
-            real ds = scale * dweights[row_t[k]];
-            if (norm) { ds = (ds - dot) / sum; }
-            // forward: s = sqrt(softplus(v)), v = gate[e] . x
-            real dv = ds * route_slope(logits_t[k], route_score_of(logits_t[k]));
-            const bf16 *gate_e = gate + (size_t)ids[(size_t)t * K + k] * C;
+        for (int i = 0; i < K + (all ? E : 0); i++) {
+            int e = i - K;
+            // forward, softmax: s_e = e^(v_e - log sum e^v); so dv_e = s_e ds_e - s_e sum_k s_k
+            // ds_k, and sum_k s_k ds_k = sum_k w_k dw_k: here the second term, of all experts
+            real dv = i < K ? 0 : -dot * exp(all_t[e] - shift);
+            if (i < K) {
+                // forward: w_k = scale s_k / S with S = sum_j s_j, so
+                // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division scale dw_k
+                real ds = scale * dweights[row_t[i]];
+                if (norm) { ds = (ds - dot) / sum; }
+                // forward: s = score(v), v = gate[e] . x
+                dv = ds * route_slope(how.score, logits_t[i],
+                                      route_score_of(how.score, logits_t[i]));
+                e = ids[(size_t)t * K + i];
+            }
+            const bf16 *gate_e = gate + (size_t)e * C;
             real *dinp_t = dinp + (size_t)t * C;
             #pragma omp simd
             for (int c = 0; c < C; c++) { dinp_t[c] += dv * (real)float_from_bf16(gate_e[c]); }
@@ -976,7 +1044,7 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
     phase(PHASE_ROUTE);
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
-                  d->route_scale, d->norm_topk, T, d->E, d->K);
+                  d->how, d->route_scale, d->norm_topk, T, d->E, d->K);
     phase(PHASE_EXCHANGE);
     trip_begin(x, d, s->ids, T);
     for (int i = 0; count_h && i < slots; i++) { count_h[x->ids_h[i]]++; }
@@ -1036,8 +1104,10 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
         trip_back(home_dw, dweight, sizeof(real), round, x, d, "moe dw");
     }
     phase(PHASE_ROUTE);
-    route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, w->gate,
-                   d->route_scale, d->norm_topk, T, C, d->K);
+    const real *all = route_needs_all(d->how, d->norm_topk) ? x->logits : NULL;
+    if (all) { linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E); }
+    route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, all, w->gate,
+                   d->how, d->route_scale, d->norm_topk, T, C, d->E, d->K);
     dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, C);
     shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T);
 }

@@ -186,7 +186,7 @@ static int layer_has(const Config *c, int layer, const TensorKind *k) {
         case CSA: return c->ratio[layer] == 4;
         case POOLED: return c->ratio[layer] > 0;
         case HASHED: return layer < c->hash_layers;
-        case SCORED: return layer >= c->hash_layers;
+        case SCORED: return layer >= c->hash_layers && !c->how.greedy;
         case GLOBAL: return 0;
         default: return 1;
     }
@@ -1278,6 +1278,7 @@ typedef struct {
     unsigned targets;           // bits TARGET_*
     int max_tokens;             // of a micro-batch or a sample
     int recompute;              // RECOMPUTE_*
+    int muon;                   // as in Adapters
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
 } ModelOptions;
@@ -1868,6 +1869,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
         .first = comm_ep_rank() * (c->E / comm_ep()), .limit = c->swiglu_limit,
         .route_scale = c->route_scale, .norm_topk = c->norm_topk, .lora_scale = o->alpha / o->R,
+        .how = c->how,
     };
     if (m->layer == NULL) {
         m->layer = host_calloc(sizeof(Layer) * (size_t)c->layers);
@@ -1888,6 +1890,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     m->adapters.alpha = o->alpha;
     m->adapters.scale = o->alpha / o->R;
     m->adapters.targets = o->targets;
+    m->adapters.muon = o->muon;
     if (mem.counting) {                 // sizes first: dense adapters lie before the experts'
         m->adapters.p = NULL;
         adapters_begin(&m->adapters);
@@ -1943,6 +1946,7 @@ void model_free(Model *m) {
     free(m->expert_count);
     free(m->tensors);
     free(m->adapters.tensors);
+    free(m->adapters.slices_h);
     memset(m, 0, sizeof *m);
 }
 
@@ -1958,6 +1962,15 @@ void model_load(Model *m, const char *dir) {
         }
     }
     check_scales(m->tensors, m->n_tensors);
+    for (int i = 0; i < c->layers; i++) {       // one NaN in a bias, and its expert is never chosen
+        const float *bias = m->layer[i].moe.bias;
+        if (bias == NULL) { continue; }
+        const float *b = host_view(bias, sizeof *b * (size_t)c->E);
+        for (int e = 0; e < c->E; e++) {
+            refuse_if(!isfinite(b[e]), "layers.%d.ffn.gate.bias: entry %d is %g", i, e, b[e]);
+        }
+        host_view_end(b, bias);
+    }
     for (int k = 0; k < 2; k++) { rope_table(m->rope[k], c, k, m->options.max_tokens); }
     adapters_init(&m->adapters, m->options.seed);
 }
@@ -2083,7 +2096,7 @@ static inline void batch_fill(Batch *x, const Rows *s, int micro, int b, int ran
 // What the user asked for. Names, defaults and meaning stand in the table of part 12.
 static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
-               *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
+               *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
         sample_every, sample_len, save_every, keep, bench, gpus, ranks, ep, seed;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
@@ -2203,8 +2216,8 @@ static inline void train_step(Trainer *r, Report *report) {
     report->stop = sums[1] > 0;
     report->lr = lr_at(opt.lr, r->step, r->steps, opt.warmup, opt.final_frac,
                        strcmp(opt.schedule, "cosine") == 0);
-    adamw_update(a->p, a->m, a->v, a->g, n, clip_factor(report->norm, opt.clip), report->lr,
-                 opt.beta1, opt.beta2, opt.eps, opt.decay, ++r->moments);
+    adapters_update(a, clip_factor(report->norm, opt.clip), report->lr, opt.beta1, opt.beta2,
+                    opt.eps, opt.decay, ++r->moments);
     report->tokens = r->rows.tokens;
     report->labels = r->rows.labels;
     report->epoch = r->rows.epoch;
@@ -2440,6 +2453,7 @@ static Option option_table[] = {
     // What is trained, on what, and where results go.
     {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
     {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
+    {"routing", 0, TEXT, &opt.routing, "", "LIST", MODEL, .help = "config.json's keys, key=value,.."},
     {"train", 'i', TEXT, &opt.train, "", "F", KEPT, .help = "training data; tiny: its source"},
     {"val", 'j', TEXT, &opt.val, "", "F", KEPT, .help = "validation data; tiny: the held-out tail"},
     {"out", 'o', TEXT, &opt.out, "out", "DIR", NOT_KEPT, .help = "logs, checkpoints, adapter"},
@@ -2456,10 +2470,11 @@ static Option option_table[] = {
     {"schedule", 'k', WORD, &opt.schedule, "cosine", "cosine|constant", KEPT, .help = ""},
     {"weight-decay", 'c', NUMBER, &opt.decay, "0", "F", KEPT, .help = "of A and B"},
     {"clip", 0, NUMBER, &opt.clip, "1.0", "F", KEPT, .help = "largest gradient norm; 0: any"},
-    {"beta1", 0, NUMBER, &opt.beta1, "0.9", "F", KEPT, .help = "AdamW"},
+    {"beta1", 0, NUMBER, &opt.beta1, "0.9", "F", KEPT, .help = "of the mean; Muon: 0.95"},
     {"beta2", 0, NUMBER, &opt.beta2, "0.95", "F", KEPT, .help = "AdamW"},
     {"eps", 0, NUMBER, &opt.eps, "1e-8", "F", KEPT, .help = "AdamW"},
     {"optimizer", 0, WORD, &opt.optimizer, "adamw", "adamw|muon", KEPT, .help = ""},
+    {"ns", 0, WORD, &opt.ns, "gram", "gram|standard", KEPT, .help = "Muon's Newton-Schulz"},
     // The adapters.
     {"lora-r", 0, COUNT, &opt.r, "8", "N", MODEL, .help = "rank of the adapters"},
     {"lora-alpha", 0, NUMBER, &opt.alpha, "32", "F", MODEL, .help = "their scale is alpha / r"},
@@ -2511,13 +2526,13 @@ static Option option_table[] = {
 // What the table promises and this version does not do yet. value NULL: any.
 static inline void options_refuse(void) {
     static const struct { void *field; const char *value; } later[] = {
-        {&opt.optimizer, "muon"}, {&opt.precision, "fp8"},
+        {&opt.precision, "fp8"},
         {&opt.skip_bad_rows, "1"}, {&opt.loss_on, NULL} };
     for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
         const Option *o = option_of(later[i].field);
         int asked = is_given(o->at) && (!later[i].value || strcmp(later[i].value, o->text) == 0);
-        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, with AdamW, from "
-                  ".bin and .txt data", o->name, o->text);
+        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, from .bin "
+                  "and .txt data", o->name, o->text);
     }
 }
 
@@ -2625,6 +2640,12 @@ static const Config tiny_config = {
     .original_positions = 65536, .ratio = { 0, 4, 128, 4, 0 },
 };
 
+static inline void config_tiny(Config *c) {
+    *c = tiny_config;
+    for (int k = 0; k < ROUTE_KEYS; k++) { routing_set(k, route_keys[k].tiny, "built in"); }
+    c->how = routing_resolve(&c->norm_topk, &c->route_scale, &c->swiglu_limit, c->E, c->K);
+}
+
 // --adapter-names as refit.c wants it.
 static inline int adapter_naming(void) {
     return strcmp(opt.names, "hf") == 0 ? NAMES_HF : NAMES_VLLM;
@@ -2655,6 +2676,7 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     for EACH_OPTION(o) {
         if (o->tiny && !*opt.model) { option_set(o, o->tiny, FROM_DEFAULT, ""); }
     }
+    if (*opt.optimizer == 'm') { option_set(option_of(&opt.beta1), "0.95", FROM_DEFAULT, ""); }
     if (*opt.init) { options_from_adapter(opt.init); }
     if (*opt.check_adapter) { options_from_adapter(opt.check_adapter); }
 }
@@ -2743,6 +2765,9 @@ static inline void print_settings(const Config *c) {
         printf("| %-15s | %-58s |\n", o->name, o->text);
     }
     printf("%s", rule);
+    routing_print();
+    printf("plan   routing     %d experts, %d per token, %d shared, %d hash-routed layers (%s)\n",
+           c->E, c->K, c->n_shared, c->hash_layers, *opt.model ? "config.json" : "built in");
     fflush(stdout);
 }
 
@@ -2770,6 +2795,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
     ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
+    if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     double need = 0, available = memory_free();
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
@@ -2800,7 +2826,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
 }
 
 // What the run will write, against the space there is: --keep checkpoints and one that is being
-// written, each with both moments, and the final adapter.
+// written, each with its moments, and the final adapter.
 static inline void plan_disk(const Adapters *a) {
     double one = (double)training_bytes(a), need = one * (opt.keep + 1) + one / 3;
     char folder[PATH_SIZE];
@@ -2956,7 +2982,7 @@ static inline void resume(Trainer *r, const char *checkpoint) {
     adapters_host_end(&host, a, 1);
     if (opt.reset_optim) {
         zero(a->m, n * sizeof *a->m);
-        zero(a->v, n * sizeof *a->v);
+        if (a->v) { zero(a->v, n * sizeof *a->v); }
     }
     data_seek(&r->train, (size_t)r->step * (opt.per_step / opt.seq));
     say("load   %s | step %d of %d%s\n", checkpoint, r->step, r->steps,
@@ -3097,6 +3123,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     ModelOptions o = plan_memory(r);
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
+    if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect(&r->model); return EXIT_OK; }
     if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
@@ -3133,8 +3160,8 @@ int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
     options_read(argc, argv, checkpoint);
-    r.config = tiny_config;
-    if (*opt.model) { config_load(&r.config, opt.model); }
+    routing_given = opt.routing;
+    if (*opt.model) { config_load(&r.config, opt.model); } else { config_tiny(&r.config); }
     options_derive(&r.config);
     device_choose();
     print_settings(&r.config);
