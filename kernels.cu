@@ -2221,18 +2221,19 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
 
 // Muon (C text: section 7 of lora.c): a step of all slices, in one launch per size of slice.
 //
-// A slice is a cluster of blocks, each with at most 64 KB of its columns, as X, in shared memory,
-// where R, Q and Z are too. Blocks add up their parts of R by reading each other's shared memory, in
-// their order, and every one of them does the small work on R alone. So 16 blocks hold what one
-// could not, and an SM has two or three, one of which computes while another waits for memory.
-// What 16 blocks cannot hold (ranks of 32 and more, at 32,768 columns) is worked on where the
-// gradient was, in global memory, by one block; so is a slice whose parts are not aligned to 16
-// bytes. Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double, so that a tiny
-// gradient has a norm. dev/cuda/muon.cu is the ladder.
+// A slice is a cluster of 1 to 16 blocks, each with at most 64 KB of its columns, as X, in shared
+// memory, where R, Q and Z are too. Blocks add up their parts of R by reading each other's shared
+// memory, in their order, and every one of them does the small work on R alone. So a cluster holds
+// what one block could not, and an SM has two blocks, one of which computes while the other waits
+// for memory. What 16 blocks cannot hold (32,768 columns at ranks above 8) is worked on where the
+// gradient was, in global memory, by one block; so is a slice that is not aligned to 16 bytes.
+// Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double: a tiny gradient has a
+// norm too.
 //   bytes: 20 per element; full model at r 8 on 8 ranks, 228 M elements: 4.6 GB, 1.07 ms at 4,277
-//   GB/s, where AdamW (28 bytes) has 1.49. Shared memory is passed 9 times, 0.5 ms; products with Q
-//   and Gram matrices 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.4 ms.
-//   Measured 2.27 ms, 1.31 x AdamW: the phases of a block wait for each other more than was thought.
+//   GB/s (AdamW, 28 bytes: 1.49). Shared memory is passed 9 times, 0.5 ms; Gram matrices and
+//   products with Q are 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.4
+//   ms. Measured 2.26 ms, 1.31 times AdamW's 1.72: a block's phases wait for each other more than
+//   that. dev/cuda/muon.cu is the ladder.
 
 namespace muon {
 enum { THREADS = 256, WARPS = THREADS / 32, TILE = 8, ROUNDS = 5, BLOCKS_MAX = 16 };
@@ -2248,7 +2249,7 @@ struct Step {
     int n, count;               // the short side, and how many of the other's columns a block has
 };
 
-// What a block has in shared memory besides its part of X. N (N + ..) of each matrix.
+// What a block has in shared memory besides its part of X.
 template <int N> struct Room {
     float r[N * N], q[N * N], z[N * N], next[N * N], p[N * N];
     float part[2][N * N];       // this block's part of R, of two Gram matrices in turn
@@ -2392,8 +2393,8 @@ template <bool SHARED> __device__ inline void load_tile(float *y, const Columns 
     }
 }
 
-// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is left
-// with sum l in x[0], after 31 exchanges where 32 trees would take 160.
+// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is
+// left with sum l in x[0], after 31 exchanges where 32 trees would take 160.
 template <int HALF> __device__ inline void warp_sums(float *x) {
     const bool upper = threadIdx.x & HALF;
     #pragma unroll
@@ -2405,7 +2406,9 @@ template <int HALF> __device__ inline void warp_sums(float *x) {
 }
 
 // Place of (i,k), i <= k < 8, in a triangle of 36.
-__host__ __device__ constexpr int triangle(int i, int k) { return i * TILE - i * (i - 1) / 2 + k - i; }
+__host__ __device__ constexpr int triangle(int i, int k) {
+    return i * TILE - i * (i - 1) / 2 + k - i;
+}
 
 // part (N,N) = the block's part of X X^T, X times scale: tiles of 8 x 8, those of the diagonal as
 // triangles. Each thread has sums over its columns; then over the warp, and over warps.
@@ -2474,7 +2477,8 @@ template <int N> __device__ inline void polynomial(float *out, float s, const fl
     }
 }
 
-// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. 8 rows are one warp's work.
+// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. With 8 rows it is one
+// warp's work.
 template <int N> __device__ void rounds(Room<N> &room, int count) {
     const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     const int workers = N == TILE ? 32 : THREADS, worker = threadIdx.x < workers;
@@ -2565,7 +2569,9 @@ void muon_kernel(Step s, int blocks) {
         slice_sync(blocks);
         for (int e = threadIdx.x; e < N * N; e += THREADS) {
             float all = 0;
-            for (int b = 0; b < blocks; b++) { all += cluster.map_shared_rank(room.part[turn], b)[e]; }
+            for (int b = 0; b < blocks; b++) {
+                all += cluster.map_shared_rank(room.part[turn], b)[e];
+            }
             room.r[e] = e / N < c.n && e % N < c.n ? all : 0;
         }
         __syncthreads();
@@ -2590,7 +2596,8 @@ template <int N, bool SHARED> static void launch(const Step &s, int slices, int 
     config.gridDim = dim3(slices * blocks), config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = bytes, config.stream = stream;
     config.attrs = &cluster, config.numAttrs = 1;
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   (int)bytes));
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaCheck(cudaLaunchKernelEx(&config, kernel, s, blocks));
 }

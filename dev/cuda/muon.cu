@@ -1,16 +1,31 @@
 // muon.cu: one step of Muon over all factors, lora.c section 7. One idea per rung:
 //   v1  a block per slice, X in global memory, where the gradient was
-//   v2  X in shared memory where a block can hold it
-//   v3  a slice is a cluster of blocks, each with some columns of X in shared memory: what one block
-//       cannot hold fits, and blocks are small enough that an SM has several, so that one's
-//       arithmetic hides behind another's memory. Shipped.
-// It is one kernel; the rungs are the bytes of X that a block may hold, and how many blocks share.
+//   v2  X in shared memory where one block can hold it
+//   v3  a slice is a cluster of blocks, each with some columns of X in shared memory: what one
+//       block cannot hold fits, and blocks are small enough that an SM has two, so that the one's
+//       arithmetic hides behind the other's memory. Shipped.
+// It is one kernel: the rungs are the bytes of X that a block may have (0: v1), and how many blocks
+// may share a slice.
 //
-// Arithmetic, full model at r 8 on 8 ranks: attention and shared 43 x 14 slices, experts 43 x 32 x 6,
-// 228 M elements. Muon reads g, m, p and writes m, p: 20 bytes each, 4.57 GB, 1.07 ms at 4,277 GB/s;
-// AdamW 28 bytes, 6.4 GB, 1.49 ms. Per element of a slice with 8 rows two Gram matrices take 2 x 4.5
-// and two products with Q 2 x 8 multiply-adds: 5.7 G in all, 0.2 ms of 132 SMs; shared memory is
-// passed 11 times, 10 GB, 0.45 ms of 132 x 128 bytes a clock. So memory bounds it, if these hide.
+// Arithmetic, full model at r 8 on 8 ranks: attention and shared 43 x 14 slices, experts 43 x 192,
+// 228 M elements. Muon reads g, m, p and writes m, p: 20 bytes each, 4.57 GB, 1.07 ms at 4,277
+// GB/s; AdamW 28 bytes, 6.4 GB, 1.49 ms. Per element of a slice with 8 rows two Gram matrices take
+// 2 x 4.5 and two products with Q 2 x 8 multiply-adds: 5.7 G, 0.2 ms of 132 SMs. Shared memory is
+// passed 9 times, 8.2 GB, 0.5 ms at 132 x 128 bytes a clock. So memory bounds it, if these hide.
+//
+// Measured (one H200, ms of a step; AdamW 1.72 at r 8, 3.44 at r 16):
+//                                             r 8: gram  standard      r 16: gram
+//   v1, 256 threads, 1 element at a time          7.11      9.06           24.6
+//   v1, 4 elements at a time                      3.82                     14.1
+//   v2, one block of up to 200 KB                 3.52                     12.3
+//   v3, 64 KB, 256 threads, two per SM            2.26      3.24            8.5     shipped
+//   v3, 64 KB, 80 registers: three per SM         2.50      3.25            7.1
+//   v3, 64 KB, 512 threads, one per SM            2.82      4.10            9.4
+//   v3, 32 KB, 128 threads, five per SM           2.37                     10.0
+// At r 16, 43 slices of 32,768 columns, which 16 blocks of 64 KB cannot hold, take 3.5 ms of the
+// 8.5 (2.1 with 4 elements at a time, a kernel more per rank). What mattered most: no array of sums
+// that is indexed at run time (in local memory the same kernel took 3.67 ms); sums over a warp by
+// exchanging halves; no division per element to find its place.
 //
 //     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a muon.cu -o muon && ./muon
 #include "common.h"
@@ -33,7 +48,7 @@ struct Step {
     int n, count;               // the short side, and how many of the other's columns a block has
 };
 
-// What a block has in shared memory besides its part of X. N (N + ..) of each matrix.
+// What a block has in shared memory besides its part of X.
 template <int N> struct Room {
     float r[N * N], q[N * N], z[N * N], next[N * N], p[N * N];
     float part[2][N * N];       // this block's part of R, of two Gram matrices in turn
@@ -182,8 +197,8 @@ template <bool SHARED> __device__ inline void load_tile(float *y, const Columns 
     }
 }
 
-// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is left
-// with sum l in x[0], after 31 exchanges where 32 trees would take 160.
+// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is
+// left with sum l in x[0], after 31 exchanges where 32 trees would take 160.
 template <int HALF> __device__ inline void warp_sums(float *x) {
     const bool upper = threadIdx.x & HALF;
     #pragma unroll
@@ -195,7 +210,9 @@ template <int HALF> __device__ inline void warp_sums(float *x) {
 }
 
 // Place of (i,k), i <= k < 8, in a triangle of 36.
-__host__ __device__ constexpr int triangle(int i, int k) { return i * TILE - i * (i - 1) / 2 + k - i; }
+__host__ __device__ constexpr int triangle(int i, int k) {
+    return i * TILE - i * (i - 1) / 2 + k - i;
+}
 
 // part (N,N) = the block's part of X X^T, X times scale: tiles of 8 x 8, those of the diagonal as
 // triangles. Each thread has sums over its columns; then over the warp, and over warps.
@@ -264,7 +281,8 @@ template <int N> __device__ inline void polynomial(float *out, float s, const fl
     }
 }
 
-// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. 8 rows are one warp's work.
+// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. With 8 rows it is one
+// warp's work.
 template <int N> __device__ void rounds(Room<N> &room, int count) {
     const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     const int workers = N == TILE ? 32 : THREADS, worker = threadIdx.x < workers;
@@ -355,7 +373,9 @@ void muon_kernel(Step s, int blocks) {
         slice_sync(blocks);
         for (int e = threadIdx.x; e < N * N; e += THREADS) {
             float all = 0;
-            for (int b = 0; b < blocks; b++) { all += cluster.map_shared_rank(room.part[turn], b)[e]; }
+            for (int b = 0; b < blocks; b++) {
+                all += cluster.map_shared_rank(room.part[turn], b)[e];
+            }
             room.r[e] = e / N < c.n && e % N < c.n ? all : 0;
         }
         __syncthreads();
@@ -380,7 +400,8 @@ template <int N, bool SHARED> static void launch(const Step &s, int slices, int 
     config.gridDim = dim3(slices * blocks), config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = bytes, config.stream = stream;
     config.attrs = &cluster, config.numAttrs = 1;
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   (int)bytes));
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaCheck(cudaLaunchKernelEx(&config, kernel, s, blocks));
 }
@@ -403,7 +424,8 @@ template <int N> static void launch_size(Step s, size_t m, int slices, bool vect
 static void update(float *p, float *m, float *g, const Slice *slices_h, Slice *slices, int n,
                    double grad_scale, double lr, double beta, double decay, int restarts,
                    size_t most) {
-    cudaCheck(cudaMemcpyAsync(slices, slices_h, n * sizeof *slices, cudaMemcpyHostToDevice, stream));
+    cudaCheck(cudaMemcpyAsync(slices, slices_h, n * sizeof *slices, cudaMemcpyHostToDevice,
+                              stream));
     Step s = { p, m, g, slices, (float)grad_scale, (float)beta, (float)(1 - beta),
                (float)(1 - lr * decay), lr, restarts, 0, 0 };
     for (int first = 0, last; first < n; first = last) {
@@ -412,7 +434,8 @@ static void update(float *p, float *m, float *g, const Slice *slices_h, Slice *s
         bool vector = high % 4 == 0;
         for (last = first; last < n; last++) {
             const Slice &next = slices_h[last];
-            if (std::min(next.rows, next.cols) != low || std::max(next.rows, next.cols) != high) { break; }
+            if (std::min(next.rows, next.cols) != low) { break; }
+            if (std::max(next.rows, next.cols) != high) { break; }
             vector = vector && next.at % 4 == 0;
         }
         s.slices = slices + first, s.n = (int)low;
@@ -472,12 +495,16 @@ static void reference(double *p, double *m, const float *g, Slice s, double scal
 }
 
 static void check(size_t most, int restarts) {
-    const size_t shapes[][2] = { {8, 32768}, {32768, 8}, {16, 32768}, {64, 4096}, {2048, 64}, {8192, 16}, {8, 8192},
+    const size_t shapes[][2] = {
+        {8, 32768}, {32768, 8}, {16, 32768}, {64, 4096}, {2048, 64}, {8192, 16}, {8, 8192},
         {8, 4096}, {4096, 8}, {3, 1000}, {20, 300}, {500, 7}, {5, 5}, {1, 64}, {8, 510}, {33, 1025} };
     std::vector<Slice> slices;
     size_t size = 0;
     for (auto &s : shapes) {
-        for (int k = 0; k < 3; k++) { slices.push_back({ size + k % 2, s[0], s[1] }), size += (s[0] * s[1] + 4) / 4 * 4; }
+        for (int k = 0; k < 3; k++) {       // the second one is not aligned
+            slices.push_back({ size + k % 2, s[0], s[1] });
+            size += (s[0] * s[1] + 4) / 4 * 4;
+        }
     }
     std::vector<float> p(size), m(size), g(size);
     for (size_t i = 0; i < size; i++) {
@@ -487,11 +514,13 @@ static void check(size_t most, int restarts) {
     for (size_t i = 0; i < zero.rows * zero.cols; i++) { g[zero.at + i] = 0; }
     float *dp = to_device(p), *dm = to_device(m), *dg = to_device(g);
     Slice *room = device_alloc<Slice>(slices.size());
-    muon::update(dp, dm, dg, slices.data(), room, (int)slices.size(), 0.5, 0.02, 0.95, 0.1, restarts, most);
+    muon::update(dp, dm, dg, slices.data(), room, (int)slices.size(), 0.5, 0.02, 0.95, 0.1,
+                 restarts, most);
     std::vector<float> p1 = to_host(dp, size), m1 = to_host(dm, size);
     for (Slice s : slices) {
         const size_t n = s.rows * s.cols;
-        std::vector<double> wp(p.begin() + s.at, p.begin() + s.at + n), wm(m.begin() + s.at, m.begin() + s.at + n);
+        std::vector<double> wp(p.begin() + s.at, p.begin() + s.at + n);
+        std::vector<double> wm(m.begin() + s.at, m.begin() + s.at + n);
         reference(wp.data(), wm.data(), g.data() + s.at, s, 0.5, 0.02, 0.95, 0.1);
         double diff = 0, step = 0, worst_m = 0;
         for (size_t i = 0; i < n; i++) {
@@ -501,7 +530,9 @@ static void check(size_t most, int restarts) {
         const double error = step > 0 ? sqrt(diff / step) : sqrt(diff);
         const bool ok = error < 2e-4 && worst_m < 1e-7;
         checks++, failures += !ok;
-        if (!ok) { printf("FAIL %zu x %zu, most %zu, restarts %x: p %g m %g\n", s.rows, s.cols, most, restarts, error, worst_m); }
+        if (ok) { continue; }
+        printf("FAIL %zu x %zu, most %zu, restarts %x: p %g m %g\n", s.rows, s.cols, most, restarts,
+               error, worst_m);
     }
     cudaFree(dp), cudaFree(dm), cudaFree(dg), cudaFree(room);
 }
@@ -528,11 +559,13 @@ __global__ void fill_kernel(float *x, size_t n, int seed, float std) {
 }
 
 static void time_model(size_t r) {
-    const size_t dense[][2] = { {4096, 1024}, {1024, 32768}, {4096, 512}, {8192, 4096}, {4096, 2048},
-                                {2048, 4096}, {4096, 2048} };
+    const size_t dense[][2] = { {4096, 1024}, {1024, 32768}, {4096, 512}, {8192, 4096},
+                                {4096, 2048}, {2048, 4096}, {4096, 2048} };
     std::vector<Slice> slices;
     size_t size = 0;
-    auto add = [&](size_t rows, size_t cols) { slices.push_back({ size, rows, cols }), size += rows * cols; };
+    auto add = [&](size_t rows, size_t cols) {
+        slices.push_back({ size, rows, cols });
+        size += rows * cols; };
     for (int l = 0; l < 43; l++) { for (auto &d : dense) { add(r, d[0]), add(d[1], r); } }
     for (int l = 0; l < 43; l++) {
         for (int w = 0; w < 3; w++) {
@@ -543,20 +576,21 @@ static void time_model(size_t r) {
     }
     std::stable_sort(slices.begin(), slices.end(), [](const Slice &a, const Slice &b) {
         return a.rows * a.cols > b.rows * b.cols; });
-    float *p = device_alloc<float>(size), *m = device_alloc<float>(size), *v = device_alloc<float>(size),
-          *g = device_alloc<float>(size);
+    float *p = device_alloc<float>(size), *m = device_alloc<float>(size);
+    float *v = device_alloc<float>(size), *g = device_alloc<float>(size);
     fill_kernel<<<1024, 256>>>(p, size, 1, 0.1f);
     fill_kernel<<<1024, 256>>>(m, size, 2, 0.1f);
     fill_kernel<<<1024, 256>>>(g, size, 3, 0.1f);
     cudaMemset(v, 0, size * 4);
     Slice *room = device_alloc<Slice>(slices.size());
     const float adam = time_ms([&](int) {
-        adamw_kernel<<<(unsigned)divide_up(size, 256), 256>>>(p, m, v, g, size, 1, 1, 0.1f, 0.95f, 0.05f, 1e-6f, 1, 1e-8f); });
-    printf("r %zu: %zu slices, %.1f M elements | AdamW %.3f ms, %.0f GB/s\n", r, slices.size(), size * 1e-6,
-           adam, 28.0 * size / adam * 1e-6);
+        adamw_kernel<<<(unsigned)divide_up(size, 256), 256>>>(p, m, v, g, size, 1, 1, 0.1f, 0.95f,
+                                                              0.05f, 1e-6f, 1, 1e-8f); });
+    printf("r %zu: %zu slices, %.1f M elements | AdamW %.3f ms, %.0f GB/s\n", r, slices.size(),
+           size * 1e-6, adam, 28.0 * size / adam * 1e-6);
     auto race = [&](const Slice *list, int n, int restarts, size_t most) {
-        return time_ms([&](int) { muon::update(p, m, g, list, room, n, 1, 1e-6, 0.95, 0, restarts, most); },
-                       9, 2); };
+        return time_ms([&](int) { muon::update(p, m, g, list, room, n, 1, 1e-6, 0.95, 0, restarts,
+                                               most); }, 9, 2); };
     for (size_t most : { 0, 32 << 10, 64 << 10, 96 << 10 }) {
         for (int restarts : { 4, 0x1E }) {
             const float ms = race(slices.data(), (int)slices.size(), restarts, most);
