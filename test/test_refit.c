@@ -198,16 +198,6 @@ static void test_config(void) {
         {"\"deepseek_v4\"", "\"deepseek_v41\"", "model_type is deepseek_v41"},
         {"\"fp4\"", "\"fp8\"", "expert_dtype is fp8"},
         {"\"expert_dtype\"", "\"x\"", "expert_dtype is missing"},
-        {"\"sqrtsoftplus\"", "\"tanh\"", "scoring_func is tanh (config.json), expected sqrtsoft"},
-        {"\"noaux_tc\"", "\"greed\"", "topk_method is greed (config.json)"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 3", "n_group is 3"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 8", "n_group is 8"},
-        {"\"noaux_tc\"", "\"greedy\", \"n_group\": 4", "n_group is 4"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 0", "n_group is 0"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"topk_group\": 2", "topk_group is 2 (config.json)"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 4", "topk_group is 1 (default)"},
-        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 2.5", "n_group is 2.5"},
-        {"\"swiglu_limit\": 10.0", "\"swiglu_limit\": \"x\"", "swiglu_limit is x"},
         {"\"yarn\"", "\"linear\"", "type is linear"},
         {"\"hc_mult\": 4", "\"hc_mult\": 2", "hc_mult is 2"},
         {"\"num_key_value_heads\": 1", "\"num_key_value_heads\": 2", "num_key_value_heads"},
@@ -314,6 +304,42 @@ static void test_config(void) {
                           "\"tie_word_embeddings\": false, \"attention_bias\": false, ", "");
     load_config(text);          // these may be missing: false is what everybody assumes
     free(text);
+}
+
+// How the router chooses: what it may be, what does not fit together, and who has the last word.
+static void test_routing(void) {
+    static const struct { const char *from, *to, *expect; } rows[] = {
+        {"\"sqrtsoftplus\"", "\"tanh\"", "scoring_func is tanh (config.json), expected sqrtsoft"},
+        {"\"noaux_tc\"", "\"greed\"", "topk_method is greed (config.json)"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 3", "n_group is 3"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 8", "n_group is 8"},
+        {"\"noaux_tc\"", "\"greedy\", \"n_group\": 4", "n_group is 4"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 0", "n_group is 0"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"topk_group\": 2", "topk_group is 2 (config.json)"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 4", "topk_group is 1 (default)"},
+        {"\"noaux_tc\"", "\"noaux_tc\", \"n_group\": 2.5", "n_group is 2.5"},
+        {"\"swiglu_limit\": 10.0", "\"swiglu_limit\": \"x\"", "swiglu_limit is x"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char *text = replaced(config_text, rows[i].from, rows[i].to);
+        check_dies(rows[i].to, load_config, text, rows[i].expect);
+        free(text);
+    }
+    Config c;
+    char dir[PATH_SIZE];
+    char *text = replaced(config_text, "\"noaux_tc\"", "\"greedy\", \"n_group\": null");
+    load_config(text);
+    free(text);
+    config_load(&c, in_root(dir, "config"));
+    check(c.how.score == SCORE_SQRTSOFTPLUS && c.how.greedy && c.how.groups == 1 &&
+          c.how.kept == 1 && c.norm_topk == 1 && c.route_scale == 1.5f, "routing as written");
+    check(strcmp(routing[ROUTE_METHOD].from, "config.json") == 0 &&
+          strcmp(routing[ROUTE_GROUPS].from, "default") == 0, "origins");
+    routing_given = "topk_method=group_limited_greedy,n_group=4,topk_group=2,scoring_func=sigmoid";
+    config_load(&c, in_root(dir, "config"));
+    check(c.how.score == SCORE_SIGMOID && c.how.greedy && c.how.groups == 4 && c.how.kept == 2 &&
+          strcmp(routing[ROUTE_METHOD].from, "--routing") == 0, "--routing has the last word");
+    routing_given = "";
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1510,6 +1536,7 @@ int main(void) {
 #endif
     test_json();
     test_config();
+    test_routing();
     test_checkpoint();
     test_checkpoint_bytes();
     test_fuzz(3000);
