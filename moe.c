@@ -25,7 +25,9 @@
 #ifndef MOE_C
 #define MOE_C
 #include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
+#include "dev/launcher.c"   // Place, launcher_place, launcher_tell
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -43,17 +45,15 @@
 // -------------------------------------------------------------------------------------------------
 // 1 Ranks: launch and supervisor
 //
-// A rank is a process. The first process forks one child per rank and from then on only watches: if
-// a child dies it ends the others, who would otherwise wait for it, and its exit code tells the
-// first cause. It forks before anyone has used OpenMP, whose threads do not survive a fork. Ranks
-// [g*ep, (g+1)*ep) form expert group g: together they own one set of experts. A rank's replicas are
-// the ranks at the same place of the other groups, who own the same experts.
+// A rank is a process, with a GPU of its own where there are any. The first process forks one child
+// per rank and from then on only watches: if a child dies it ends the others, who would otherwise
+// wait for it, and its exit code tells the first cause. It forks before anyone has used OpenMP or
+// CUDA, which do not survive a fork. Under torchrun, srun or mpirun, on one node or several, the
+// ranks are there already, and share nothing but the network. Ranks [g*ep, (g+1)*ep) form expert
+// group g: together they own one set of experts. A rank's replicas are the ranks at the same place
+// of the other groups, who own the same experts.
 
-enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMMS };
-enum {
-    COMM_RANKS_MAX = 64,    // processes that share memory
-    COMM_BOX = 1 << 18,     // bytes a rank can show the others in one step
-};
+enum { COMM_BOX = 1 << 18 };        // bytes a rank can show the others in one step
 
 typedef struct {                    // what a rank shows the others in one step
     char what[96];                  // "collective (phase)": equal on all ranks, or someone is lost
@@ -63,6 +63,8 @@ typedef struct {                    // what a rank shows the others in one step
 
 typedef struct {                    // one rank's part of the page; untouched memory costs nothing
     struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
+    _Atomic uint64_t begun;         // collectives that this rank has come to
+    char doing[96];                 // the last of them: "collective (phase)"
     Box box[COMMS][2];              // for odd and even steps
 } Desk;
 
@@ -75,6 +77,9 @@ typedef struct {
     int rank, ranks, ep;
     double timeout_s;               // a wait longer than this is an error; 0: no limit
     uint64_t step[COMMS];           // how often this rank has met the others
+    int forked;                     // the page is shared; else it is this rank's own, and boxes
+                                    // travel over the network
+    Place place;                    // of a rank that a launcher started
     Page *page;                     // NULL with one rank
 } Comm;
 
@@ -94,13 +99,15 @@ static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
 
 // One line about a rank that ended without a word of its own.
 static inline void comm_report(int rank, int status) {
+    const char *doing = comm.page->desk[rank].doing;
     if (__sync_lock_test_and_set(&comm.page->error_printed, 1)) { return; }
+    fprintf(stderr, "error  rank %d: ", rank);
     if (WIFSIGNALED(status)) {
-        fprintf(stderr, "error  rank %d: killed by signal %d (%s)\n", rank, WTERMSIG(status),
-                strsignal(WTERMSIG(status)));
+        fprintf(stderr, "killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
     } else {
-        fprintf(stderr, "error  rank %d: ended with exit code %d\n", rank, WEXITSTATUS(status));
+        fprintf(stderr, "ended with exit code %d", WEXITSTATUS(status));
     }
+    fprintf(stderr, ", last seen in %s\n", *doing ? doing : "its start");
 }
 
 // Waits until all children are gone, then exits with the first failure's code. After a failure the
@@ -132,6 +139,14 @@ static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals
     exit(code);
 }
 
+static inline void comm_share_cores(int ranks) {
+#ifdef _OPENMP
+    int threads = omp_get_max_threads() / ranks;
+    omp_set_num_threads(threads > 1 ? threads : 1);
+#endif
+    (void)ranks;
+}
+
 // The first things a new rank does.
 static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
     comm.rank = this_rank = rank;
@@ -143,15 +158,11 @@ static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
     // gets it from the supervisor only, so one Ctrl-C is one signal.
     setpgid(0, 0);
     sigprocmask(SIG_SETMASK, mask, NULL);
-#ifdef _OPENMP
-    int threads = omp_get_max_threads() / comm.ranks;
-    omp_set_num_threads(threads > 1 ? threads : 1);
-#endif
+    comm_share_cores(comm.ranks);
 }
 
-// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
-// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
-int comm_launch(int ranks, int ep, double timeout_s) {
+// What all ranks have in common, and the page where they meet: of this process, or for its children.
+static inline void comm_open_page(int ranks, int ep, double timeout_s, int forked) {
     if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
         die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
             ranks, ep, COMM_RANKS_MAX);
@@ -160,15 +171,21 @@ int comm_launch(int ranks, int ep, double timeout_s) {
     comm.ranks = ranks;
     comm.ep = ep;
     comm.timeout_s = timeout_s;
-    if (ranks == 1) { return 0; }
-
+    comm.forked = forked;
+    if (ranks == 1) { return; }
     size_t bytes = sizeof(Page) + ranks * sizeof(Desk);
     void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                       MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (page == MAP_FAILED) { die(EXIT_FIT, "cannot share %zu bytes between ranks", bytes); }
     comm.page = (Page *)page;
     error_printed = &comm.page->error_printed;
+}
 
+// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
+// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
+int comm_launch(int ranks, int ep, double timeout_s) {
+    comm_open_page(ranks, ep, timeout_s, 1);
+    if (ranks == 1) { return 0; }
     sigset_t signals, mask;         // the supervisor takes these one by one, with sigtimedwait
     sigemptyset(&signals);
     sigaddset(&signals, SIGINT);
@@ -189,13 +206,22 @@ int comm_launch(int ranks, int ep, double timeout_s) {
     comm_supervise(pid, ranks, &signals);
 }
 
+// Becomes the rank that a launcher made of this process.
+void comm_join(Place p, int ep, double timeout_s) {
+    comm_open_page(p.ranks, ep, timeout_s, 0);
+    comm.place = p;
+    comm.rank = this_rank = p.rank;
+    comm_share_cores(p.locals);
+}
+
 // -------------------------------------------------------------------------------------------------
 // 2 Ranks: meeting in shared memory
 //
 // Everything ranks tell each other goes through one kind of meeting. In step n of a communicator
 // each member fills its box, says "n", and waits until all others have said "n"; then it reads
 // their boxes. One meeting per step is enough because there are two boxes: a member that fills the
-// box of step n has met everyone in step n - 1, and they came there after reading step n - 2.
+// box of step n has met everyone in step n - 1, and they came there after reading step n - 2. Ranks
+// that share no page send each other what is in the boxes.
 
 static inline int comm_size(int which) {
     return which == COMM_WORLD ? comm.ranks : which == COMM_EP ? comm.ep : comm.ranks / comm.ep;
@@ -224,6 +250,13 @@ static inline Box *comm_open(int which) {
     return comm_box(which, comm_index(which));
 }
 
+// Leaves word of the collective that this rank comes to, for whoever has to report on it.
+static inline void comm_note(const char *collective, const char *phase) {
+    Desk *mine = &comm.page->desk[comm.rank];
+    snprintf(mine->doing, sizeof mine->doing, "%s (%s)", collective, phase);
+    atomic_fetch_add_explicit(&mine->begun, 1, memory_order_relaxed);
+}
+
 // Waits for member i to arrive. There may be more ranks than cores: the one we wait for may need
 // ours, so after a short spin the processor is handed on, and later we sleep.
 static inline void comm_wait(int which, int i, const char *collective, const char *phase) {
@@ -244,16 +277,30 @@ static inline void comm_wait(int which, int i, const char *collective, const cha
     }
 }
 
-// Shows this rank's box and waits for the boxes of all members. Members that meet in different
-// collectives would read nonsense, so that is an error.
-static inline void comm_meet(int which, const char *collective, const char *phase) {
-    Box *mine = comm_box(which, comm_index(which));
-    snprintf(mine->what, sizeof mine->what, "%s (%s)", collective, phase);
-    atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
-                          memory_order_release);
+// Fills the boxes of all members (of `which`) but this rank's own with the first bytes of theirs.
+static inline void comm_trade(void **boxes, int which, size_t bytes) {
+    GPU(gpu_trade(boxes, which, bytes))
+    (void)boxes, (void)which, (void)bytes;
+    die(EXIT_USAGE, "ranks that a launcher started meet through their GPUs HINT: ./train --cpu "
+        "--ranks N starts ranks of its own");
+}
+
+// Shows this rank's box, with so many bytes of data, and waits for the boxes of all members. Members
+// that meet in different collectives would read nonsense, so that is an error.
+static inline void comm_meet(int which, size_t bytes, const char *collective, const char *phase) {
+    Box *mine = comm_box(which, comm_index(which)), *boxes[COMM_RANKS_MAX];
+    comm_note(collective, phase);
+    strcpy(mine->what, comm.page->desk[comm.rank].doing);
+    for (int i = 0; i < comm_size(which); i++) { boxes[i] = comm_box(which, i); }
+    if (comm.forked) {
+        atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
+                              memory_order_release);
+        for (int i = 0; i < comm_size(which); i++) { comm_wait(which, i, collective, phase); }
+    } else {
+        comm_trade((void **)boxes, which, offsetof(Box, data) + bytes);
+    }
     for (int i = 0; i < comm_size(which); i++) {
-        comm_wait(which, i, collective, phase);
-        const char *theirs = comm_box(which, i)->what;
+        const char *theirs = boxes[i]->what;
         if (strcmp(mine->what, theirs) != 0) {
             die(EXIT_COMM, "%s met rank %d in %s HINT: the ranks took different paths through the "
                 "program", mine->what, comm_member(which, i), theirs);
@@ -271,7 +318,21 @@ static inline void comm_meet(int which, const char *collective, const char *phas
 void comm_barrier(int which, const char *phase) {
     if (comm_size(which) == 1) { return; }
     comm_open(which);
-    comm_meet(which, "barrier", phase);
+    comm_meet(which, 0, "barrier", phase);
+}
+
+// Collectives on rows between comm_batch(1) and comm_batch(0) are one launch on GPUs. What they bring
+// is there after the second.
+static inline void comm_batch(int begin) {
+    GPU(gpu_batch(begin))
+    (void)begin;
+}
+
+// What comes between aside(ASIDE_BEGIN) and aside(ASIDE_END) may run beside what follows on a GPU, up
+// to aside(ASIDE_JOIN). Neither may touch what the other writes.
+static inline void aside(int step) {
+    GPU(gpu_aside(step))
+    (void)step;
 }
 
 // values_h (n): replaced by the sum over all members.
@@ -281,7 +342,7 @@ void comm_sum_double(int which, double *values_h, int n, const char *phase) {
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, "sum_double", phase);
+        comm_meet(which, part * sizeof(double), "sum_double", phase);
         for (int j = 0; j < part; j++) {
             double sum = 0;
             for (int i = 0; i < comm_size(which); i++) {
@@ -299,7 +360,7 @@ void comm_max_double(int which, double *values_h, int n, const char *phase) {
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, "max_double", phase);
+        comm_meet(which, part * sizeof(double), "max_double", phase);
         for (int j = 0; j < part; j++) {
             double max = -INFINITY;
             for (int i = 0; i < comm_size(which); i++) {
@@ -315,11 +376,12 @@ void comm_max_double(int which, double *values_h, int n, const char *phase) {
 void comm_sum_real(int which, real *values, size_t n, const char *phase) {
     const size_t most = COMM_BOX / sizeof(real);
     if (comm_size(which) == 1) { return; }
-    CPU_ONLY();
+    comm_note("sum_real", phase);
+    GPU(gpu_sum_real(which, values, n))
     for (size_t at = 0; at < n; at += most) {
         size_t part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values + at, part * sizeof(real));
-        comm_meet(which, "sum_real", phase);
+        comm_meet(which, part * sizeof(real), "sum_real", phase);
         memset(values + at, 0, part * sizeof(real));
         for (int i = 0; i < comm_size(which); i++) {
             const real *theirs = (const real *)comm_box(which, i)->data;
@@ -335,7 +397,7 @@ void comm_gather_int(int which, int *all_h, const int *mine_h, int n, const char
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, mine_h + at, part * sizeof(int));
-        comm_meet(which, "gather_int", phase);
+        comm_meet(which, part * sizeof(int), "gather_int", phase);
         for (int i = 0; i < comm_size(which); i++) {
             memcpy(all_h + (size_t)i * n + at, comm_box(which, i)->data, part * sizeof(int));
         }
@@ -347,9 +409,10 @@ void comm_gather_int(int which, int *all_h, const int *mine_h, int n, const char
 // part that is its own; there are as many steps as the longest buffer of all members needs.
 void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
                      const size_t *send_bytes_h, const char *phase) {
-    CPU_ONLY();
     const int members = comm_size(which), me = comm_index(which);
-    if (members == 1) { memmove(recv, send, send_bytes_h[0]); return; }
+    if (members == 1) { CPU_ONLY(); memmove(recv, send, send_bytes_h[0]); return; }
+    comm_note("all_to_all", phase);
+    GPU(gpu_all_to_all(which, recv, recv_bytes_h, send, send_bytes_h))
     size_t longest = 1, total = 0;
     for (int i = 0; i < members; i++) { total += send_bytes_h[i]; }
     for (size_t at = 0; at < longest; at += COMM_BOX) {
@@ -359,7 +422,7 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
             memcpy(mine->data, (const unsigned char *)send + at,
                    total - at < COMM_BOX ? total - at : COMM_BOX);
         }
-        comm_meet(which, "all_to_all", phase);
+        comm_meet(which, COMM_BOX, "all_to_all", phase);
 
         unsigned char *out = (unsigned char *)recv;
         for (int i = 0; i < members; i++) {
@@ -379,6 +442,59 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
         }
     }
 }
+
+// ---- 3.1 GPUs
+//
+// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id that rank 0
+// makes: forked ranks find it in the page, others hear it from rank 0 (dev/launcher.c).
+
+#ifdef USE_CUDA
+// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has been
+// begun and not seen to end for longer than the limit waits for the rank that has come least far.
+static void *comm_watch(void *unused) {
+    const struct timespec nap = { 0, 100000000 };
+    const Desk *desk = comm.page->desk;
+    for (;; nanosleep(&nap, NULL)) {
+        double waited;
+        char text[256] = "", other[160] = "the other ranks";
+        gpu_waiting(&waited, text, sizeof text);
+        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[comm.rank].doing, text); }
+        if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
+        for (int r = 0, least = comm.rank; comm.forked && r < comm.ranks; r++) {
+            if (desk[r].begun >= desk[least].begun) { continue; }
+            least = r;
+            snprintf(other, sizeof other, "rank %d, last seen in %s", r, desk[r].doing);
+        }
+        die(EXIT_COMM, "%s: waited %g s for %s HINT: see what it was doing, or raise --timeout",
+            desk[comm.rank].doing, comm.timeout_s, other);
+    }
+    return unused;
+}
+
+// A rank ends without taking CUDA and NCCL down, which would wait for ranks that are gone: the
+// system does it for a process that has ended.
+static void comm_leave(int code, void *unused) {
+    (void)unused;
+    fflush(NULL);
+    _exit(code);
+}
+
+// Connects the GPUs of all ranks; each has taken its own. folder: that all ranks see.
+void comm_connect(const char *folder) {
+    enum { INTS = GPU_ID_BYTES / sizeof(int) };
+    int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
+    pthread_t watch;
+    if (comm.ranks == 1) { return; }
+    on_exit(comm_leave, NULL);
+    if (comm.rank == 0) { gpu_make_id(id); }
+    if (comm.forked) { comm_gather_int(COMM_WORLD, all, id, INTS, "first word"); }
+    memcpy(id, all, comm.forked ? sizeof id : 0);
+    if (!comm.forked) { launcher_tell(&comm.place, id, sizeof id, folder, comm.timeout_s); }
+    comm_note("connecting", "start");
+    if (pthread_create(&watch, NULL, comm_watch, NULL) != 0) { die(EXIT_COMM, "no thread"); }
+    gpu_connect(id, comm.rank, comm.ranks, comm.ep);
+}
+#endif
 
 // -------------------------------------------------------------------------------------------------
 // 4 Sizes and buffers of a layer
@@ -414,21 +530,22 @@ typedef struct {                // the first products of n rows
 typedef struct {                // kept from forward to backward, per layer
     int *ids;                   // (T,K) the experts of each token
     real *weights, *logits;     // (T,K) their routing weights and router logits
+    int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
+    int *counts_h;              // (ep,E) rows of each source for each expert
     MoeHidden experts, shared;  // of moe_capacity and T rows
 } MoeSaved;
 
 typedef struct {
     int T, capacity;            // most tokens of a call; rows this rank works off per round
     real *logits;               // (T,E) router logits of all experts
-    // The trip (section 6).
-    // Planned on the host (_h, and offset): only the choice of experts comes from the device.
-    int *counts, *starts;       // (ep,E) rows of each source for each expert, and their places
-    int *next;                  // (E)
-    int *ids_h, *row_slot_h, *slot_row_h;       // (T*K)
-    int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
+    // The trip (section 6). It is planned on the host, which needs to know the counts only.
+    int *mine, *index;          // (E) rows of this rank, (T*K) a slot's place among its expert's
+    const int *counts_h;        // (ep,E) see MoeSaved
+    int *starts_h;              // (ep,E) their places in the owner's queue
+    Runs runs;                  // of this round, between `by source` and `by expert`
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
-    int *offset;                // (local+1) local expert e has rows offset[e] .. offset[e+1]-1
+    int *offset;                // (local+1), host: local expert e has rows offset[e] .. offset[e+1]-1
     // Rows at home, in travelling order: a round's are sent from here, all come back to here.
     act *home_x, *home_y;       // (T*K,C), with one rank home_x (capacity,C)
     real *home_w, *home_dw;     // (T*K)
@@ -469,6 +586,9 @@ void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
     s->ids = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->weights = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->logits = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->row_slot = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->slot_row = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->counts_h = mem.counting ? NULL : (int *)host_alloc(sizeof(int) * comm_ep() * d->E);
     if (!keep) { return; }
     s->experts = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)moe_capacity(d, T));
     s->shared = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)T);
@@ -485,18 +605,12 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     x->T = T;
     x->capacity = capacity;
     x->logits = MEM(real, MEM_SCRATCH, (size_t)T * d->E);
-    if (!mem.counting) {        // the plan of a trip: host memory, for as long as the process lives
-        int *plan = (int *)host_alloc(sizeof(int) * (2 * group + d->E + 3 * slots + d->local + 1));
-        x->counts = plan;
-        x->starts = x->counts + group;
-        x->next = x->starts + group;
-        x->ids_h = x->next + d->E;
-        x->row_slot_h = x->ids_h + slots;
-        x->slot_row_h = x->row_slot_h + slots;
-        x->offset = x->slot_row_h + slots;
+    if (!mem.counting) {        // host memory, for as long as the process lives
+        x->starts_h = (int *)host_alloc(sizeof(int) * (group + d->local + 1));
+        x->offset = x->starts_h + group;
     }
-    x->row_slot = MEM(int, MEM_SCRATCH, slots);
-    x->slot_row = MEM(int, MEM_SCRATCH, slots);
+    x->mine = MEM(int, MEM_SCRATCH, d->E);
+    x->index = MEM(int, MEM_SCRATCH, slots);
     x->home_x = MEM(act, MEM_SCRATCH, sent * d->C);
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
@@ -621,7 +735,7 @@ TWIN(route_backward)
 // queues, and the number of rounds, without asking again. Rows are put into travelling order once,
 // by round, then expert: what a round sends is then contiguous, and contiguous by owner. With one
 // rank that order is the queue itself: experts read the rows where they lie, and nothing is copied
-// again.
+// again. On a GPU all this costs the host one wait for E counts per layer, in the forward only.
 
 // Rank r of a group owns experts moe_first(r) .. moe_first(r+1)-1.
 static inline int moe_first(const MoeDims *d, int r) {
@@ -634,63 +748,79 @@ static inline int trip_rows(const MoeScratch *x, const MoeDims *d, int s, int e,
                             int *place) {
     const size_t at = (size_t)s * d->E + e;
     int low = round * x->capacity, high = low + x->capacity;
-    int begin = x->starts[at], end = begin + x->counts[at];
+    int begin = x->starts_h[at], end = begin + x->counts_h[at];
     begin = begin > low ? begin : low;
     end = end < high ? end : high;
     *place = begin - low;
     return begin < end ? end - begin : 0;
 }
 
-// Fills the queues and this rank's travelling order from ids (T,K): counts, starts, rounds,
-// row_slot and slot_row. Joined by ranks without tokens too.
-static inline void trip_begin(MoeScratch *x, const MoeDims *d, const int *ids, int T) {
-    const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
-    int *mine = x->counts + (size_t)me * E, place;
-    require(T <= x->T && d->first == moe_first(d, me)
-            && d->first + d->local == moe_first(d, me + 1));
-    download(x->ids_h, ids, sizeof(int) * (size_t)slots);
-    ids = x->ids_h;
-    memset(mine, 0, E * sizeof(int));
-    for (int i = 0; i < slots; i++) { mine[ids[i]]++; }
-    comm_gather_int(COMM_EP, x->counts, mine, E, "moe counts");
+// counts (E): how many of ids (slots) are e. index (slots): how many equal ones stand before each.
+void trip_count(int *counts, int *index, const int *ids, int slots, int E) {
+    GPU(trip_count_gpu(counts, index, ids, slots, E))
+    memset(counts, 0, E * sizeof(int));
+    for (int i = 0; i < slots; i++) { index[i] = counts[ids[i]]++; }
+}
+TWIN(trip_count)
 
+// Fills row_slot and slot_row for the slots of one round: those of expert e whose index is from[e]
+// to from[e] + count[e] - 1 become the rows to[e] and on. With all rounds, a stable counting sort.
+void trip_sort(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs,
+               int slots) {
+    GPU(trip_sort_gpu(row_slot, slot_row, ids, index, runs, slots))
+    for (int slot = 0; slot < slots; slot++) {
+        int e = ids[slot], i = index[slot] - runs.from[e];
+        if (i < 0 || i >= runs.count[e]) { continue; }
+        row_slot[runs.to[e] + i] = slot;
+        slot_row[slot] = runs.to[e] + i;
+    }
+}
+TWIN(trip_sort)
+
+// Plans the trip of T tokens: queues and rounds, and for the forward this rank's counts and
+// travelling order from s->ids, which the backward (again) finds in s. Joined by ranks without
+// tokens too.
+static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int T, int again) {
+    const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
+    int *mine = s->counts_h + (size_t)me * E;
+    require(T <= x->T && E <= RUNS_MAX && d->first == moe_first(d, me)
+            && d->first + d->local == moe_first(d, me + 1));
+    if (!again) {
+        trip_count(x->mine, x->index, s->ids, slots, E);
+        download(mine, x->mine, sizeof(int) * (size_t)E);
+        comm_gather_int(COMM_EP, s->counts_h, mine, E, "moe counts");
+    }
+    x->counts_h = s->counts_h;
     x->rounds = 0;
     for (int owner = 0; owner < ep; owner++) {
         int queue = 0;
         for (int e = moe_first(d, owner); e < moe_first(d, owner + 1); e++) {
-            for (int s = 0; s < ep; s++) {
-                x->starts[(size_t)s * E + e] = queue;
-                queue += x->counts[(size_t)s * E + e];
+            for (int i = 0; i < ep; i++) {
+                x->starts_h[(size_t)i * E + e] = queue;
+                queue += x->counts_h[(size_t)i * E + e];
             }
         }
         int rounds = (queue + x->capacity - 1) / x->capacity;
         x->rounds = rounds > x->rounds ? rounds : x->rounds;
     }
-
-    // Sort my slots by expert, keeping their order (a counting sort), then cut by round.
-    int *sorted = x->slot_row_h, row = 0;         // a loan: slot_row is filled last
-    for (int e = 0, sum = 0; e < E; e++) { x->next[e] = sum; sum += mine[e]; }
-    for (int i = 0; i < slots; i++) { sorted[x->next[ids[i]]++] = i; }
-    for (int e = 0; e < E; e++) { x->next[e] -= mine[e]; }
-    for (int round = 0; round < x->rounds; round++) {
+    for (int round = 0, row = 0; !again && round < x->rounds; round++) {
+        Runs runs = { .n = E };
         for (int e = 0; e < E; e++) {
-            for (int n = trip_rows(x, d, me, e, round, &place); n > 0; n--) {
-                x->row_slot_h[row++] = sorted[x->next[e]++];
-            }
+            runs.to[e] = row;
+            row += runs.count[e] = trip_rows(x, d, me, e, round, &runs.from[e]);
+            runs.from[e] += round * x->capacity - x->starts_h[(size_t)me * E + e];
         }
+        trip_sort(s->row_slot, s->slot_row, s->ids, x->index, runs, slots);
     }
-    require(row == slots);
-    for (row = 0; row < slots; row++) { x->slot_row_h[x->row_slot_h[row]] = row; }
-    upload(x->row_slot, x->row_slot_h, sizeof(int) * (size_t)slots);
-    upload(x->slot_row, x->slot_row_h, sizeof(int) * (size_t)slots);
 }
 
-// Turns to that round (in order, from 0): whom this rank sends how much, and what it will hold.
+// Turns to that round (in order, from 0): whom this rank sends how much, what it will hold, and how
+// the rows that arrive change places: run (s, e) is those of source s for expert e.
 static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
     const int ep = comm_ep(), me = comm_ep_rank();
-    int place;
+    int place, arrived = 0;
     x->home_at = round == 0 ? 0 : x->home_at + x->home_rows;
-    x->home_rows = 0;
+    x->home_rows = x->runs.n = 0;
     memset(x->offset, 0, (d->local + 1) * sizeof(int));
     for (int r = 0; r < ep; r++) {
         x->to[r] = x->from[r] = 0;
@@ -698,7 +828,10 @@ static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
             x->to[r] += trip_rows(x, d, me, e, round, &place);
         }
         for (int i = 0; i < d->local; i++) {
-            int n = trip_rows(x, d, r, d->first + i, round, &place);
+            int n = trip_rows(x, d, r, d->first + i, round, &place), run = x->runs.n++;
+            x->runs.from[run] = arrived;
+            x->runs.to[run] = place;
+            arrived += x->runs.count[run] = n;
             x->from[r] += n;
             x->offset[i + 1] += n;
         }
@@ -725,52 +858,58 @@ void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
 }
 TWIN(pack_weights)
 
-enum { BY_EXPERT, BY_SOURCE };
-
-// Reorders the rows of a round between `by source` (as they arrive and leave) and `by expert`.
-static inline void trip_regroup(void *out, const void *inp, int order, size_t row_bytes, int round,
-                                const MoeScratch *x, const MoeDims *d) {
-    size_t arrived = 0;
-    for (int s = 0; s < comm_ep(); s++) {
-        for (int e = d->first; e < d->first + d->local; e++) {
-            int place, n = trip_rows(x, d, s, e, round, &place);
-            size_t from = order == BY_EXPERT ? arrived : (size_t)place;
-            size_t to = order == BY_EXPERT ? (size_t)place : arrived;
-            memcpy((unsigned char *)out + to * row_bytes,
-                   (const unsigned char *)inp + from * row_bytes, n * row_bytes);
-            arrived += n;
-        }
+// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to it.
+void regroup_rows(void *out, const void *inp, Runs runs, int order, size_t row_bytes) {
+    GPU(regroup_rows_gpu(out, inp, runs, order, row_bytes))
+    for (int i = 0; i < runs.n; i++) {
+        size_t from = order == BY_EXPERT ? runs.from[i] : runs.to[i];
+        size_t to = order == BY_EXPERT ? runs.to[i] : runs.from[i];
+        memcpy((unsigned char *)out + to * row_bytes, (const unsigned char *)inp + from * row_bytes,
+               runs.count[i] * row_bytes);
     }
 }
+TWIN(regroup_rows)
 
 // Where rows lie at their experts: at home with one rank, else in `rows`.
 static inline void *trip_place(void *home, void *rows) { return comm_ep() == 1 ? home : rows; }
 
-// Sends this round's rows, which begin at home, to their experts. Returns what arrives, by expert.
-static inline void *trip_there(void *rows, void *home, size_t row_bytes, int round, MoeScratch *x,
-                               const MoeDims *d, const char *phase) {
-    if (comm_ep() == 1) { return home; }
-    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
+// One leg of a trip: n numbers per rank of what is sent and received, in bytes.
+static inline void trip_leg(void *recv, const int *from, const void *send, const int *to,
+                            size_t row_bytes, const char *phase) {
+    size_t send_bytes[COMM_RANKS_MAX], recv_bytes[COMM_RANKS_MAX];
     for (int r = 0; r < comm_ep(); r++) {
-        send[r] = x->to[r] * row_bytes;
-        recv[r] = x->from[r] * row_bytes;
+        send_bytes[r] = to[r] * row_bytes;
+        recv_bytes[r] = from[r] * row_bytes;
     }
-    comm_all_to_all(COMM_EP, x->staging, recv, home, send, phase);
-    trip_regroup(rows, x->staging, BY_EXPERT, row_bytes, round, x, d);
+    comm_all_to_all(COMM_EP, recv, recv_bytes, send, send_bytes, phase);
+}
+
+// Sends this round's rows, which begin at home, to their experts, and one number of each, if home_w
+// is given. Returns the rows that arrive, by expert; their numbers are then at trip_place.
+static inline void *trip_there(void *rows, void *home, size_t row_bytes, real *rows_w,
+                               const real *home_w, MoeScratch *x, const char *phase) {
+    if (comm_ep() == 1) { return home; }
+    real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
+    comm_batch(1);
+    trip_leg(x->staging, x->from, home, x->to, row_bytes, phase);
+    if (home_w) { trip_leg(numbers, x->from, home_w, x->to, sizeof(real), phase); }
+    comm_batch(0);
+    regroup_rows(rows, x->staging, x->runs, BY_EXPERT, row_bytes);
+    if (home_w) { regroup_rows(rows_w, numbers, x->runs, BY_EXPERT, sizeof(real)); }
     return rows;
 }
 
 // Brings results, by expert, back to home: the same trip with the splits swapped.
-static inline void trip_back(void *home, const void *rows, size_t row_bytes, int round,
-                             MoeScratch *x, const MoeDims *d, const char *phase) {
+static inline void trip_back(void *home, const void *rows, size_t row_bytes, real *home_w,
+                             const real *rows_w, MoeScratch *x, const char *phase) {
     if (comm_ep() == 1) { return; }
-    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
-    for (int r = 0; r < comm_ep(); r++) {
-        send[r] = x->from[r] * row_bytes;
-        recv[r] = x->to[r] * row_bytes;
-    }
-    trip_regroup(x->staging, rows, BY_SOURCE, row_bytes, round, x, d);
-    comm_all_to_all(COMM_EP, home, recv, x->staging, send, phase);
+    real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
+    regroup_rows(x->staging, rows, x->runs, BY_SOURCE, row_bytes);
+    if (home_w) { regroup_rows(numbers, rows_w, x->runs, BY_SOURCE, sizeof(real)); }
+    comm_batch(1);
+    trip_leg(home, x->to, x->staging, x->from, row_bytes, phase);
+    if (home_w) { trip_leg(home_w, x->to, numbers, x->from, sizeof(real), phase); }
+    comm_batch(0);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -945,7 +1084,7 @@ TWIN(dispatch_backward)
 // 8 The layer
 //
 // Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring dx
-// and dw back. All ranks of an expert group call both together, those
+// and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of an expert group call both together, those
 // without tokens too: their experts may still have visitors.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
@@ -959,32 +1098,38 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
                   d->route_scale, d->norm_topk, T, d->E, d->K);
     phase(PHASE_EXCHANGE);
-    trip_begin(x, d, s->ids, T);
-    for (int i = 0; count_h && i < slots; i++) { count_h[x->ids_h[i]]++; }
+    trip_begin(x, d, s, T, 0);
+    const int *mine = s->counts_h + (size_t)comm_ep_rank() * d->E;
+    for (int e = 0; count_h && e < d->E; e++) { count_h[e] += mine[e]; }
 
     phase(PHASE_ROUTE);
-    pack_weights(x->home_w, s->weights, x->row_slot, slots);
+    pack_weights(x->home_w, s->weights, s->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
         act *home_y = x->home_y + (size_t)x->home_at * C, *y = trip_place(home_y, x->rows_y);
-        pack_rows(x->home_x, inp, x->row_slot + x->home_at, x->home_rows, d->K, C);
+        real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
+        pack_rows(x->home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x");
-        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
-                                        d, "moe w");
+        const act *rows = trip_there(x->rows_x, x->home_x, row, weight, home_w, x, "moe x");
         phase(PHASE_EXPERTS);
         experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
         lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
                              d->lora_scale, d->local, F, C, R);
+        // The last rows travel home beside the shared expert.
+        const int beside = round == x->rounds - 1;
         phase(PHASE_EXCHANGE);
-        trip_back(home_y, y, row, round, x, d, "moe y");
+        if (beside) { aside(ASIDE_BEGIN); }
+        trip_back(home_y, y, row, NULL, NULL, x, "moe y");
+        if (beside) { aside(ASIDE_END); }
     }
     phase(PHASE_SHARED);
     shared_hidden(shared_place(s, x), x, inp, w, d, T, 0);
     lora_linear_forward(out, x->u2, x->h, w->sh_w2, w->sh_s2, w->l2.a, w->l2.b, d->lora_scale, T,
                         F, C, R);
+    phase(PHASE_EXCHANGE);
+    aside(ASIDE_JOIN);
     phase(PHASE_ROUTE);
-    combine_forward(out, x->home_y, x->slot_row, T, d->K, C);
+    combine_forward(out, x->home_y, s->slot_row, T, d->K, C);
 }
 
 // dinp (T,C) += gradient of inp, through the routing weights, the routed and the shared experts;
@@ -995,31 +1140,34 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
     const size_t row = C * sizeof(act);
     require(x->dx != NULL || x->T == 0);    // scratch of a training run
     phase(PHASE_EXCHANGE);
-    trip_begin(x, d, s->ids, T);
+    trip_begin(x, d, s, T, 1);
     phase(PHASE_ROUTE);
-    pack_weights(x->home_w, s->weights, x->row_slot, slots);
+    pack_weights(x->home_w, s->weights, s->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
-        const int *row_slot = x->row_slot + x->home_at;
+        const int *row_slot = s->row_slot + x->home_at;
         act *home_y = x->home_y + (size_t)x->home_at * C;
+        real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
         real *home_dw = x->home_dw + x->home_at, *dweight = trip_place(home_dw, x->rows_dw);
         pack_rows(x->home_x, inp, row_slot, x->home_rows, d->K, C);
         // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
         pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x again");
-        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
-                                        d, "moe w again");
-        act *dy = trip_there(x->rows_y, home_y, row, round, x, d, "moe dy");
+        aside(ASIDE_BEGIN);
+        const act *rows = trip_there(x->rows_x, x->home_x, row, weight, home_w, x, "moe x again");
+        act *dy = trip_there(x->rows_y, home_y, row, NULL, NULL, x, "moe dy");
+        aside(ASIDE_END);
+        if (round == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
+        phase(PHASE_EXCHANGE);
+        aside(ASIDE_JOIN);
         experts_backward(dy, dweight, rows, weight, experts_place(s, x, d), w, d, x);
         phase(PHASE_EXCHANGE);
-        trip_back(home_y, dy, row, round, x, d, "moe dx");      // in place of the dy it sent
-        trip_back(home_dw, dweight, sizeof(real), round, x, d, "moe dw");
+        trip_back(home_y, dy, row, home_dw, dweight, x, "moe dx");      // in place of dy it sent
     }
     phase(PHASE_ROUTE);
-    route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, w->gate,
+    route_backward(dinp, x->home_dw, s->slot_row, s->ids, s->weights, s->logits, w->gate,
                    d->route_scale, d->norm_topk, T, C, d->K);
-    dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, C);
-    shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T);
+    dispatch_backward(dinp, x->home_y, s->slot_row, T, d->K, C);
+    if (x->rounds == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
 }
 #endif // MOE_C

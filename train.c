@@ -2514,7 +2514,7 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
         : strcmp(o->text, text) == 0) { return; }
     refuse_if(o->at != &opt.lr && o->at != &opt.ranks && o->at != &opt.ep, "--%s %s, but %s has %s "
               "HINT: leave it out", o->name, o->text, whose, text);
-    printf("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
+    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
            ": the same rows in the same order, but sums in another, so not bit for bit");
 }
 
@@ -2642,6 +2642,11 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     if (*opt.check_adapter) { options_from_adapter(opt.check_adapter); }
 }
 
+static char device_name[64];
+static const char *why_cpu = "built without nvcc";
+static Place place;                 // what a launcher says of this process,
+static int launched, gpus;          // if one started it; GPUs to be used, of this node
+
 // Checks what the options mean together, and derives those that were left open.
 static inline void options_derive(const Config *c) {
     int needs_data = !opt.dry_run && !opt.bench && !opt.inspect && !*opt.check_adapter;
@@ -2654,8 +2659,8 @@ static inline void options_derive(const Config *c) {
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
     adapter_check_names(targets_parse(opt.targets), adapter_naming());
-    // Ranks and experts are split evenly: the default is the greatest common divisor.
-    int ep = opt.ranks;
+    // A node's ranks and experts are split evenly: the default is the greatest common divisor.
+    int ep = launched ? place.locals : opt.ranks;
     for (int rest = c->E; rest; ) { int next = ep % rest; ep = rest; rest = next; }
     if (opt.ep == 0) { opt.ep = ep; }   // not in the table: it follows the ranks of each resume
     refuse_if(opt.ranks % opt.ep != 0 || c->E % opt.ep != 0, "--ep %d does not divide both %d "
@@ -2669,32 +2674,34 @@ static inline void options_derive(const Config *c) {
               "x seq %d x ranks %d = %.0f", opt.per_step, opt.batch, opt.seq, opt.ranks, least);
 }
 
-// Which path runs is decided once, before anything is allocated. A child counts the GPUs, so that
-// this process has not touched CUDA when it forks ranks; those run on the CPU so far.
-static char device_name[64];
-static const char *why_cpu = "built without nvcc";
+// Which path runs, and on how many ranks, is decided once, before anything is allocated: one rank per
+// GPU, those that a launcher started, or --ranks on the CPU. A child counts the GPUs, so that this
+// process has not touched CUDA when it forks ranks.
 static inline void device_choose(void) {
 #ifdef USE_CUDA
-    int status = 0, gpus;
+    int status = 0;
     fflush(NULL);
-    pid_t child = fork();
+    pid_t child = opt.cpu ? -1 : fork();
     if (child == 0) {
         gpu_count(&gpus);
         _exit(gpus > 255 ? 255 : gpus);
     }
-    waitpid(child, &status, 0);
-    gpus = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    refuse_if(is_given(&opt.gpus) && opt.gpus > 1, "--gpus %d is not there yet: this version "
-              "trains on one GPU", opt.gpus);
-    refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this machine has %d",
-              opt.gpus, gpus);
-    why_cpu = opt.cpu ? "--cpu" : gpus == 0 ? "no GPU found" : "several ranks, so far";
-    if (!opt.cpu && gpus > 0 && opt.ranks == 1) { gpu_start(0, device_name, sizeof device_name); }
-#else
-    refuse_if(is_given(&opt.gpus) && opt.gpus > 0, "--gpus %d: this program was built without nvcc "
-              "HINT: make, where nvcc is in the PATH", opt.gpus);
-    if (opt.cpu) { why_cpu = "--cpu"; }
+    if (child > 0) { waitpid(child, &status, 0); }
+    gpus = child > 0 && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    why_cpu = "no GPU found";
 #endif
+    if (opt.cpu) { why_cpu = "--cpu"; }
+    refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this program can use %d here "
+              "(%s)", opt.gpus, gpus, gpus ? "see what make said of NCCL" : why_cpu);
+    refuse_if(launched && gpus == 0 && place.ranks > 1, "a launcher started %d ranks, but they meet "
+              "through GPUs: %s HINT: ./train --cpu --ranks N starts ranks of its own", place.ranks,
+              why_cpu);
+    if (opt.gpus > 0) { gpus = opt.gpus; }
+    int asked = is_given(&opt.ranks) ? opt.ranks : gpus, was = opt.ranks;
+    refuse_if(gpus && !launched && asked > gpus, "--ranks %d, but there is one rank per GPU, and "
+              "%d of them HINT: --cpu", asked, gpus);
+    if (gpus || launched) { option_derive(&opt.ranks, launched ? place.ranks : asked); }
+    if (*opt.resume && was != opt.ranks) { say("plan   %d ranks -> %d\n", was, opt.ranks); }
 }
 
 // The settings, in llm.c's form. First which path runs, and why, and on which model.
@@ -2704,10 +2711,11 @@ static inline void print_settings(const Config *c) {
     char text[256];
     int threads = 1;
 #ifdef _OPENMP
-    threads = omp_get_max_threads() > opt.ranks ? omp_get_max_threads() / opt.ranks : 1;
+    threads = omp_get_max_threads();
 #endif
+    if (this_rank != 0) { return; }
     if (*device_name) {
-        snprintf(text, sizeof text, "GPU (%s)", device_name);
+        snprintf(text, sizeof text, "GPU (%d x %s)", opt.ranks, device_name);
     } else {
         snprintf(text, sizeof text, "CPU (%s), %d rank%s x %d thread%s", why_cpu, opt.ranks,
                  plural(opt.ranks), threads, plural(threads));
@@ -2725,17 +2733,19 @@ static inline void print_settings(const Config *c) {
         if (is_off || *o->text == 0 || o->at == &opt.model) { continue; }
         printf("| %-15s | %-58s |\n", o->name, o->text);
     }
-    printf("%s", rule);
-    fflush(stdout);
+    say("%s", rule);
 }
 
-// Bytes that this process and its ranks may still use; INFINITY where the system does not say.
+// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
+// GPUs what the fullest of them has left, so that all ranks decide alike.
 static inline double memory_free(void) {
 #ifdef USE_CUDA
     size_t used, total;
     if (on_gpu) {
         gpu_memory(&used, &total);
-        return (double)(total - used);
+        double least = -(double)(total - used);
+        comm_max_double(COMM_WORLD, &least, 1, "free memory");
+        return -least;
     }
 #endif
     char line[256];
@@ -2753,7 +2763,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
     ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
-    double need = 0, available = memory_free();
+    double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
     int fits = strcmp(opt.recompute, "fits") == 0;
@@ -2761,15 +2771,15 @@ static inline ModelOptions plan_memory(Trainer *r) {
     for (; ; o.recompute++) {
         mem_count();
         model_alloc(&r->model, &r->config, &o);
-        need = memory_used() * opt.ranks;
+        need = memory_used() * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
     for (int c = 0; c < MEM_CLASSES; c++) {
         say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
     }
-    say("plan   %-11s %s per rank, %s on %d rank%s of %s free | recompute %s | %s\n", "total",
-        bytes_text(memory_used()), bytes_text(need), opt.ranks, plural(opt.ranks),
-        bytes_text(available), recompute[o.recompute], need > available ? "too much" : "OK");
+    say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
+        bytes_text(memory_used()), bytes_text(memory_used() * opt.ranks), opt.ranks,
+        plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "", recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
             bytes_text(need), bytes_text(available));
@@ -3045,9 +3055,10 @@ static inline void bench(Trainer *r) {
     phase_say("host", rest, median->seconds);
     sum[0] += rest[0];
     phase_say("step", sum, median->seconds);
-    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s\n", n,
-        1e3 * median->seconds, (double)report.tokens / median->seconds,
-        bytes_text(memory_used()));
+    double left = memory_free();
+    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s | %s free\n", n,
+        1e3 * median->seconds, (double)report.tokens / median->seconds, bytes_text(memory_used()),
+        bytes_text(left));
     free(timed);
 }
 
@@ -3064,7 +3075,7 @@ static inline void inspect(const Model *m) {
     say("done   %zu tensors\n", m->n_tensors);
 }
 
-// What every rank does once the options are clear. Returns the exit code.
+// What every rank does once all of them are there. Returns the exit code.
 static inline int run(Trainer *r, const char *checkpoint) {
     const Adapters *a = &r->model.adapters;
     int check = *opt.check_adapter != 0;
@@ -3106,18 +3117,37 @@ static inline int run(Trainer *r, const char *checkpoint) {
     return train(r);
 }
 
+// Starts the ranks; from here on the program runs in every one of them. Each takes its GPU.
+static inline void ranks_start(void) {
+    if (launched) { out_make(); comm_join(place, opt.ep, opt.timeout); }
+    else { place.local = comm_launch(opt.ranks, opt.ep, opt.timeout); }
+#ifdef USE_CUDA
+    if (gpus == 0) { return; }
+    // A kernel loaded at its first use would wait for one that waits for another rank. And memory
+    // that the switch between GPUs adds up in is not worth what it takes: sums come once a step.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    setenv("NCCL_NVLS_ENABLE", "0", 0);
+    gpu_start(place.local % gpus, device_name, sizeof device_name);
+    comm_connect(opt.out);
+#endif
+}
+
 // The whole program, in a form that a test can call. Several ranks: returns in each of them.
 int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
+    launched = launcher_place(&place);
+    this_rank = place.rank;
     options_read(argc, argv, checkpoint);
     r.config = tiny_config;
     if (*opt.model) { config_load(&r.config, opt.model); }
-    options_derive(&r.config);
     device_choose();
+    options_derive(&r.config);
+    ranks_start();
     print_settings(&r.config);
-    comm_launch(opt.ranks, opt.ep, opt.timeout);        // from here on in every rank
-    return run(&r, checkpoint);
+    int code = run(&r, checkpoint);
+    comm_barrier(COMM_WORLD, "the end");    // no GPU is taken away that another one is reading
+    return code;
 }
 
 #ifndef TESTING

@@ -292,15 +292,18 @@ typedef struct { int ranks, ep, scenario, capacity; } TripCase;
 
 // Every row carries (rank, slot, expert): it must be at that expert's owner, in its expert's part,
 // in the order of sources and slots, and come back to its slot.
-static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, int capacity) {
+static void travel(MoeScratch *x, const MoeDims *d, const MoeSaved *s, const int *ids, int slots,
+                   int capacity) {
     typedef struct { int rank, slot, expert; } Tag;
     Tag *home = malloc((slots + 1) * sizeof(Tag)), *rows = malloc(capacity * sizeof(Tag));
+    real *home_w = malloc((slots + 1) * sizeof(real)), *rows_w = malloc(capacity * sizeof(real));
     int arrived = 0, last[64][64], sent = 0;
     memset(last, -1, sizeof last);
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot_h[row];
+        int slot = s->row_slot[row];
         home[row] = (Tag){ comm_rank(), slot, ids[slot] };
-        expect(x->slot_row_h[slot] == row, "slot_row is not the inverse of row_slot");
+        home_w[row] = slot + 1000 * comm_rank();
+        expect(s->slot_row[slot] == row, "slot_row is not the inverse of row_slot");
     }
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
@@ -313,7 +316,9 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
         comm_all_to_all(COMM_EP, asked, four, x->to, four, "counts");
         expect(memcmp(asked, x->from, comm_ep() * sizeof(int)) == 0, "derived splits");
 
-        Tag *tags = trip_there(rows, home + x->home_at, sizeof(Tag), round, x, d, "there");
+        Tag *tags = trip_there(rows, home + x->home_at, sizeof(Tag), rows_w, home_w + x->home_at, x,
+                               "there");
+        real *numbers = trip_place(home_w + x->home_at, rows_w);
         for (int e = 0; e < d->local; e++) {
             for (int i = x->offset[e]; i < x->offset[e + 1]; i++) {
                 int source = tags[i].rank, order = tags[i].slot;
@@ -321,23 +326,28 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
                 expect(order > last[source][e], "rows of an expert out of order");
                 last[source][e] = order;
                 expect(i == x->offset[e] || tags[i - 1].rank <= source, "sources out of order");
+                expect(numbers[i] == order + 1000 * source, "a number left its row");
+                numbers[i] = -numbers[i];
                 tags[i].expert += 1000;
             }
         }
         arrived += n;
         sent += x->home_rows;
-        trip_back(home + x->home_at, tags, sizeof(Tag), round, x, d, "back");
+        trip_back(home + x->home_at, tags, sizeof(Tag), home_w + x->home_at, numbers, x, "back");
     }
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot_h[row];
+        int slot = s->row_slot[row];
         expect(home[row].rank == comm_rank() && home[row].slot == slot
                && home[row].expert == ids[slot] + 1000, "a row did not come back as it was");
+        expect(home_w[row] == -(slot + 1000 * comm_rank()), "a number did not come back");
     }
     double totals[2] = { arrived, sent };
     comm_sum_double(COMM_WORLD, totals, 2, "totals");
     expect(sent == slots && totals[0] == totals[1], "rows were lost or doubled");
     free(home);
     free(rows);
+    free(home_w);
+    free(rows_w);
 }
 
 static void run_trip(void *arg) {
@@ -359,17 +369,23 @@ static void run_trip(void *arg) {
         }
     }
     MoeScratch x;
+    MoeSaved s;
     mem_count();
     moe_alloc_scratch(&x, &d, 40, 0);
     int capacity = c->capacity ? c->capacity : x.capacity;
     mem_count();
     moe_alloc_rounds(&x, &d, 40, 0, capacity);
+    moe_alloc_saved(&s, &d, 40, 0);
     mem_open();
     moe_alloc_rounds(&x, &d, 40, 0, capacity);
-    for (int again = 0; again < 2; again++) {       // nothing may stay from the call before
-        trip_begin(&x, &d, ids, T);
+    moe_alloc_saved(&s, &d, 40, 0);
+    memcpy(s.ids, ids, slots * sizeof(int));
+    for (int again = 0; again < 3; again++) {       // nothing may stay from the call before
+        trip_begin(&x, &d, &s, T, again == 1);      // but what the backward finds in s
         if (c->ep == 1 && c->capacity == 0) { expect(x.rounds == 1, "one rank, several rounds"); }
-        travel(&x, &d, ids, slots, capacity);
+        travel(&x, &d, &s, ids, slots, capacity);
+        memset(x.starts_h, 77, sizeof(int) * c->ep * d.E);
+        memset(x.index, 77, sizeof(int) * slots);
     }
     rank_end();
 }
