@@ -25,6 +25,7 @@
 //              fflush, no report, several error lines, ep not checked, this_rank not set
 #include "../moe.c"
 #include "check.h"
+#include <sys/stat.h>
 
 enum { WIDE = sizeof(real) == 8, NARROW = sizeof(act) == 2 };
 
@@ -156,6 +157,99 @@ static void test_endings(void) {
     check(n == 5, "text printed before the launch came out as %zu bytes: %s", n, text);
     if (file) { fclose(file); }
     remove(buffered);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Ranks that a launcher started: who they are, and the first word of rank 0
+
+static const char *const launcher_names[] = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS", "MASTER_ADDR",
+    "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE" };
+
+// words: "NAME=value NAME=value ..", all that is set.
+static void launcher_set(const char *words) {
+    char copy[256];
+    snprintf(copy, sizeof copy, "%s", words);
+    for (size_t i = 0; i < sizeof launcher_names / sizeof *launcher_names; i++) {
+        unsetenv(launcher_names[i]);
+    }
+    for (char *word = strtok(copy, " "); word; word = strtok(NULL, " ")) {
+        char *value = strchr(word, '=');
+        *value = 0;
+        setenv(word, value + 1, 1);
+    }
+}
+
+static void place_of(void *words) {
+    Place p = { .ranks = 1 };
+    launcher_set(words);
+    int found = launcher_place(&p);
+    fprintf(stderr, "%d: %d/%d %d/%d", found, p.rank, p.ranks, p.local, p.locals);
+}
+
+// Rank 0 comes last, so that the others have to ask more than once.
+static void first_word(void *words) {
+    Place p = { .ranks = 4, .locals = 2 };
+    int data[32], wrong = 0, status;
+    launcher_set(words);
+    for (int r = 1; r < 4; r++) {
+        if (fork() == 0) { p.rank = r; break; }
+    }
+    nap(p.rank == 0 ? 0.2 : 0);
+    for (int i = 0; i < 32; i++) { data[i] = p.rank ? -1 : i * i; }
+    launcher_tell(&p, data, sizeof data, "build", 5);
+    for (int i = 0; i < 32; i++) { wrong += data[i] != i * i; }
+    if (p.rank) { _exit(wrong != 0); }
+    while (wait(&status) > 0) { wrong += status != 0; }
+    if (wrong) { exit(9); }
+}
+static void lonely(void *words) {
+    Place p = { .rank = 1, .ranks = 2, .local = 1, .locals = 2 };
+    int data;
+    launcher_set(words);
+    launcher_tell(&p, &data, sizeof data, "build", 0.3);
+}
+
+static void test_launcher(void) {
+    static const char *const places[][2] = {
+        { "", "0: 0/1 0/0" },
+        { "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2", "1: 3/4 1/2" },
+        { "RANK=3 WORLD_SIZE=4 LOCAL_RANK=3", "1: 3/4 3/4" },
+        { "SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0", "0: 0/1 0/0" },     // a batch script
+        { "SLURM_PROCID=9 SLURM_STEP_NUM_TASKS=16 SLURM_LOCALID=1 SLURM_STEP_TASKS_PER_NODE=8(x2)",
+          "1: 9/16 1/8" },
+        { "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=0 "
+          "OMPI_COMM_WORLD_LOCAL_SIZE=1", "1: 1/2 0/1" } };
+    static const char *const wrong[] = {
+        "RANK=4 WORLD_SIZE=4 LOCAL_RANK=0", "RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2",
+        "RANK=0 WORLD_SIZE=5 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2", "RANK=x WORLD_SIZE=y LOCAL_RANK=0" };
+    char text[4096], job[64], port[64];
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        run_child(place_of, (void *)places[i][0], text, sizeof text);
+        check(strcmp(text, places[i][1]) == 0, "'%s': place %s, want %s", places[i][0], text,
+              places[i][1]);
+    }
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        int code = run_child(place_of, (void *)wrong[i], text, sizeof text);
+        check(code == EXIT_USAGE && strstr(text, "do not fit"), "'%s': %s", wrong[i], text);
+    }
+    mkdir("build", 0777);
+    snprintf(port, sizeof port, "MASTER_ADDR=127.0.0.1 MASTER_PORT=%d", 20000 + getpid() % 20000);
+    snprintf(job, sizeof job, "SLURM_JOB_ID=%d SLURM_STEP_ID=7", (int)getpid());
+    check(run_child(first_word, port, text, sizeof text) == 0, "first word by TCP: %s", text);
+    check(run_child(first_word, job, text, sizeof text) == 0, "first word by file: %s", text);
+    check(run_child(lonely, port, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+          "no rank 0 by TCP: %s", text);
+    job[strlen(job) - 1] = '8';
+    check(run_child(lonely, job, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+          "no rank 0 by file: %s", text);
+    check(run_child(lonely, "", text, sizeof text) == EXIT_USAGE && strstr(text, "MASTER_ADDR"),
+          "no address: %s", text);
+    job[strlen(job) - 1] = '7';
+    snprintf(text, sizeof text, "build/ranks-%d-7", (int)getpid());
+    remove(text);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1003,6 +1097,7 @@ int main(void) {
     prctl(PR_SET_CHILD_SUBREAPER, 1);       // ranks that lose their supervisor become our children
 #endif
     test_endings();
+    test_launcher();
     test_collectives();
     test_trip();
     test_ranks();
