@@ -635,7 +635,12 @@ static inline void phase_in(int p, int pass) {
 // All kernels run on `stream`, in order: the main one, or in between the one aside.
 static cudaStream_t stream, main_stream, side_stream;
 static cudaEvent_t side_from, side_done;
+static int side_sms;                        // SMs that the work aside takes at present
 static volatile double waiting_since;       // a collective was begun, and not seen to end; 0: none
+
+// SMs for NCCL, and the ranks that it connects.
+enum { NET_CTAS = 16 };
+static int net_ranks = 1;
 
 // The host waits until the device has done all that it was given.
 #define streamWait() do { cudaCheck(cudaStreamSynchronize(stream)); waiting_since = 0; } while (0)
@@ -856,7 +861,9 @@ extern "C" void gpu_download(void *to_h, const void *from, size_t bytes) {
 extern "C" void gpu_sync(void) { streamWait(); }
 
 // Between ASIDE_BEGIN and ASIDE_END kernels go to the side stream, after all that came before on the
-// main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace.
+// main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace. Products
+// leave NCCL its SMs meanwhile: they share their work out in advance, so that the part of an SM that
+// is taken would only begin when all others have ended.
 extern "C" void gpu_aside(int step) {
     if (step == ASIDE_BEGIN) {
         cudaCheck(cudaEventRecord(side_from, main_stream));
@@ -865,8 +872,10 @@ extern "C" void gpu_aside(int step) {
     } else if (step == ASIDE_END) {
         cudaCheck(cudaEventRecord(side_done, side_stream));
         stream = main_stream;
+        side_sms = net_ranks > 1 ? NET_CTAS : 0;
     } else {
         cudaCheck(cudaStreamWaitEvent(main_stream, side_done, 0));
+        side_sms = 0;
     }
 }
 
@@ -1802,7 +1811,7 @@ static void grouped_product(const Product &p) {
         cudaCheck(cudaGetDevice(&device));
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
-    int ctas = p.ctas ? p.ctas : sms;
+    int ctas = p.ctas ? p.ctas : sms - side_sms;
     int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
@@ -2451,12 +2460,12 @@ static void nccl_check(ncclResult_t result, int line) {
 // Rows go from rank to rank on the communicator of all; only sums need one of their members.
 static struct {
     ncclComm_t world, replica;
-    int rank, ranks, ep;
+    int rank, ep;
     unsigned char *box;             // of gpu_trade
 } net;
 
 static int net_size(int which) {
-    return which == COMM_WORLD ? net.ranks : which == COMM_EP ? net.ep : net.ranks / net.ep;
+    return which == COMM_WORLD ? net_ranks : which == COMM_EP ? net.ep : net_ranks / net.ep;
 }
 static int net_member(int which, int i) {       // moe.c: comm_member
     return which == COMM_WORLD ? i : which == COMM_EP ? net.rank - net.rank % net.ep + i
@@ -2492,7 +2501,7 @@ extern "C" void gpu_batch(int begin) {
 }
 
 extern "C" void gpu_sum_real(int which, real *values, size_t n) {
-    gpuRequire(which != COMM_EP || net.ep == net.ranks);
+    gpuRequire(which != COMM_EP || net.ep == net_ranks);
     waiting_since = net_clock();
     ncclCheck(ncclAllReduce(values, values, n, ncclFloat32, ncclSum,
                             which == COMM_REPLICA ? net.replica : net.world, stream));
@@ -2523,7 +2532,7 @@ extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h
 extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     const size_t room = 1 << 19;
     gpuRequire(bytes <= room);
-    if (net.box == NULL) { cudaCheck(cudaMalloc(&net.box, net.ranks * room)); }
+    if (net.box == NULL) { cudaCheck(cudaMalloc(&net.box, net_ranks * room)); }
     waiting_since = net_clock();
     unsigned char *own = net.box + net.rank * room;
     for (int i = 0; i < net_size(which); i++) {
@@ -2552,9 +2561,10 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
 extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.maxCTAs = NET_CTAS;
     memcpy(&id, id_h, sizeof id);
     net.rank = rank;
-    net.ranks = ranks;
+    net_ranks = ranks;
     net.ep = ep;
     waiting_since = net_clock();
     ncclCheck(ncclCommInitRankConfig(&net.world, ranks, id, rank, &config));

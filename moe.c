@@ -545,14 +545,15 @@ typedef struct {
     Runs runs;                  // of this round, between `by source` and `by expert`
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
+    double fullest, mean;       // rows of the fullest rank, and per rank, of all calls so far
     int *offset;                // (local+1), host: local expert e has rows offset[e] .. offset[e+1]-1
     // Rows at home, in travelling order: a round's are sent from here, all come back to here.
-    act *home_x, *home_y;       // (T*K,C), with one rank home_x (capacity,C)
+    act *home_x, *home_y;       // (capacity,C) with one rank, else x leaves from home_y; (T*K,C)
     real *home_w, *home_dw;     // (T*K)
     // The same rows at their experts, grouped by expert. With one rank they stay at home: NULL.
     act *rows_x, *rows_y;       // (capacity,C)
     real *rows_w, *rows_dw;     // (capacity)
-    void *staging;              // (capacity) rows, grouped by the rank they come from
+    void *staging;              // (capacity) rows and numbers, by the rank they come from
     // What an expert computes: n = max(capacity, T) rows, used by the shared expert too.
     MoeHidden hidden;
     act *h, *dv;                // (n,F)
@@ -599,7 +600,7 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
                                     int capacity) {
     const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E;
     const int n = capacity > T ? capacity : T, away = comm_ep() > 1 ? capacity : 0;
-    const size_t sent = away || slots < (size_t)capacity ? slots : (size_t)capacity;    // per round
+    const size_t stay = away ? 0 : slots < (size_t)capacity ? slots : (size_t)capacity;
     require(capacity > 0 && comm_ep() * slots + capacity < INT_MAX);
     memset(x, 0, sizeof *x);
     x->T = T;
@@ -611,22 +612,29 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     }
     x->mine = MEM(int, MEM_SCRATCH, d->E);
     x->index = MEM(int, MEM_SCRATCH, slots);
-    x->home_x = MEM(act, MEM_SCRATCH, sent * d->C);
+    x->home_x = MEM(act, MEM_SCRATCH, stay * d->C);
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
     x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_y = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_w = MEM(real, MEM_SCRATCH, away);
-    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
     x->hidden = hidden_alloc(MEM_SCRATCH, d, (size_t)n);
     x->h = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
     x->u2 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    if (training) {
+        x->home_dw = MEM(real, MEM_SCRATCH, slots);
+        x->rows_dw = MEM(real, MEM_SCRATCH, away);
+        x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    }
+    const size_t mark = mem_mark(MEM_SCRATCH);
+    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
     if (!training) { return; }
-    x->home_dw = MEM(real, MEM_SCRATCH, slots);
-    x->rows_dw = MEM(real, MEM_SCRATCH, away);
-    x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
     x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
+    // Rows arrive while the shared expert has a dh, but both are over when dx begins.
+    const size_t end = mem_mark(MEM_SCRATCH);
+    mem_release(MEM_SCRATCH, mark);
     x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
+    if (mem_mark(MEM_SCRATCH) < end) { mem_release(MEM_SCRATCH, end); }
 }
 
 // Scratch for calls of at most T tokens per rank, T equal on all ranks.
@@ -791,7 +799,7 @@ static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int 
         comm_gather_int(COMM_EP, s->counts_h, mine, E, "moe counts");
     }
     x->counts_h = s->counts_h;
-    x->rounds = 0;
+    int most = x->rounds = 0;
     for (int owner = 0; owner < ep; owner++) {
         int queue = 0;
         for (int e = moe_first(d, owner); e < moe_first(d, owner + 1); e++) {
@@ -802,7 +810,10 @@ static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int 
         }
         int rounds = (queue + x->capacity - 1) / x->capacity;
         x->rounds = rounds > x->rounds ? rounds : x->rounds;
+        most = queue > most ? queue : most;
+        x->mean += (double)queue / ep;
     }
+    x->fullest += most;
     for (int round = 0, row = 0; !again && round < x->rounds; round++) {
         Runs runs = { .n = E };
         for (int e = 0; e < E; e++) {
@@ -1108,9 +1119,10 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
         trip_round(x, d, round);
         act *home_y = x->home_y + (size_t)x->home_at * C, *y = trip_place(home_y, x->rows_y);
         real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
-        pack_rows(x->home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
+        act *home_x = trip_place(x->home_x, home_y);
+        pack_rows(home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, weight, home_w, x, "moe x");
+        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x");
         phase(PHASE_EXPERTS);
         experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
         lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
@@ -1149,12 +1161,13 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
         act *home_y = x->home_y + (size_t)x->home_at * C;
         real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
         real *home_dw = x->home_dw + x->home_at, *dweight = trip_place(home_dw, x->rows_dw);
-        pack_rows(x->home_x, inp, row_slot, x->home_rows, d->K, C);
-        // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
-        pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
+        act *home_x = trip_place(x->home_x, home_y);
         phase(PHASE_EXCHANGE);
         aside(ASIDE_BEGIN);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, weight, home_w, x, "moe x again");
+        pack_rows(home_x, inp, row_slot, x->home_rows, d->K, C);
+        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x again");
+        // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
+        pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
         act *dy = trip_there(x->rows_y, home_y, row, NULL, NULL, x, "moe dy");
         aside(ASIDE_END);
         if (round == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }

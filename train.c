@@ -3055,6 +3055,8 @@ static inline void bench(Trainer *r) {
     phase_say("host", rest, median->seconds);
     sum[0] += rest[0];
     phase_say("step", sum, median->seconds);
+    const MoeScratch *x = &r->model.moe_scratch;
+    say("bench  rows of the fullest rank of a layer / mean %.3f\n", x->fullest / x->mean);
     double left = memory_free();
     say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s | %s free\n", n,
         1e3 * median->seconds, (double)report.tokens / median->seconds, bytes_text(memory_used()),

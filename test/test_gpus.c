@@ -172,8 +172,9 @@ static void run_collectives(void *arg) {
     }
 }
 
-int main(void) {
-    int status = 0, gpus = 0;
+// An argument: only shapes of so many GPUs, for instance to try NCCL's settings.
+int main(int argc, char **argv) {
+    int status = 0, gpus = 0, only = argc > 1 ? atoi(argv[1]) : 0;
     pid_t child = fork();
     if (child == 0) {
         gpu_count(&gpus);
@@ -188,6 +189,7 @@ int main(void) {
         char text[4096], what[64];
         snprintf(what, sizeof what, "%d GPUs in groups of %d%s", s->ranks, s->ep,
                  s->launched ? ", launched" : "");
+        if (only && s->ranks != only) { continue; }
         if (s->ranks > gpus) { skip("%s: this machine has %d", what, gpus); continue; }
         int code = run_child(run_collectives, (void *)s, text, sizeof text);
         check(code == 0, "%s: exit code %d: %s", what, code, text);
