@@ -119,6 +119,7 @@ enum {
     HC_MIX = 2 * HC + HC * HC,          // mixing numbers per token and site: 4 pre, 4 post, 16 comb
     FP8_BLOCK = 128,                    // one e8m0 scale per 128 x 128 codes of a dense matrix
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
+    PLACES = 3,                         // layers' inputs on the device, if they wait on the host
 };
 
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
@@ -246,6 +247,10 @@ void gpu_memory(size_t *used_h, size_t *total_h);
 void gpu_mark(int i);
 void gpu_marks(double *at_h, int n);
 void gpu_aside(int step);
+void gpu_host_alloc(void **p, size_t bytes);
+void gpu_host_free(void *p);
+void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
+void gpu_copy_end(int place);
 // Ranks (moe.c, section 3): which is COMM_WORLD, COMM_EP or COMM_REPLICA
 void gpu_make_id(void *id_h);
 void gpu_connect(const void *id_h, int rank, int ranks, int ep);
@@ -421,6 +426,31 @@ static inline void download(void *to_h, const void *from, size_t bytes) {
 static inline void zero(void *p, size_t bytes) {
     GPU(gpu_zero(p, bytes))
     if (bytes) { memset(p, 0, bytes); }
+}
+
+// Host memory that a GPU copies to and from beside its kernels. place: of PLACES; copies are done in
+// order, and what follows copy_end(place) comes after that place's last one.
+static inline void *host_place(size_t bytes) {
+    void *p = NULL;
+#ifdef USE_CUDA
+    if (on_gpu) { gpu_host_alloc(&p, bytes); }
+#endif
+    if (!ON_GPU) { p = malloc(bytes); }
+    if (p == NULL) { die(EXIT_FIT, "no %zu bytes on the host HINT: a smaller --offload", bytes); }
+    return p;
+}
+static inline void host_place_end(void *p) {
+    GPU(gpu_host_free(p))
+    free(p);
+}
+static inline void copy_begin(int place, void *to, const void *from, size_t bytes) {
+    GPU(gpu_copy_begin(place, to, from, bytes))
+    (void)place;
+    memcpy(to, from, bytes);
+}
+static inline void copy_end(int place) {
+    GPU(gpu_copy_end(place))
+    (void)place;
 }
 
 // What lies at p in an arena, for the host to read; host_view_end gives it back. Not for hot paths.
@@ -877,6 +907,36 @@ extern "C" void gpu_aside(int step) {
         cudaCheck(cudaStreamWaitEvent(main_stream, side_done, 0));
         side_sms = 0;
     }
+}
+
+// Copies beside the kernels, on a stream of their own: pinned memory, or they would not be.
+static cudaStream_t copy_stream;
+static cudaEvent_t copy_from, copied[PLACES];
+
+extern "C" void gpu_host_alloc(void **p, size_t bytes) {
+    if (cudaHostAlloc(p, bytes, cudaHostAllocDefault) == cudaSuccess) { return; }
+    (void)cudaGetLastError();
+    *p = NULL;
+}
+
+extern "C" void gpu_host_free(void *p) { cudaCheck(cudaFreeHost(p)); }
+
+extern "C" void gpu_copy_begin(int place, void *to, const void *from, size_t bytes) {
+    if (copy_stream == NULL) {
+        cudaCheck(cudaStreamCreateWithFlags(&copy_stream, cudaStreamNonBlocking));
+        cudaCheck(cudaEventCreateWithFlags(&copy_from, cudaEventDisableTiming));
+    }
+    if (copied[place] == NULL) {
+        cudaCheck(cudaEventCreateWithFlags(&copied[place], cudaEventDisableTiming));
+    }
+    cudaCheck(cudaEventRecord(copy_from, main_stream));
+    cudaCheck(cudaStreamWaitEvent(copy_stream, copy_from, 0));
+    cudaCheck(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, copy_stream));
+    cudaCheck(cudaEventRecord(copied[place], copy_stream));
+}
+
+extern "C" void gpu_copy_end(int place) {
+    if (copied[place]) { cudaCheck(cudaStreamWaitEvent(main_stream, copied[place], 0)); }
 }
 
 // Bytes of the card in use by everyone, and in all.

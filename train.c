@@ -1283,6 +1283,7 @@ typedef struct {
     int recompute;              // RECOMPUTE_*
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
+    int offload;                // the inputs of so many layers wait in host memory
 } ModelOptions;
 
 typedef struct {
@@ -1302,6 +1303,7 @@ typedef struct {
     LayerActs *acts;            // (layers), or (1)
     LayerSaved *saved;          // (layers); X of the last layer's output is X_out
     act *X_out;                 // (T,HC,C)
+    act **X_host;               // (offload) of (T,HC,C): X of the first layers, on the host
     IndexScratch index;
     Gradients grad;
     Site head;                  // of part 7: m (T,4), r, pre, u = z (T,C), x, rstd
@@ -1824,15 +1826,17 @@ static void index_alloc(IndexScratch *s, const Config *c, size_t T) {
 }
 
 // What layers keep. Without training nothing is kept: two buffers take turns as X, and all layers
-// share the rest.
+// share the rest. Layers whose X waits on the host share three places on the device.
 static void saved_alloc(Model *m, size_t T) {
     const Config *c = &m->config;
+    int offload = m->options.offload;
     int training = m->options.training, truncates = T / 4 > (size_t)c->index_topk;
     for (int i = 0; i < c->layers; i++) {
         LayerSaved *s = &m->saved[i];
         if (!training && i > 0) { *s = m->saved[0]; }
         if (!training && i > 1) { s->X = m->saved[i % 2].X; continue; }
-        s->X = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
+        int shares = i < offload && i >= PLACES;        // with the layer PLACES before it
+        s->X = shares ? m->saved[i - PLACES].X : MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
         if (!training && i == 1) { continue; }
         s->f = MEM(act, MEM_ACTIVATIONS, T * c->C);
         moe_alloc_saved(&s->moe, &m->moe, (int)T, m->options.recompute == RECOMPUTE_NONE);
@@ -1840,6 +1844,9 @@ static void saved_alloc(Model *m, size_t T) {
         s->selected = selects ? MEM(int, MEM_ACTIVATIONS, T * c->index_topk) : NULL;
     }
     m->X_out = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
+    for (int i = 0; i < offload && !mem.counting && m->X_host[i] == NULL; i++) {
+        m->X_host[i] = host_place(sizeof(act) * T * HC * c->C);
+    }
 }
 
 // Bytes that kernels use inside themselves: the largest of a layer's adapter factors narrowed, a
@@ -1869,7 +1876,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     size_t T = (size_t)o->max_tokens;
     m->config = *c;
     m->options = *o;
-    if (!o->training) { m->options.recompute = RECOMPUTE_FULL; }
+    if (!o->training) { m->options.recompute = RECOMPUTE_FULL, m->options.offload = 0; }
     m->n_tensors = 0;
     m->moe = (MoeDims){
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
@@ -1881,6 +1888,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         m->saved = host_calloc(sizeof(LayerSaved) * (size_t)c->layers);
         m->acts = host_calloc(sizeof(LayerActs) * (size_t)c->layers);
         m->expert_count = host_calloc(sizeof(long) * (size_t)c->E);
+        m->X_host = host_calloc(sizeof(act *) * (size_t)c->layers);
         m->loss_h = host_alloc(sizeof(real) * T);
         documents_alloc(&m->documents_h, (int)T, 1);
     }
@@ -1943,6 +1951,8 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
 void model_free(Model *m) {
     if (m->layer == NULL) { return; }
     documents_free_host(&m->documents_h);
+    for (int i = 0; i < m->options.offload; i++) { host_place_end(m->X_host[i]); }
+    free(m->X_host);
     free(m->loss_h);
     free(m->layer);
     free(m->saved);
@@ -1969,8 +1979,31 @@ void model_load(Model *m, const char *dir) {
     adapters_init(&m->adapters, m->options.seed);
 }
 
-// Streams through all layers, up to the head's input.
-static void model_run(Model *m, const Batch *b) {
+// ---- the inputs of the first layers on the host
+//
+// They are written once and read once, and lie still for most of a step. X of layer i has its place
+// on the device, i mod PLACES, while it is computed with: layer i reads it and writes the next place,
+// while the third one's goes to the host (forward) or comes back (backward), beside the kernels.
+
+static size_t offload_bytes(const Model *m) {
+    return sizeof(act) * (size_t)m->documents.T * HC * m->config.C;
+}
+
+// Before layer i of a forward: its input is there, and its output's place must have been copied.
+static void offload_forward(Model *m, int i) {
+    if (i >= m->options.offload) { return; }
+    copy_begin(i % PLACES, m->X_host[i], m->saved[i].X, offload_bytes(m));
+    if (i + 1 < m->options.offload) { copy_end((i + 1) % PLACES); }
+}
+
+// Begins to bring back the input of layer i, if it is on the host.
+static void offload_fetch(Model *m, int i) {
+    if (i < 0 || i >= m->options.offload) { return; }
+    copy_begin(i % PLACES, m->saved[i].X, m->X_host[i], offload_bytes(m));
+}
+
+// Streams through all layers, up to the head's input. train: a backward follows.
+static void model_run(Model *m, const Batch *b, int train) {
     const Config *c = &m->config;
     require(b->T <= m->options.max_tokens);
     phase_in(PHASE_STREAMS, PASS_FORWARD);
@@ -1978,7 +2011,10 @@ static void model_run(Model *m, const Batch *b) {
     documents_upload(&m->documents, &m->documents_h);
     upload(m->token, b->token, sizeof(int) * (size_t)b->T);
     embed_forward(m->saved[0].X, m->globals.embed, m->token, b->T, c->C);
-    for (int i = 0; i < c->layers; i++) { layer_forward(m, i, m->token); }
+    for (int i = 0; i < c->layers; i++) {
+        if (train) { offload_forward(m, i); }
+        layer_forward(m, i, m->token);
+    }
     head_enter(m);
 }
 
@@ -1988,7 +2024,7 @@ double model_forward(Model *m, const Batch *b, int train) {
     const Config *c = &m->config;
     double sum = 0;
     require(!train || m->options.training);
-    model_run(m, b);
+    model_run(m, b, train);
     upload(m->target, b->target, sizeof(int) * (size_t)b->T);
     head_loss(m->loss, train ? m->dhead : NULL, m->head.x, m->globals.head, m->target, b->T, c->C,
               c->V);
@@ -2001,7 +2037,12 @@ double model_forward(Model *m, const Batch *b, int train) {
 void model_backward(Model *m, const Batch *b, double scale) {
     require(m->options.training && b->T == m->documents.T);
     head_backward(m, scale);
-    for (int i = m->config.layers - 1; i >= 0; i--) { layer_backward(m, i); }
+    offload_fetch(m, m->config.layers - 1);
+    for (int i = m->config.layers - 1; i >= 0; i--) {
+        if (i < m->options.offload) { copy_end(i % PLACES); }
+        offload_fetch(m, i - 1);
+        layer_backward(m, i);
+    }
 }
 
 // The logits (V) of what follows the last of T tokens, taken as one document.
@@ -2009,7 +2050,7 @@ void model_next_logits(Model *m, const int *token, int T, float *logits) {
     const Config *c = &m->config;
     int start[2] = { 0, T };
     Batch b = { .T = T, .docs = 1, .token = (int *)token, .doc_start = start };
-    model_run(m, &b);
+    model_run(m, &b, 0);
     linear_bf16_forward(m->logits, m->head.x + (size_t)(T - 1) * c->C, m->globals.head, 1, c->C,
                         c->V);
     real *row = host_alloc(sizeof(real) * (size_t)c->V);
@@ -2024,7 +2065,8 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
     act *X = malloc(sizeof(act) * n + 1);       // the run is over: no rule about memory holds
     if (X == NULL) { snprintf(name, size, "a layer's output"); return; }
     for (int i = 0; i <= m->config.layers; i++) {
-        download(X, i < m->config.layers ? m->saved[i].X : m->X_out, sizeof(act) * n);
+        if (i < m->options.offload) { memcpy(X, m->X_host[i], sizeof(act) * n); }
+        else { download(X, i < m->config.layers ? m->saved[i].X : m->X_out, sizeof(act) * n); }
         for (size_t k = 0; k < n; k++) {
             if (isfinite((double)ld(X + k))) { continue; }
             if (i == 0) { snprintf(name, size, "embed"); }
@@ -2090,7 +2132,7 @@ static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
                *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
-        sample_every, sample_len, save_every, keep, bench, gpus, ranks, ep, seed;
+        sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
     int no_shuffle, skip_bad_rows, eval, reset_optim, dry_run, inspect, random_base, overfit, cpu,
         help, version;
@@ -2474,6 +2516,8 @@ static Option option_table[] = {
     {"reset-optim", 0, FLAG, &opt.reset_optim, "0", "", NOT_KEPT, .help = "resume without moments"},
     // Memory and arithmetic.
     {"recompute", 0, WORD, &opt.recompute, "fits", "fits|full|moe|none", KEPT, .help = ""},
+    {"offload", 0, WHOLE, &opt.offload, "0", "N", NOT_KEPT, .help = "inputs of so many layers wait "
+     "in host memory"},
     {"precision", 0, WORD, &opt.precision, "bf16", "bf16|fp8", KEPT, .help = "of frozen products"},
     // Instead of training.
     {"dry-run", 0, FLAG, &opt.dry_run, "0", "", NOT_KEPT, .help = "plan memory and disk, and stop"},
@@ -2658,6 +2702,8 @@ static inline void options_derive(const Config *c) {
               "version does not have yet");
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
+    refuse_if(opt.offload > c->layers, "--offload %d: the model has %d layers", opt.offload,
+              c->layers);
     adapter_check_names(targets_parse(opt.targets), adapter_naming());
     // A node's ranks and experts are split evenly: the default is the greatest common divisor.
     int ep = launched ? place.locals : opt.ranks;
@@ -2763,6 +2809,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
     ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
+    o.offload = o.training ? opt.offload : 0;
     double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
@@ -2773,6 +2820,10 @@ static inline ModelOptions plan_memory(Trainer *r) {
         model_alloc(&r->model, &r->config, &o);
         need = memory_used() * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
+    }
+    if (o.offload) {
+        say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
+            bytes_text((double)o.offload * o.max_tokens * HC * r->config.C * sizeof(act)), o.offload);
     }
     for (int c = 0; c < MEM_CLASSES; c++) {
         say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
