@@ -454,10 +454,10 @@ static void test_trip(int slots, int E, int C) {
            regroup_rows(X(w_back), X(w_there), runs, BY_SOURCE, sizeof(real)); });
     compare_int("trip row_slot", row_slot, (size_t)slots);
     compare_int("trip slot_row", slot_row, (size_t)slots);
-    compare_act("regroup by expert", there, (size_t)sent * C, 0);
-    compare_act("regroup by source", back_again, (size_t)sent * C, 0);
-    compare_real("regroup numbers by expert", w_there, (size_t)sent, 0);
-    compare_real("regroup numbers by source", w_back, (size_t)sent, 0);
+    compare_act("regroup by expert", there, (size_t)sent * C, 1e-30);
+    compare_act("regroup by source", back_again, (size_t)sent * C, 1e-30);
+    compare_real("regroup numbers by expert", w_there, (size_t)sent, 1e-30);
+    compare_real("regroup numbers by source", w_back, (size_t)sent, 1e-30);
     check(memcmp(back_again, rows, (size_t)sent * C * sizeof(act)) == 0, "regroup: there and back");
 }
 

@@ -130,7 +130,8 @@ static double ending(int how, int code, const char *name, const char *a, const c
 static void test_endings(void) {
     seen = shared_alloc(sizeof *seen);
     ending(DIES, EXIT_NUMERICS, "a rank dies", "error  rank 2", "layer 3 is not finite", "");
-    ending(KILLED, 128 + SIGKILL, "a rank is killed", "rank 1", "killed by signal 9", "");
+    ending(KILLED, 128 + SIGKILL, "a rank is killed", "rank 1", "killed by signal 9",
+           "last seen in barrier (start)");
     ending(EXITS_7, 7, "a rank exits", "rank 1", "exit code 7", "");
     double s = ending(LATE, EXIT_COMM, "a rank is late", "rank 3", "sum_double", "step loss");
     check(s > 0.9 && s < 15, "a limit of 1 s took %g s", s);
