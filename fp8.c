@@ -70,6 +70,13 @@ static inline float float_from_e8m0(uint8_t b) {
     return float_from_bits(b == 0 ? 0x00400000u : b == 255 ? 0x7FC00000u : (uint32_t)b << 23);
 }
 
+// Half precision: its bits, moved to float's places, are 2^112 too small; inf and NaN are special.
+static inline float float_from_f16(uint16_t h) {
+    uint32_t bits = bits_from_float(float_from_bits((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f);
+    bits |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
+    return float_from_bits(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
 // -------------------------------------------------------------------------------------------------
 // 2 Widening a row of a frozen matrix
 //

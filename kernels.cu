@@ -2215,13 +2215,26 @@ extern "C" void lora_linear_backward_gpu(real *dinp, real *da, real *db, const a
     workspace_release(mark);
 }
 
+// The experts that have rows, from *first on: in a round of many, only a few do. Returns how many
+// lie between the first and the last of them; g: their rows.
+static int experts_with_rows(Groups *g, int *first, const int *offset, int E) {
+    gpuRequire(E <= GROUPS_MAX);
+    for (*first = 0; *first < E && offset[*first + 1] == offset[0]; ) { ++*first; }
+    while (E > *first && offset[E - 1] == offset[E]) { E--; }
+    for (int i = *first; i <= E; i++) { g->at[i - *first] = offset[i]; }
+    return E - *first;
+}
+
 extern "C" void lora_experts_forward_gpu(act *out, real *u, const act *inp, const int *offset,
                                          const uint8_t *w, const uint8_t *scale, const real *a,
                                          const real *b, float s, int E, int C, int O, int R) {
-    const size_t mark = workspace_mark();
-    if (offset[E] == 0) { return; }
-    lora_forward(out, u, inp, { NULL, w, scale }, a, b, s, groups_of(offset, E),
-                 device_offsets(offset, E), E, C, O, R);
+    Groups g;
+    int e, n = experts_with_rows(&g, &e, offset, E);
+    const size_t mark = workspace_mark(), at = (size_t)e * O * C;
+    if (n == 0) { return; }
+    lora_forward(out, u, inp, { NULL, w + at / 2, scale + at / FP4_BLOCK },
+                 a ? a + (size_t)e * R * C : NULL, b ? b + (size_t)e * O * R : NULL, s, g,
+                 device_offsets(g.at, n), n, C, O, R);
     workspace_release(mark);
 }
 
@@ -2229,10 +2242,14 @@ extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const 
                                           const act *inp, const real *u, const int *offset,
                                           const uint8_t *w, const uint8_t *scale, const real *a,
                                           const real *b, float s, int E, int C, int O, int R) {
-    const size_t mark = workspace_mark();
-    if (offset[E] == 0) { return; }
-    lora_backward(dinp, da, db, dout, inp, u, { NULL, w, scale }, a, b, s, groups_of(offset, E),
-                  device_offsets(offset, E), E, C, O, R);
+    Groups g;
+    int e, n = experts_with_rows(&g, &e, offset, E);
+    const size_t mark = workspace_mark(), at = (size_t)e * O * C;
+    const size_t at_a = (size_t)e * R * C, at_b = (size_t)e * O * R;
+    if (n == 0) { return; }
+    lora_backward(dinp, da + at_a, db + at_b, dout, inp, u,
+                  { NULL, w + at / 2, scale + at / FP4_BLOCK }, a ? a + at_a : NULL,
+                  b ? b + at_b : NULL, s, g, device_offsets(g.at, n), n, C, O, R);
     workspace_release(mark);
 }
 

@@ -16,7 +16,7 @@
 // "LoRA", section 4.1, and PEFT for the initialisation.
 //
 // What it refuses to do: dropout, biases, a rank per module, training the router or the indexer,
-// merging (refit.c), and sums whose bits depend on the number of threads.
+// merging (dev/merge.c), and sums whose bits depend on the number of threads.
 //
 // Contents
 //   1 the factors on a tile of rows, forward and backward

@@ -140,11 +140,10 @@ static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals
 }
 
 static inline void comm_share_cores(int ranks) {
-#ifdef _OPENMP
-    int threads = omp_get_max_threads() / ranks;
-    omp_set_num_threads(threads > 1 ? threads : 1);
-#endif
     (void)ranks;
+#ifdef _OPENMP
+    omp_set_num_threads(omp_get_max_threads() > ranks ? omp_get_max_threads() / ranks : 1);
+#endif
 }
 
 // The first things a new rank does.
@@ -321,15 +320,14 @@ void comm_barrier(int which, const char *phase) {
     comm_meet(which, 0, "barrier", phase);
 }
 
-// Collectives on rows between comm_batch(1) and comm_batch(0) are one launch on GPUs. What they bring
-// is there after the second.
+// Collectives on rows between comm_batch(1) and comm_batch(0) are one launch, and done after it.
 static inline void comm_batch(int begin) {
     GPU(gpu_batch(begin))
     (void)begin;
 }
 
-// What comes between aside(ASIDE_BEGIN) and aside(ASIDE_END) may run beside what follows on a GPU, up
-// to aside(ASIDE_JOIN). Neither may touch what the other writes.
+// What comes between aside(ASIDE_BEGIN) and aside(ASIDE_END) may run beside what follows, up to
+// aside(ASIDE_JOIN), on a GPU. Neither may touch what the other writes.
 static inline void aside(int step) {
     GPU(gpu_aside(step))
     (void)step;
@@ -443,10 +441,29 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
     }
 }
 
+// data (bytes) of member `root`, to all members: the same number of bytes everywhere.
+void comm_broadcast(int which, void *data, size_t bytes, int root, const char *phase) {
+    if (comm_size(which) == 1) { return; }
+    CPU_ONLY();
+    const int mine = comm_index(which) == root;
+    for (size_t at = 0; at < bytes; at += COMM_BOX) {
+        size_t part = bytes - at < COMM_BOX ? bytes - at : COMM_BOX;
+        Box *box = comm_open(which), *theirs = comm_box(which, root);
+        box->bytes[0] = bytes;
+        if (mine) { memcpy(box->data, (unsigned char *)data + at, part); }
+        comm_meet(which, part, "broadcast", phase);
+        if (theirs->bytes[0] != bytes) {
+            die(EXIT_COMM, "broadcast (%s): rank %d sends %zu bytes, %zu are expected", phase,
+                comm_member(which, root), theirs->bytes[0], bytes);
+        }
+        if (!mine) { memcpy((unsigned char *)data + at, theirs->data, part); }
+    }
+}
+
 // ---- 3.1 GPUs
 //
-// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id that rank 0
-// makes: forked ranks find it in the page, others hear it from rank 0 (dev/launcher.c).
+// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones find
+// it in the page, others hear it from rank 0 (dev/launcher.c).
 
 #ifdef USE_CUDA
 // A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has been
@@ -471,8 +488,7 @@ static void *comm_watch(void *unused) {
     return unused;
 }
 
-// A rank ends without taking CUDA and NCCL down, which would wait for ranks that are gone: the
-// system does it for a process that has ended.
+// A rank ends without taking CUDA and NCCL down, which might wait for ranks that are gone.
 static void comm_leave(int code, void *unused) {
     (void)unused;
     fflush(NULL);
@@ -785,9 +801,8 @@ void trip_sort(int *row_slot, int *slot_row, const int *ids, const int *index, R
 }
 TWIN(trip_sort)
 
-// Plans the trip of T tokens: queues and rounds, and for the forward this rank's counts and
-// travelling order from s->ids, which the backward (again) finds in s. Joined by ranks without
-// tokens too.
+// Plans the trip of T tokens: queues, rounds and, from s->ids, this rank's counts and travelling
+// order, which the backward (again) finds in s. Joined by ranks without tokens too.
 static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int T, int again) {
     const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
     int *mine = s->counts_h + (size_t)me * E;
@@ -825,8 +840,8 @@ static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int 
     }
 }
 
-// Turns to that round (in order, from 0): whom this rank sends how much, what it will hold, and how
-// the rows that arrive change places: run (s, e) is those of source s for expert e.
+// Turns to that round (in order, from 0): whom this rank sends how much, what it will hold, and the
+// runs (s, e) of what arrives: those of source s for expert e.
 static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
     const int ep = comm_ep(), me = comm_ep_rank();
     int place, arrived = 0;
@@ -884,7 +899,7 @@ TWIN(regroup_rows)
 // Where rows lie at their experts: at home with one rank, else in `rows`.
 static inline void *trip_place(void *home, void *rows) { return comm_ep() == 1 ? home : rows; }
 
-// One leg of a trip: n numbers per rank of what is sent and received, in bytes.
+// One leg of a trip: so many rows from and to each rank.
 static inline void trip_leg(void *recv, const int *from, const void *send, const int *to,
                             size_t row_bytes, const char *phase) {
     size_t send_bytes[COMM_RANKS_MAX], recv_bytes[COMM_RANKS_MAX];
@@ -1127,12 +1142,11 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
         experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
         lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
                              d->lora_scale, d->local, F, C, R);
-        // The last rows travel home beside the shared expert.
-        const int beside = round == x->rounds - 1;
         phase(PHASE_EXCHANGE);
-        if (beside) { aside(ASIDE_BEGIN); }
+        aside(ASIDE_BEGIN);
         trip_back(home_y, y, row, NULL, NULL, x, "moe y");
-        if (beside) { aside(ASIDE_END); }
+        aside(ASIDE_END);
+        if (round + 1 < x->rounds) { aside(ASIDE_JOIN); }
     }
     phase(PHASE_SHARED);
     shared_hidden(shared_place(s, x), x, inp, w, d, T, 0);

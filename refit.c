@@ -1,768 +1,32 @@
-// refit.c: weights changing layout, between files and the trainer.
+// refit.c: trained weights leave the trainer, for a file or for an inference engine.
 //
-// A checkpoint is not memory. On disk a tensor is a name, a type, a shape and a range of bytes in
-// one of many files; in the trainer it is a pointer; in another program it has another name, or is
-// a slice of something larger. This file is every such change, and it does not know the model: it
-// takes tables of (name, type, shape, pointer) and the list of trained matrices.
+// In the trainer a tensor is a pointer, and each rank has some of them. In a file it is a name, a
+// shape and a range of bytes; in another program it has another name, or is fused with others; in
+// an engine it is cut over ranks in another way. This file is all these changes, and it does not
+// know the model: it takes the list of trained matrices, and a table of (name, type, shape, place).
 //
-//     safetensors file:   u64 n | n bytes of JSON {name: {dtype, shape, data_offsets}} | the data
-//     checkpoint folder:  config.json, model.safetensors.index.json (name -> file), the files
 //     adapter folder:     adapter_config.json, adapter_model.safetensors (PEFT's format)
 //     training state:     an adapter folder with optimizer.safetensors and state.json
+//     refit:              box of the trainer's rank -> box of the engine's rank, over the wire
 //
-// Two rules. Nothing that is read is trusted: files arrive truncated, renamed, half downloaded or
-// made for another model, and each such defect ends with one line that names the tensor or the
-// file. And nothing written replaces anything before it is complete and on the disk: folders are
-// written under a temporary name, synced and renamed, so a run can be killed at any instruction.
+// Nothing written replaces anything before it is complete and on the disk: folders are written
+// under a temporary name, synced and renamed, so a run can be killed at any instruction. Nothing is
+// sent before all ranks have proved that they plan the same, and that it leaves no byte out.
 //
 // Contents
-//   1 files and folders       5 reading a checkpoint           9 adapter folders
-//   2 JSON                    6 do the scales fit?            10 training state
-//   3 safetensors headers     7 the two namings of an adapter
-//   4 config.json             8 saving together, loading alone
+//   1 two namings of an adapter       5 resharding: who holds what
+//   2 saving together, loading alone  6 resharding: the plan
+//   3 adapter folders                 7 resharding: three ways to move
+//   4 training state
 #ifndef REFIT_C
 #define REFIT_C
-#include "moe.c"            // defines: comm_*; below it Adapters, widen_fp8, widen_fp4
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/statvfs.h>
+#include "dev/data/checkpoint.c"    // defines: Tensor, Config, safetensors_*, json_*, path_make,
+                                    // refuse; below it comm_*, Adapters
 
-// -------------------------------------------------------------------------------------------------
-// 1 Files and folders
-//
-// What the C library leaves out: whole reads, removing and syncing folders. A file's bytes are safe
-// once the file is synced, its name only once its folder is.
-
-enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
-#define NOWHERE SIZE_MAX
-static const char damaged[] = "HINT: the file is damaged, fetch it again";
-static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
-static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char other_adapter[] = "HINT: made for another model, --lora-r or --lora-targets";
 
-// Bad input: this file ends the process a lot.
-#define refuse(...) die(EXIT_USAGE, __VA_ARGS__)
-
-// out (PATH_SIZE) = the three parts, one after the other. Returns out.
-static inline char *path_make(char *out, const char *a, const char *b, const char *c) {
-    if (snprintf(out, PATH_SIZE, "%s%s%s", a, b, c) >= PATH_SIZE) {
-        refuse("the path %.60s... is longer than %d bytes", a, PATH_SIZE - 1);
-    }
-    return out;
-}
-
-// Reads n bytes from position `at`. Returns 0 or an errno; ENODATA: the file ends too early.
-static inline int file_pread(int fd, void *out, size_t n, size_t at) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)out + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno == EINTR) { continue; }
-        if (got <= 0) { return got < 0 ? errno : ENODATA; }
-        done += (size_t)got;
-    }
-    return 0;
-}
-
-// Opens a regular file for reading. The hint says what to do when there is none.
-static inline int file_open(const char *path, size_t *size, const char *hint) {
-    struct stat info;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-        refuse("cannot open %s: %s HINT: %s", path, fd < 0 ? strerror(errno) : "not a file", hint);
-    }
-    *size = (size_t)info.st_size;
-    return fd;
-}
-
-// The whole file, with a 0 behind it. The caller frees it.
-static inline char *file_read(const char *path, size_t *size, const char *hint) {
-    int fd = file_open(path, size, hint), error = *size > TEXT_MOST ? EFBIG : 0;
-    char *text = (char *)host_alloc(error ? 0 : *size + 1);
-    error = error ? error : file_pread(fd, text, *size, 0);
-    if (error) { refuse("cannot read %s: %s", path, strerror(error)); }
-    text[*size] = 0;
-    close(fd);
-    return text;
-}
-
-// The folder's entries reach the disk; some file systems cannot do that, and need not.
-static inline int folder_sync(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    int error = fd < 0 || (fsync(fd) != 0 && errno != EINVAL) ? errno : 0;
-    if (fd >= 0) { close(fd); }
-    return error;
-}
-
-// Removes a folder of files, if it is there.
-static inline void folder_remove(const char *path) {
-    DIR *dir = opendir(path);
-    char file[PATH_SIZE];
-    for (struct dirent *e; dir && (e = readdir(dir)) != NULL;) {
-        if (e->d_name[0] != '.') { unlink(path_make(file, path, "/", e->d_name)); }
-    }
-    if (dir) { closedir(dir); }
-    rmdir(path);
-}
-
-// Bytes that can still be written to the file system of an existing path; 0 if it cannot be told.
-size_t disk_free(const char *path) {
-    struct statvfs info;
-    return statvfs(path, &info) == 0 ? (size_t)info.f_bavail * info.f_frsize : 0;
-}
-
-// A line every two seconds on rank 0, so that long work can be told from a hang.
-static inline void progress(const char *what, size_t done, size_t total, double start,
-                            double *last) {
-    double now = clock_seconds();
-    if (comm_rank() != 0 || now - *last < 2) { return; }
-    *last = now;
-    printf("%-6s %.2f of %.2f GB | %.1f s | %.2f GB/s\n", what, done / 1e9, total / 1e9,
-           now - start, done / 1e9 / fmax(now - start, 1e-9));
-    fflush(stdout);
-}
-
 // -------------------------------------------------------------------------------------------------
-// 2 JSON
-//
-// jsmn cuts a text into tokens: where each value begins and ends, and how many children it has. It
-// forgives much ({"a" "b"}, {,}, 1.2.3, text behind the end), so json_skip holds the text against
-// the grammar first. Strings are then unescaped in place and ended with a 0: a token's text is a C
-// string. A key that is there twice is refused, because two readers may pick different ones.
-
-#if defined(__has_include)
-#if __has_include(<jsmn.h>)
-#define HAVE_JSMN
-#endif
-#endif
-#ifdef HAVE_JSMN
-#define JSMN_STATIC
-#define JSMN_STRICT
-#define JSMN_PARENT_LINKS       // without them a header of 70,000 tensors takes seconds
-#include <jsmn.h>               // Debian: libjsmn-dev
-#else                           // enough for everything to compile
-typedef struct { int type, start, end, size; } jsmntok_t;
-enum { JSMN_OBJECT = 1, JSMN_ARRAY, JSMN_STRING, JSMN_PRIMITIVE };
-#endif
-
-typedef struct {
-    const char *file;           // for messages; the caller's
-    char *text;
-    int n;
-    jsmntok_t *tok;             // (n) in the order of the text; token 0 is the whole value
-} Json;
-
-static inline const char *json_blanks(const char *s) { return s + strspn(s, " \t\r\n"); }
-
-// Behind the value that begins at s, blanks included; NULL if there is none.
-static inline const char *json_skip(const char *s, int depth) {
-    s = json_blanks(s);
-    const char *end = s + strcspn(s, ",:]} \t\r\n"), close = (char)(*s + 2);
-    const size_t length = (size_t)(end - s);
-    if (*s == '"') {
-        for (s++; *s != '"'; s++) {
-            s += *s == '\\';
-            if ((unsigned char)*s < ' ') { return NULL; }
-        }
-        return json_blanks(s + 1);
-    }
-    if (*s != '{' && *s != '[') {
-        char *number;
-        strtod(s, &number);         // it also knows inf, nan and 0x10
-        int good = length > 0 && number == end && strspn(s, "0123456789+-.eE") >= length;
-        good |= length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0);
-        return good || (length == 5 && memcmp(s, "false", 5) == 0) ? json_blanks(end) : NULL;
-    }
-    s = json_blanks(s + 1);
-    for (int more = 0; s && *s != close; more = 1) {        // '{' + 2 is '}', '[' + 2 is ']'
-        if (depth == JSON_DEPTH || (more && *s++ != ',')) { return NULL; }
-        if (close == '}') {
-            s = *json_blanks(s) == '"' ? json_skip(s, depth) : NULL;
-            if (s == NULL || *s++ != ':') { return NULL; }
-        }
-        s = json_skip(s, depth + 1);
-    }
-    return s ? json_blanks(s + 1) : NULL;
-}
-
-// Replaces one-letter escapes, in place, and ends the string with a 0. \u escapes stay as they are:
-// no name or value that we look for has any.
-static inline void json_unescape(char *s, jsmntok_t *t) {
-    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-    int out = t->start;
-    for (int i = t->start; i < t->end; i++) {
-        const char *escape = s[i] == '\\' ? strchr(from, s[i + 1]) : NULL;
-        if (escape) { i++; }
-        s[out++] = escape ? to[escape - from] : s[i];
-    }
-    t->end = out;
-    s[out] = 0;
-}
-
-// Parses text (length bytes and a 0), which j owns from here on.
-static inline void json_parse(Json *j, const char *file, char *text, size_t length) {
-    *j = (Json){ .file = file, .text = text };
-#ifdef HAVE_JSMN
-    jsmn_parser parser;
-    int good = json_skip(text, 0) == text + length;
-    for (int pass = 0; pass < 2 && good && j->n >= pass; pass++) {      // the first only counts
-        if (pass) { j->tok = (jsmntok_t *)host_alloc(sizeof(jsmntok_t) * (size_t)j->n); }
-        jsmn_init(&parser);
-        j->n = jsmn_parse(&parser, text, length, j->tok, (unsigned)j->n);
-    }
-#else
-    refuse("cannot read %s (%zu bytes): built without jsmn.h HINT: make deps, or install the "
-           "package libjsmn-dev; then make again", file, length);
-#endif
-    if (j->n <= 0) { refuse("%s is not valid JSON %s", file, damaged); }
-    for (int i = 0; i < j->n; i++) {
-        if (j->tok[i].type == JSMN_STRING) { json_unescape(text, &j->tok[i]); }
-    }
-}
-
-static inline void json_load(Json *j, const char *path, const char *hint) {
-    size_t size;
-    char *text = file_read(path, &size, hint);
-    json_parse(j, path, text, size);
-}
-
-static inline void json_free(Json *j) { free(j->text); free(j->tok); }
-static inline const char *json_text(const Json *j, int i) { return j->text + j->tok[i].start; }
-
-// The token behind value i. The members of an object are key, value, key, value, so
-//     for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1))
-// visits its keys i, with their values i + 1.
-static inline int json_next(const Json *j, int i) {
-    int end = j->tok[i].end;
-    do { i++; } while (i < j->n && j->tok[i].start < end);
-    return i;
-}
-
-// One character per kind of value: { [ " 0 (number) t (true, false) n (null).
-static inline int json_kind(const Json *j, int i) {
-    int c = j->tok[i].type == JSMN_STRING ? '"' : *json_text(j, i);
-    return c == 'f' ? 't' : strchr("{[\"tn", c) ? c : '0';
-}
-
-// The value of a key, or -1; object may be -1 too.
-static inline int json_find(const Json *j, int object, const char *key) {
-    int found = -1;
-    if (object < 0 || j->tok[object].type != JSMN_OBJECT) { return -1; }
-    for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1)) {
-        if (strcmp(json_text(j, i), key) != 0) { continue; }
-        if (found >= 0) { refuse("%s: the key %s is there twice", j->file, key); }
-        found = i + 1;
-    }
-    return found;
-}
-
-// As json_find, but the key must be there, and its value of that kind.
-static inline int json_get(const Json *j, int object, const char *key, int kind) {
-    int i = json_find(j, object, key);
-    if (i < 0) { refuse("%s: the key %s is missing", j->file, key); }
-    if (json_kind(j, i) != kind) {
-        refuse("%s: %s is %.*s, expected %s", j->file, key, (int)strcspn(json_text(j, i), ",]}\n"),
-               json_text(j, i), kind == '"' ? "a string" : kind == '{' ? "an object" : kind == '['
-               ? "a list" : kind == 't' ? "true or false" : "a number");
-    }
-    return i;
-}
-
-static inline double json_number(const Json *j, int i) { return strtod(json_text(j, i), NULL); }
-
-// A count, a size or an offset; NOWHERE if value i is none.
-static inline size_t json_size(const Json *j, int i) {
-    int length = j->tok[i].end - j->tok[i].start;
-    const char *s = json_text(j, i);
-    int good = json_kind(j, i) == '0' && length <= 18 && (int)strspn(s, "0123456789") == length;
-    return good ? (size_t)strtoull(s, NULL, 10) : NOWHERE;
-}
-
-// Writes a string with its quotes.
-static inline void json_quote(FILE *f, const char *s) {
-    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
-    fputc('"', f);
-    for (; *s; s++) {
-        const char *escape = strchr(from, *s);
-        if (escape) { fprintf(f, "\\%c", to[escape - from]); }
-        else if ((unsigned char)*s >= ' ') { fputc(*s, f); }
-    }
-    fputc('"', f);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 3 Safetensors headers
-//
-// A header is believed only as a whole: every range as long as its type and shape say, and all of
-// them together covering the data exactly once, without overlaps or holes. The format's own library
-// demands the same (tensor.rs), and it turns a truncated download, a file cut together by hand and
-// random bytes into one thing: an error line.
-
-// The types of the format, in the order of its library. DT_FP4 is two codes per byte, I8 or U8.
-static const struct { const char *name; int bits, type; } dtypes[] = {
-    {"BOOL", 8, -1}, {"F4", 4, -1}, {"F6_E2M3", 6, -1}, {"F6_E3M2", 6, -1}, {"U8", 8, DT_FP4},
-    {"I8", 8, DT_FP4}, {"F8_E5M2", 8, -1}, {"F8_E4M3", 8, DT_FP8}, {"F8_E8M0", 8, DT_E8M0},
-    {"F8_E4M3FNUZ", 8, -1}, {"F8_E5M2FNUZ", 8, -1}, {"I16", 16, -1}, {"U16", 16, -1},
-    {"F16", 16, DT_F16}, {"BF16", 16, DT_BF16}, {"I32", 32, DT_I32}, {"U32", 32, -1},
-    {"F32", 32, DT_F32}, {"C64", 64, -1}, {"F64", 64, -1}, {"I64", 64, DT_I64}, {"U64", 64, -1},
-    {"an unknown type", 0, -1},
-};
-enum { DTYPES = sizeof dtypes / sizeof *dtypes - 1, DIMS_MAX = 4 };
-
-typedef struct {                // one tensor of a file
-    const char *name;
-    int dtype, type, ndim;      // dtype: place in dtypes; type: its DT_*
-    size_t dim[DIMS_MAX];       // the first of them
-    size_t begin, end;          // bytes, counted from the start of the data
-} Entry;
-
-typedef struct {
-    char path[PATH_SIZE];
-    int fd;
-    Json header;                // owns the names
-    size_t n, data;             // tensors; where the data begins
-    Entry *entry;               // (n) sorted by name
-} Safetensors;
-
-// "F32 [2048,4096]" in text (120).
-static inline const char *shape_text(char *text, int dtype, int ndim, const size_t *dim) {
-    char *end = text + sprintf(text, "%s [", dtypes[dtype].name);
-    for (int d = 0; d < ndim && d < DIMS_MAX; d++) {
-        end += sprintf(end, "%s%zu", d ? "," : "", dim[d]);
-    }
-    sprintf(end, ndim > DIMS_MAX ? ",...]" : "]");
-    return text;
-}
-
-static inline int entry_by_begin(const void *a, const void *b) {
-    const Entry *x = (const Entry *)a, *y = (const Entry *)b;
-    if (x->begin != y->begin) { return x->begin < y->begin ? -1 : 1; }
-    return (x->end > y->end) - (x->end < y->end);
-}
-
-// Of anything that begins with its name.
-static inline int by_name(const void *a, const void *b) {
-    return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-// Reads the header's part of the tensor with key token `key`.
-static inline void safetensors_entry(const Safetensors *s, Entry *e, int key) {
-    const Json *j = &s->header;
-    char text[120];
-    e->name = json_text(j, key);
-    if (json_kind(j, key + 1) != '{') { refuse("%s: %s is no object", s->path, e->name); }
-    const char *dtype = json_text(j, json_get(j, key + 1, "dtype", '"'));
-    int shape = json_get(j, key + 1, "shape", '[');
-    int range = json_get(j, key + 1, "data_offsets", '['), pair = j->tok[range].size == 2;
-    for (e->dtype = 0; e->dtype < DTYPES && strcmp(dtypes[e->dtype].name, dtype); e->dtype++) { }
-    size_t bits = (size_t)dtypes[e->dtype].bits;
-    int sound = bits > 0;
-    e->type = dtypes[e->dtype].type;
-    e->ndim = j->tok[shape].size;
-    for (int d = 0; d < e->ndim; d++) {
-        size_t size = json_size(j, shape + 1 + d);
-        sound &= size != NOWHERE && !__builtin_mul_overflow(bits, size, &bits);
-        if (d < DIMS_MAX) { e->dim[d] = size; }
-    }
-    e->begin = pair ? json_size(j, range + 1) : NOWHERE;
-    e->end = pair ? json_size(j, range + 2) : NOWHERE;
-    if (!sound || e->begin > e->end || e->end == NOWHERE || bits != (e->end - e->begin) * 8) {
-        refuse("%s: %s is %s, and its data_offsets are [%zd,%zd] %s", s->path, e->name,
-               shape_text(text, e->dtype, e->ndim, e->dim), (ssize_t)e->begin, (ssize_t)e->end,
-               damaged);
-    }
-}
-
-// All ranges together must be the data: n bytes, each once. Leaves the entries sorted by name.
-static inline void safetensors_tile(Safetensors *s, size_t n) {
-    size_t at = 0;
-    qsort(s->entry, s->n, sizeof(Entry), entry_by_begin);
-    for (const Entry *e = s->entry; e < s->entry + s->n; at = e++->end) {
-        if (e->begin != at) {
-            refuse("%s: %s at %s, which begins at byte %zu, expected %zu %s", s->path,
-                   e->begin < at ? "an overlap" : "a hole", e->name, e->begin, at, damaged);
-        }
-    }
-    if (at != n) {
-        refuse("%s is %s: it has %zu bytes of data, its header describes %zu %s", s->path,
-               n < at ? "truncated" : "too long", n, at, damaged);
-    }
-    qsort(s->entry, s->n, sizeof(Entry), by_name);
-    for (size_t i = 1; i < s->n; i++) {
-        if (strcmp(s->entry[i - 1].name, s->entry[i].name) == 0) {
-            refuse("%s: %s is there twice %s", s->path, s->entry[i].name, damaged);
-        }
-    }
-}
-
-// Opens a file and checks its header. The data is not read.
-static inline void safetensors_open(Safetensors *s, const char *path, const char *hint) {
-    size_t size, n = 0;                 // a little-endian u64, as on every machine we run on
-    s->fd = file_open(path, &size, hint);
-    path_make(s->path, path, "", "");
-    file_pread(s->fd, &n, size < 8 ? 0 : 8, 0);
-    if (size < 8 || n > TEXT_MOST || n > size - 8) {
-        refuse("%s: a header of %zu bytes in a file of %zu; the format allows %d HINT: truncated, "
-               "or no safetensors file", path, n, size, TEXT_MOST);
-    }
-    char *text = (char *)host_calloc(n + 1);
-    file_pread(s->fd, text, n, 8);
-    json_parse(&s->header, s->path, text, n);
-    const jsmntok_t *root = s->header.tok;
-    if (text[0] != '{') { refuse("%s: its header does not begin with { %s", path, damaged); }
-    s->n = 0;
-    s->data = 8 + n;
-    s->entry = (Entry *)host_alloc(sizeof(Entry) * (size_t)root->size);
-    for (int k = 0, i = 1; k < root->size; k++, i = json_next(&s->header, i + 1)) {
-        if (strcmp(json_text(&s->header, i), "__metadata__") == 0) { continue; }
-        safetensors_entry(s, &s->entry[s->n++], i);
-    }
-    safetensors_tile(s, size - s->data);
-}
-
-static inline void safetensors_close(Safetensors *s) {
-    close(s->fd);
-    json_free(&s->header);
-    free(s->entry);
-}
-
-// The tensor of that name, or NULL.
-static inline const Entry *safetensors_find(const Safetensors *s, const char *name) {
-    Entry key = { .name = name };
-    return (const Entry *)bsearch(&key, s->entry, s->n, sizeof key, by_name);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 4 config.json
-//
-// Every number the model is built from must be there and make sense: a default for a missing key
-// would train another model than the one on the disk, and nothing would tell. Keys of choices that
-// the code does not offer (another router, tied embeddings) must have the one value it implements.
-
-typedef struct {                // config.json, or the built-in tiny model's
-    char model_type[32];
-    int V, C, layers, H, D, rope_dim, Q, G, O;      // Q: q_lora_rank, G: o_groups, O: o_lora_rank
-    int E, K, F, n_shared, hash_layers, window, index_heads, index_dim, index_topk, hc_iters;
-    int max_positions, bos, eos, norm_topk;
-    float route_scale, swiglu_limit, norm_eps, hc_eps;
-    double rope_theta, compress_theta, yarn_factor, beta_fast, beta_slow, original_positions;
-    int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
-} Config;
-
-// A number from low to high; a multiple of `multiple`, if not 0 (fp8 matrices have blocks of 128).
-static inline double config_number(const Json *j, int object, const char *key, double low,
-                                   double high, int multiple) {
-    double value = json_number(j, json_get(j, object, key, '0'));
-    if (value >= low && value <= high && (multiple == 0 || fmod(value, (double)multiple) == 0)) {
-        return value;
-    }
-    refuse("%s: %s is %.12g, expected %.12g to %.12g, a multiple of %d", j->file, key, value, low,
-           high, multiple);
-}
-
-// A key with one legal value. object: -1 if the key may be missing.
-static inline void config_fixed(const Json *j, int object, const char *key, const char *want) {
-    int i = json_find(j, object < 0 ? 0 : object, key);
-    if (i < 0 && object < 0) { return; }
-    const char *have = i < 0 ? "missing" : json_text(j, i);
-    int length = i < 0 ? 7 : min_int(j->tok[i].end - j->tok[i].start, 40);
-    if ((int)strlen(want) != length || memcmp(have, want, (size_t)length) != 0) {
-        refuse("%s: %s is %.*s, expected %s HINT: DeepSeek-V4-Flash can be trained, not its Base "
-               "or another model", j->file, key, length, have, want);
-    }
-}
-
-// Reads dir/config.json. Ends the process on anything but the model this trainer knows.
-void config_load(Config *c, const char *dir) {
-    const int many = 1 << 20;
-    char path[PATH_SIZE];
-    Json j;
-    json_load(&j, path_make(path, dir, "/", "config.json"), not_a_folder);
-    config_fixed(&j, 0, "model_type", "deepseek_v4");
-    config_fixed(&j, 0, "expert_dtype", "fp4");         // its Base has them in fp8
-    *c = (Config){ .model_type = "deepseek_v4" };
-    // A table in two columns: the file's key, our field, and for whole numbers range and multiple.
-    #define INT(key, field, low, high, multiple) \
-        c->field = (int)config_number(&j, 0, #key, low, high, multiple);
-    #define NUMBER(key, field) \
-        c->field = (__typeof__(c->field))config_number(&j, 0, #key, 1e-30, 1e9, 0);
-    INT(vocab_size, V, 2, 1 << 30, 1)               INT(hidden_size, C, 128, many, 128)
-    INT(num_hidden_layers, layers, 1, 128, 1)       INT(o_groups, G, 1, many, 1)
-    INT(num_attention_heads, H, 1, many, c->G)      INT(head_dim, D, 128, many, 128)
-    INT(q_lora_rank, Q, 128, many, 128)             INT(o_lora_rank, O, 128, many, 128)
-    INT(n_routed_experts, E, 1, many, 1)            INT(num_experts_per_tok, K, 1, c->E, 1)
-    INT(moe_intermediate_size, F, 128, many, 128)   INT(n_shared_experts, n_shared, 1, 1, 1)
-    INT(num_hash_layers, hash_layers, 0, c->layers, 1)
-    INT(sliding_window, window, 1, many, 1)         INT(index_n_heads, index_heads, 1, many, 1)
-    INT(index_head_dim, index_dim, 128, many, 128)  INT(index_topk, index_topk, 1, many, 1)
-    INT(qk_rope_head_dim, rope_dim, 2, min_int(c->D - 2, c->index_dim), 2)
-    INT(hc_sinkhorn_iters, hc_iters, 1, 64, 1)
-    INT(max_position_embeddings, max_positions, 1, 1 << 30, 1)
-    INT(bos_token_id, bos, 0, c->V - 1, 1)          INT(eos_token_id, eos, 0, c->V - 1, 1)
-    NUMBER(routed_scaling_factor, route_scale)       NUMBER(swiglu_limit, swiglu_limit)
-    NUMBER(rms_norm_eps, norm_eps)                   NUMBER(hc_eps, hc_eps)
-    NUMBER(rope_theta, rope_theta)                   NUMBER(compress_rope_theta, compress_theta)
-    c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
-    int yarn = json_get(&j, 0, "rope_scaling", '{');
-    c->yarn_factor = config_number(&j, yarn, "factor", 1, 1e9, 0);
-    c->beta_slow = config_number(&j, yarn, "beta_slow", 1e-30, 1e9, 0);
-    c->beta_fast = config_number(&j, yarn, "beta_fast", 1.01 * c->beta_slow, 1e9, 0);
-    c->original_positions = config_number(&j, yarn, "original_max_position_embeddings", 1, 1e9, 1);
-    config_fixed(&j, yarn, "type", "yarn");         config_fixed(&j, 0, "hc_mult", "4");
-    config_fixed(&j, 0, "num_key_value_heads", "1");
-    config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
-    config_fixed(&j, 0, "topk_method", "noaux_tc"); config_fixed(&j, -1, "hidden_act", "silu");
-    config_fixed(&j, -1, "tie_word_embeddings", "false");
-    config_fixed(&j, -1, "attention_bias", "false");
-    int quantization = json_get(&j, 0, "quantization_config", '{');
-    config_fixed(&j, quantization, "quant_method", "fp8");
-    config_fixed(&j, quantization, "fmt", "e4m3");
-    config_fixed(&j, quantization, "scale_fmt", "ue8m0");
-    int block = json_get(&j, quantization, "weight_block_size", '[');
-    if (j.tok[block].size != 2 || json_size(&j, block + 1) != FP8_BLOCK ||
-        json_size(&j, block + 2) != FP8_BLOCK) {
-        refuse("%s: weight_block_size is not [%d, %d]", path, FP8_BLOCK, FP8_BLOCK);
-    }
-    int ratios = json_get(&j, 0, "compress_ratios", '['), n = j.tok[ratios].size;
-    if (n < c->layers) { refuse("%s: %d compress_ratios for %d layers", path, n, c->layers); }
-    for (int l = 0; l < c->layers; l++) {       // more are fine: they belong to the drafter
-        size_t ratio = json_size(&j, ratios + 1 + l);
-        if (ratio != 0 && ratio != 4 && ratio != 128) {
-            refuse("%s: entry %d of compress_ratios is not 0, 4 or 128", path, l);
-        }
-        c->ratio[l] = (int)ratio;
-    }
-    json_free(&j);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 5 Reading a checkpoint
-//
-// The caller's table says what the model needs, the index which file has it, the file's header what
-// it has: all three must agree, name by name, before the first weight is read. A rank reads only
-// the tensors that have a pointer, each straight to its place, by all threads. mtp.* tensors (a
-// drafter that helps inference) are not looked at.
-
-typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
-    char name[96];              // it goes
-    int type, ndim;             // DT_*; DT_FP4: dims as in the file, (out, in/2)
-    size_t dim[3];
-    void *data;                 // NULL: must be there, is not read. DT_I64 is int32 in memory
-    float mean, std;            // random base: how its elements are drawn
-} Tensor;
-
-typedef struct {                // what all three say about one tensor
-    const char *name;
-    const Tensor *t;
-    const char *file;           // NULL: not in the index
-    const Safetensors *shard;
-    const Entry *entry;
-} Want;
-
-// The table, sorted by name.
-static inline Want *wants_sorted(const Tensor *t, size_t n) {
-    Want *want = (Want *)host_calloc(n * sizeof *want);
-    for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
-    qsort(want, n, sizeof *want, by_name);
-    return want;
-}
-
-static inline Want *wants_find(Want *want, size_t n, const char *name) {
-    Want key = { .name = name };
-    return (Want *)bsearch(&key, want, n, sizeof key, by_name);
-}
-
-// Takes the file of every tensor from the index, whose texts j keeps.
-static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
-    json_load(j, path, not_a_folder);
-    int map = json_get(j, 0, "weight_map", '{');
-    for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
-        const char *name = json_text(j, i), *file = json_text(j, i + 1);
-        Want *w = wants_find(want, n, name);
-        if (strncmp(name, "mtp.", 4) == 0) { continue; }
-        if (w == NULL || w->file || json_kind(j, i + 1) != '"') {
-            refuse("%s: %s is %s %s", path, name, w == NULL ? "not in the model" : w->file
-                   ? "there twice" : "in no file", mixed);
-        }
-        w->file = file;
-    }
-    for (size_t i = 0; i < n; i++) {
-        if (want[i].file == NULL) { refuse("%s: %s is missing %s", path, want[i].name, mixed); }
-    }
-}
-
-// Opens the files and finds every tensor in its own, and no other tensor in any.
-static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
-    Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
-    char path[PATH_SIZE], have[120], need[120];
-    *shards = 0;
-    for (size_t i = 0; i < n; i++) {
-        int s = 0;
-        path_make(path, dir, "/", want[i].file);
-        while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
-        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, not_a_folder); }
-        const Tensor *t = want[i].t;
-        const Entry *e = safetensors_find(&shard[s], t->name);
-        want[i].shard = &shard[s];
-        want[i].entry = e;
-        if (e == NULL) { refuse("%s: the index places %s in it %s", path, t->name, mixed); }
-        int same = e->ndim == t->ndim, dtype = DTYPES - 1;
-        for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
-        same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
-        while (dtypes[dtype].type != t->type) { dtype--; }
-        if (!same) {
-            refuse("%s: %s is %s, expected %s %s", path, t->name,
-                   shape_text(have, e->dtype, e->ndim, e->dim),
-                   shape_text(need, dtype, t->ndim, t->dim), mixed);
-        }
-    }
-    for (int s = 0; s < *shards; s++) {
-        for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
-            const Want *w = wants_find(want, n, e->name);
-            if ((w == NULL && strncmp(e->name, "mtp.", 4)) || (w && w->shard != &shard[s])) {
-                refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
-                       w ? "names another for it" : "does not know it", mixed);
-            }
-        }
-    }
-    return shard;
-}
-
-// Reads one tensor, where it is wanted. Returns NULL, or what is wrong.
-static inline const char *want_read(const Want *w) {
-    const size_t at = w->shard->data + w->entry->begin, n = w->entry->end - w->entry->begin;
-    const int narrow = w->entry->type == DT_I64;        // int64 in the file, int32 in memory
-    if (w->t->data == NULL) { return NULL; }
-    const int aside = narrow || ON_GPU;         // not read where it is wanted
-    int64_t *wide = (int64_t *)(aside ? host_alloc(n) : w->t->data);
-    int error = file_pread(w->shard->fd, wide, n, at);
-    if (error) { return strerror(error); }
-    if (w->t->type == DT_E8M0 && memchr(wide, 255, n)) { return "holds the e8m0 byte 255, a NaN"; }
-    for (size_t k = 0; k < n / 8 && narrow; k++) {      // in place, front to back
-        int32_t value = (int32_t)(wide[k] < 0 || wide[k] > INT32_MAX ? -1 : wide[k]);
-        memcpy((char *)wide + 4 * k, &value, 4);
-    }
-    if (aside) {
-        upload(w->t->data, wide, narrow ? n / 2 : n);
-        free(wide);
-    }
-    return NULL;
-}
-
-// Reads all tensors that have a pointer. Of several that fail, the first one is reported.
-static inline void wants_read(Want *want, size_t n) {
-    double start = clock_seconds(), last = start;
-    size_t total = 0, done = 0, bad = n;
-    const char *error = NULL;
-    for (size_t i = 0; i < n; i++) {
-        total += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
-    }
-    #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < n; i++) {
-        const char *failed = want_read(&want[i]);
-        #pragma omp critical
-        {
-            if (failed && i < bad) { bad = i; error = failed; }
-            done += want[i].t->data ? want[i].entry->end - want[i].entry->begin : 0;
-            progress("load", done, total, start, &last);
-        }
-    }
-    if (error) { refuse("%s: %s %s %s", want[bad].shard->path, want[bad].name, error, damaged); }
-    last = 0;
-    if (total > 0) { progress("load", total, total, start, &last); }
-}
-
-// The experts of each token in a hash table (V,K): all of them below E, no two the same.
-static inline void experts_check(const Tensor *t, const Want *gate, const char *dir) {
-    const int32_t *table = (const int32_t *)host_view(t->data, 4 * t->dim[0] * t->dim[1]);
-    size_t E = gate ? gate->t->dim[0] : INT32_MAX, K = t->dim[1];
-    for (size_t i = 0; i < t->dim[0] * K; i++) {
-        size_t k = i - i % K;
-        while (k < i && table[k] != table[i]) { k++; }
-        if (k < i || table[i] < 0 || (size_t)table[i] >= E) {
-            refuse("%s: %s names expert %d for token %zu, %s %s", dir, t->name, table[i], i / K,
-                   k < i ? "twice" : "which does not exist", damaged);
-        }
-    }
-    host_view_end(table, t->data);
-}
-
-// Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
-// (mtp.* aside), and prints how fast. Anything else ends the process with one line.
-void checkpoint_load(const char *dir, Tensor *t, size_t n) {
-    char path[PATH_SIZE], gate[104];
-    Json index;
-    int shards;
-    Want *want = wants_sorted(t, n);
-    wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
-    Safetensors *shard = wants_open(want, n, dir, &shards);
-    wants_read(want, n);
-    for (size_t i = 0; i < n; i++) {
-        const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
-        if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
-        snprintf(gate, sizeof gate, "%.*sweight", (int)(leaf - t[i].name), t[i].name);
-        experts_check(&t[i], wants_find(want, n, gate), dir);
-    }
-    for (int s = 0; s < shards; s++) { safetensors_close(&shard[s]); }
-    free(shard);
-    free(want);
-    json_free(&index);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 6 Do the scales fit?
-//
-// A weight matrix of a trained network has elements of the order of 1/sqrt(in), whatever it is. If
-// its scales were lost, or read as another type, they are off by powers of two: mean |w| sqrt(in)
-// is then in the hundreds, where 0.8 is usual. Several loaders have done that without a word.
-
-enum { SCALE_ROWS = 16 };       // looked at per matrix, spread evenly
-
-// mean |w| of a quantised matrix with C columns.
-static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
-    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS;
-    real *row = (real *)host_alloc((size_t)C * sizeof(real));
-    Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
-    double sum = 0;
-    const size_t steps = w->type == DT_FP4 ? O * (size_t)(C / FP4_BLOCK) :
-        (size_t)ceil_div((int)O, FP8_BLOCK) * (size_t)ceil_div(C, FP8_BLOCK);
-    const void *codes = host_view(w->data, O * w->dim[1]), *scales = host_view(scale, steps);
-    for (size_t i = 0; i < rows; i++) {
-        widen(row, codes, (const uint8_t *)scales, O * i / rows, C);
-        for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
-    }
-    host_view_end(scales, scale);
-    host_view_end(codes, w->data);
-    free(row);
-    return sum / ((double)rows * C);
-}
-
-// Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
-// 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
-void check_scales(const Tensor *t, size_t n) {
-    Want *want = wants_sorted(t, n);
-    int printed[2] = {0, 0};
-    for (size_t i = 0; i < n; i++) {
-        char name[104];
-        int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
-        if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
-        snprintf(name, sizeof name, "%.*sscale", (int)strlen(t[i].name) - 6, t[i].name);
-        const Want *scale = wants_find(want, n, name);      // x.weight has its scales in x.scale
-        require(scale != NULL && scale->t->data != NULL && t[i].ndim == 2);
-        double mean = mean_magnitude(&t[i], scale->t->data, C), relative = mean * sqrt((double)C);
-        if (!(relative >= 0.05 && relative <= 20)) {
-            refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
-                   "scales are not those it was quantised with", t[i].name, mean, relative);
-        }
-        if (comm_rank() == 0 && printed[fp4]++ < 3) {
-            printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
-        }
-    }
-    free(want);
-}
-
-// -------------------------------------------------------------------------------------------------
-// 7 The two namings of an adapter
+// 1 The two namings of an adapter
 //
 // Programs that serve the model know its matrices by the checkpoint's names, one per expert (vllm).
 // transformers (hf) has names of its own, and one tensor for all experts of a layer, with w1 over
@@ -911,7 +175,7 @@ static inline int roster_mine(const Roster *f, const Item *it, int writing) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 8 Saving together, loading alone
+// 2 Saving together, loading alone
 //
 // An expert's adapter exists on one rank (of each replica group), so all ranks write one file: the
 // first its header, each its own tensors, at places that everybody can compute. In a fused tensor a
@@ -924,13 +188,6 @@ typedef struct {                // a file of which runs are read or written
     size_t base, at;            // where the present tensor begins; where f is
     int error;                  // the first errno; EDOM: an element that must be zero is not
 } Stream;
-
-// Half precision: its bits, moved to float's places, are 2^112 too small; inf and NaN are special.
-static inline float float_from_f16(uint16_t h) {
-    uint32_t bits = bits_from_float(float_from_bits((uint32_t)(h & 0x7FFF) << 13) * 0x1p112f);
-    bits |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
-    return float_from_bits(bits | (uint32_t)(h & 0x8000) << 16);
-}
 
 // A run: elements first .. first + n - 1 of the tensor in the file lie `stride` apart in memory.
 // Writes them from there, or reads them to there; values == NULL: they must be zero.
@@ -1149,7 +406,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 9 Adapter folders
+// 3 Adapter folders
 //
 // What PEFT and vLLM load. target_modules is a pattern anchored at both ends: a bare "wkv" or
 // "q_b_proj" would also match the compressor's and the indexer's matrices, which were not trained,
@@ -1281,7 +538,7 @@ static inline void load_adapter(const char *dir, Adapters *s, const Config *c, i
 void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(dir, s, c, 0); }
 
 // -------------------------------------------------------------------------------------------------
-// 10 Training state
+// 4 Training state
 //
 // OUT/checkpoint-NNNNNN is an adapter folder, so that any checkpoint can be served, plus the
 // moments and state.json: what the loop wants to know, and which files with how many bytes make a
@@ -1395,4 +652,613 @@ void training_load(const char *path, Adapters *s, const Config *c) {
     training_verify(path);
     load_adapter(path, s, c, 1);
 }
+
+// -------------------------------------------------------------------------------------------------
+// 5 Resharding: who holds what
+//
+// Trainer and engine hold the same matrices cut differently: the trainer's ranks own whole experts,
+// tensor-parallel engine ranks a slice of each. Both cuts are one rule. Ranks form a grid, a mesh,
+// and each axis of it either repeats a tensor or cuts one dimension. So a rank's part is a box, and
+// what one rank must send another is the box that their two boxes share.
+//
+// Every tensor has three dimensions here, (experts, out, in). Boxes count what is stored: packed
+// codes have in/2 bytes to a row and in/32 scales, dense scales are one per 128 x 128. A cut inside
+// a byte or a block is no cut; such a tensor goes the slow way, whole, and so does its partner.
+
+enum { SOURCE, ENGINE };                // the two sides of a refit
+enum { REPEAT = -1 };                   // an axis that cuts nothing; else the dimension it cuts
+
+typedef struct { int first, size[3]; } Mesh;    // ranks first .. in row-major order; unused axes: 1
+typedef struct { size_t at[3], n[3]; } Region;     // where it begins, how long it is
+
+typedef struct {                // one tensor of the trainer, under a name that is no engine's
+    char name[96];              // "layers.3.ffn.experts.gate.weight": all experts are one tensor
+    int type, rule, layer;      // DT_*; place in engine_rules, or -1
+    size_t dim[3], grain[3];    // elements; how many of them, along each dimension, make one unit
+    size_t width;               // bytes of a unit
+    int cut[2][3];              // of each side's mesh, what its axes do
+    const void *source;         // this rank's box; NULL: it has none
+    int first, held;            // the experts that it holds
+    const char *misc;           // why it is not resharded but sent whole; NULL: it is resharded
+    int tensor, half;           // where it arrives: in which of the engine's tensors, which half
+    uint64_t hash;              // of all that ranks must agree on
+} Param;
+
+typedef struct { char name[96]; size_t n[3], at; } EngineTensor;     // in bytes; at: of its memory
+typedef struct { int param, from, to; Region box; } Transfer;
+
+typedef struct {
+    Mesh mesh[2][2];            // of each side, for dense tensors and for experts: the same ranks
+    int layers, stage_layers;   // so many layers are sent together
+    unsigned needed;            // bits 1 << place in engine_rules: what the engine waits for
+    int n, bulk, n_tensors;     // params, those before `bulk` are resharded, by layer and name
+    size_t n_transfers, bytes;  // bytes of one engine rank
+    Param *param;
+    EngineTensor *tensor;
+    Transfer *transfer;         // in the order of params, senders, receivers: the same on all ranks
+    double sent, received, local, staging, seconds;     // of this rank's last refit
+} Refit;
+
+// What an engine with tensor parallelism wants (vLLM's loader layout), and the only place that
+// knows it: w13 is gate's rows over up's, on every rank its own rows of each.
+static const struct { const char *ours, *engine; int half, halves, cut, type, target; }
+engine_rules[] = {
+    {"attn.wq_b", "attn.wq_b", 0, 1, 1, DT_FP8, TARGET_WQ_B},
+    {"attn.wo_a", "attn.wo_a", 0, 1, 1, DT_FP8, -1},
+    {"attn.wo_b", "attn.wo_b", 0, 1, 2, DT_FP8, TARGET_WO_B},
+    {"ffn.shared_experts.w1", "ffn.shared_experts.gate_up_proj", 0, 2, 1, DT_FP8, TARGET_SHARED_W1},
+    {"ffn.shared_experts.w3", "ffn.shared_experts.gate_up_proj", 1, 2, 1, DT_FP8, TARGET_SHARED_W3},
+    {"ffn.shared_experts.w2", "ffn.shared_experts.down_proj", 0, 1, 2, DT_FP8, TARGET_SHARED_W2},
+    {"ffn.experts.gate", "ffn.experts.w13", 0, 2, 1, DT_FP4, TARGET_EXPERTS_W1},
+    {"ffn.experts.up", "ffn.experts.w13", 1, 2, 1, DT_FP4, TARGET_EXPERTS_W3},
+    {"ffn.experts.down", "ffn.experts.w2", 0, 1, 2, DT_FP4, TARGET_EXPERTS_W2},
+};
+enum { ENGINE_RULES = sizeof engine_rules / sizeof *engine_rules };
+
+// "attn.wq_b.weight" of "layers.3.attn.wq_b.weight".
+static inline const char *param_leaf(const char *name) {
+    return strncmp(name, "layers.", 7) ? name : name + 8 + strspn(name + 7, "0123456789");
+}
+
+static inline int mesh_ranks(const Mesh *m) { return m->size[0] * m->size[1] * m->size[2]; }
+
+static inline const Mesh *param_mesh(const Refit *r, const Param *p, int side) {
+    return &r->mesh[side][strstr(p->name, ".experts.") != NULL];
+}
+
+// The box of p that the i-th rank of the side's mesh holds, in stored units, bytes in the last
+// dimension. Axes cut from the outside in, each what the one before left. Returns NULL, or why
+// there is no such box. All that moves weights takes its boxes from here.
+static inline const char *slice(Region *box, const Refit *r, const Param *p, int side, int i) {
+    const Mesh *m = param_mesh(r, p, side);
+    int inner = mesh_ranks(m);
+    *box = (Region){ .n = { p->dim[0], p->dim[1], p->dim[2] } };
+    for (int a = 0; a < 3; a++) {
+        int d = p->cut[side][a];
+        size_t size = (size_t)m->size[a], place = (size_t)(i / (inner /= m->size[a])) % size;
+        if (d == REPEAT) { continue; }
+        if (box->n[d] % size != 0) { return "it does not divide evenly"; }
+        box->n[d] /= size;
+        box->at[d] += place * box->n[d];
+    }
+    for (int d = 0; d < 3; d++) {
+        size_t end = box->at[d] + box->n[d], grain = p->grain[d];
+        if (box->at[d] % grain || (end % grain && end != p->dim[d])) {
+            return "a cut is inside a byte of codes or a block of scales";
+        }
+        box->at[d] /= grain;
+        box->n[d] = (end + grain - 1) / grain - box->at[d];
+    }
+    box->at[2] *= p->width;
+    box->n[2] *= p->width;
+    return NULL;
+}
+
+static inline size_t region_bytes(const Region *b) { return b->n[0] * b->n[1] * b->n[2]; }
+
+// What a and b share; 0 if nothing.
+static inline int region_meet(Region *out, const Region *a, const Region *b) {
+    for (int d = 0; d < 3; d++) {
+        size_t end = a->at[d] + a->n[d], other = b->at[d] + b->n[d];
+        out->at[d] = a->at[d] > b->at[d] ? a->at[d] : b->at[d];
+        end = end < other ? end : other;
+        if (end <= out->at[d]) { return 0; }
+        out->n[d] = end - out->at[d];
+    }
+    return 1;
+}
+
+// Adds what one rank has of one tensor. name: as in the checkpoint or of an adapter's factor, with
+// the number of the expert, of E, that it is of. data: NULL if another rank has it. Ranks offer the
+// same names in any order; experts in theirs. rows, cols: elements; of scales, those they are for.
+void refit_offer(Refit *r, const char *name, int type, size_t rows, size_t cols, int E,
+                 const void *data) {
+    static const char *const roles[] = { "", "gate", "down", "up" };        // of w1, w2, w3
+    Param p = { .type = type, .rule = -1, .dim = { 1, rows, cols }, .source = data,
+                .grain = { 1, 1, 1 }, .width = 1 };
+    int expert = 0, role = 0, used = 0;
+    const char *at = strstr(name, ".experts.");
+    memcpy(p.name, name, strlen(name) + 1);
+    if (at && sscanf(at, ".experts.%d.w%1d%n", &expert, &role, &used) == 2) {
+        snprintf(p.name, sizeof p.name, "%.*s.experts.%s%s", (int)(at - name), name, roles[role],
+                 at + used);
+        p.dim[0] = (size_t)E;
+    }
+    for (int i = r->n - 1; i >= 0 && role; i--) {       // an expert after the first: nothing new
+        Param *known = &r->param[i];
+        if (strcmp(known->name, p.name) != 0) { continue; }
+        if (data && known->held++ == 0) { known->source = data; known->first = expert; }
+        return;
+    }
+    p.first = expert;
+    p.held = data != NULL;
+    if (sscanf(name, "layers.%d.", &p.layer) != 1) { p.layer = 0; }
+    const char *end = strrchr(p.name, '.');
+    for (int k = 0; k < ENGINE_RULES && end; k++) {
+        const char *leaf = param_leaf(p.name), *ours = engine_rules[k].ours;
+        if (strncmp(leaf, ours, strlen(ours)) == 0 && leaf + strlen(ours) == end) { p.rule = k; }
+    }
+    const int fp4 = type == DT_FP4 || (type == DT_E8M0 && role), scale = type == DT_E8M0;
+    if (fp4) { p.grain[2] = scale ? FP4_BLOCK : 2; }
+    if (scale && !fp4) { p.grain[1] = p.grain[2] = FP8_BLOCK; }
+    if (type == DT_BF16 || type == DT_F16) { p.width = 2; }
+    if (type == DT_F32 || type == DT_I64) { p.width = 4; }          // ids are int32 in memory
+    r->param = (Param *)realloc(r->param, sizeof p * (size_t)(r->n + 1));
+    require(r->param != NULL);
+    r->param[r->n++] = p;
+}
+
+// Offers all tensors of the model's table: what the checkpoint holds, and so an engine's base.
+void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
+    for (size_t i = 0; i < n; i++) {
+        const Tensor *of = &t[i - (t[i].type == DT_E8M0)];      // scales follow their matrix
+        size_t rows = of->ndim > 1 ? of->dim[0] : 1, cols = of->dim[of->ndim - 1];
+        refit_offer(r, t[i].name, t[i].type, rows, cols << (of->type == DT_FP4), E, t[i].data);
+    }
+    r->needed = (1u << ENGINE_RULES) - 1;
+}
+
+// Offers the trained matrices alone.
+void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
+    for (int i = 0; i < s->n; i++) {
+        const AdapterTensor *t = &s->tensors[i];
+        refit_offer(r, t->name, DT_F32, (size_t)t->rows, (size_t)t->cols, E,
+                    s->p ? s->p + t->at : NULL);
+    }
+    for (int i = 0; i < r->n; i++) { r->param[i].width = sizeof(real); }
+    for (int k = 0; k < ENGINE_RULES; k++) {
+        int target = engine_rules[k].target;
+        if (target >= 0 && s->targets >> target & 1) { r->needed |= 1u << k; }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 6 Resharding: the plan
+//
+// Made once, by every rank alone, from what all of them know; so nobody has to ask anybody during a
+// refit. That is safe only if it is proved: the engine's bytes are each written exactly once, what
+// a rank offers is what the others expect of it, and all ranks have the same plan, hashed and
+// compared before a byte moves. A plan that is wrong ends here, with the name of the tensor.
+
+// Bulk before misc, then by layer and name.
+static inline int param_order(const void *a, const void *b) {
+    const Param *x = (const Param *)a, *y = (const Param *)b;
+    int misc = (x->misc != NULL) - (y->misc != NULL);
+    return misc ? misc : x->layer != y->layer ? x->layer - y->layer : strcmp(x->name, y->name);
+}
+
+// Decides how each tensor is cut and which way it goes. Only what has a rule is resharded.
+static inline void plan_classify(Refit *r) {
+    const char **misc = (const char **)host_calloc(sizeof *misc * (size_t)r->layers * ENGINE_RULES);
+    int *records = (int *)host_calloc(sizeof(int) * (size_t)r->layers * ENGINE_RULES);
+    for (int pass = 0; pass < 2; pass++) {      // the second: a tensor goes the way of its partner
+        for (int i = 0; i < r->n; i++) {
+            Param *p = &r->param[i];
+            int experts = param_mesh(r, p, SOURCE) == &r->mesh[SOURCE][1], k = p->rule, cut;
+            const char *leaf = strrchr(p->name, '.');
+            Region box;
+            if (k < 0) { p->misc = "the engine has no rule for it"; }
+            for (int a = 0; a < 3; a++) { p->cut[SOURCE][a] = p->cut[ENGINE][a] = REPEAT; }
+            if (experts) { p->cut[SOURCE][1] = 0; }         // axes: replicas, owners of experts
+            const char *why = slice(&box, r, p, SOURCE, 0);
+            if (why || p->layer >= r->layers) { refuse("%s: %s", p->name, why ? why : "no layer"); }
+            if (k < 0 || p->misc) { continue; }
+            // A product's out is B's and its in is A's: the other factor is the same for all ranks.
+            cut = engine_rules[k].cut;
+            if (strcmp(leaf, cut == 1 ? ".lora_A" : ".lora_B") == 0) { cut = REPEAT; }
+            if (experts) { p->cut[ENGINE][1] = 0; }         // axes: replicas, experts, tensor
+            p->cut[ENGINE][2] = cut;
+            why = slice(&box, r, p, ENGINE, 0);
+            const int place = p->layer * ENGINE_RULES + k;
+            misc[place] = why ? why : misc[place];
+            records[place] += pass;
+            if (pass && misc[place]) {
+                p->misc = misc[place];
+                for (int a = 0; a < 3; a++) { p->cut[ENGINE][a] = REPEAT; }
+            }
+            int typed = strncmp(leaf, ".lora", 5) == 0 || p->type == DT_E8M0;
+            if (!typed && p->type != engine_rules[k].type) {
+                refuse("%s has another type than the engine's, which cannot be sent", p->name);
+            }
+        }
+    }
+    for (int i = 0; i < r->layers * ENGINE_RULES; i++) {        // codes and scales, or A and B
+        if ((r->needed >> i % ENGINE_RULES & 1) && records[i] != 2) {
+            refuse("layers.%d.%s: %d of 2 tensors are offered, the engine would keep old values",
+                   i / ENGINE_RULES, engine_rules[i % ENGINE_RULES].ours, records[i]);
+        }
+    }
+    free(misc);
+    free(records);
+}
+
+// Places p in the engine's memory: beside its other half, or in a tensor of its own.
+static inline void plan_place(Refit *r, Param *p) {
+    EngineTensor e = { .at = r->bytes };
+    Region box;
+    slice(&box, r, p, ENGINE, 0);
+    memcpy(e.name, p->name, sizeof e.name);
+    memcpy(e.n, box.n, sizeof e.n);
+    if (!p->misc) {
+        p->half = engine_rules[p->rule].half;
+        e.n[1] *= (size_t)engine_rules[p->rule].halves;
+        snprintf(e.name, sizeof e.name, "layers.%d.%s%.20s", p->layer,
+                 engine_rules[p->rule].engine, strrchr(p->name, '.'));
+    }
+    for (p->tensor = 0; p->tensor < r->n_tensors; p->tensor++) {
+        const EngineTensor *other = &r->tensor[p->tensor];
+        if (strcmp(other->name, e.name) != 0) { continue; }
+        if (memcmp(other->n, e.n, sizeof e.n)) { refuse("%s: its halves differ in shape", e.name); }
+        return;
+    }
+    r->bytes += (e.n[0] * e.n[1] * e.n[2] + 255) / 256 * 256;
+    r->tensor[r->n_tensors++] = e;
+}
+
+static inline void hash_add(uint64_t *hash, uint64_t value) { *hash = random_mix(*hash ^ value); }
+
+// Lists who sends which box of param i to whom. Of several ranks with the same box, the receiver
+// itself is asked first; else they take turns, so that the first is not the only one who sends.
+static inline void plan_transfers(Refit *r, int i) {
+    Param *p = &r->param[i];
+    const Mesh *from = param_mesh(r, p, SOURCE), *to = param_mesh(r, p, ENGINE);
+    const int senders = mesh_ranks(from), receivers = mesh_ranks(to);
+    Region have[COMM_RANKS_MAX], want;
+    p->hash = random_key((uint64_t)p->type, p->name);
+    for (int s = 0; s < senders; s++) { slice(&have[s], r, p, SOURCE, s); }
+    for (int s = 0; s < senders; s++) {
+        int replicas = 0, before = 0, holders[COMM_RANKS_MAX] = {0};
+        for (int o = 0; o < senders; o++) {
+            if (memcmp(&have[o], &have[s], sizeof(Region)) != 0) { continue; }
+            holders[replicas++] = from->first + o;
+            before += o < s;
+        }
+        for (int d = 0; d < receivers; d++) {
+            Transfer t = { .param = i, .from = from->first + s, .to = to->first + d };
+            int owner = holders[p->misc ? 0 : d % replicas];
+            for (int k = 0; k < replicas && !p->misc; k++) {
+                owner = holders[k] == t.to ? t.to : owner;
+            }
+            slice(&want, r, p, ENGINE, d);
+            if (owner != t.from || !region_meet(&t.box, &have[s], &want)) { continue; }
+            if ((r->n_transfers & (r->n_transfers - 1)) == 0) {     // room doubles at powers of two
+                size_t room = r->n_transfers ? 2 * r->n_transfers : 1;
+                r->transfer = (Transfer *)realloc(r->transfer, sizeof t * room);
+                require(r->transfer != NULL);
+            }
+            r->transfer[r->n_transfers++] = t;
+            hash_add(&p->hash, (uint64_t)t.from << 32 | (uint64_t)t.to);
+            for (int k = 0; k < 3; k++) {
+                hash_add(&p->hash, t.box.at[k]);
+                hash_add(&p->hash, t.box.n[k]);
+            }
+        }
+    }
+}
+
+// Proves that every byte of the engine's tensors is written exactly once, on every rank.
+static inline void plan_cover(const Refit *r) {
+    const Mesh *all = &r->mesh[ENGINE][0];
+    const size_t ranks = (size_t)mesh_ranks(all), places = (size_t)r->n_tensors * ranks;
+    size_t *bytes = (size_t *)host_calloc(sizeof *bytes * places), *last, *previous;
+    last = (size_t *)host_calloc(sizeof *last * places);        // 1 + a transfer to this place
+    previous = (size_t *)host_calloc(sizeof *previous * (r->n_transfers + 1));
+    Region *box = (Region *)host_calloc(sizeof *box * (r->n_transfers + 1)), whole, both;
+    for (size_t i = 0; i < r->n_transfers; i++) {
+        const Transfer *t = &r->transfer[i];
+        const Param *p = &r->param[t->param];
+        const EngineTensor *e = &r->tensor[p->tensor];
+        const size_t place = (size_t)p->tensor * ranks + (size_t)(t->to - all->first);
+        slice(&whole, r, p, ENGINE, t->to - all->first);
+        box[i] = t->box;
+        for (int d = 0; d < 3; d++) {               // counted from the beginning of the tensor
+            box[i].at[d] += (d == 1) * (size_t)p->half * whole.n[1] - whole.at[d];
+            if (box[i].at[d] + box[i].n[d] > e->n[d]) { refuse("%s: beyond its end", e->name); }
+        }
+        for (size_t k = last[place]; k > 0; k = previous[k - 1]) {
+            if (region_meet(&both, &box[k - 1], &box[i])) {
+                refuse("%s: rank %d would get bytes of it twice, of %s and of %s", e->name, t->to,
+                       r->param[r->transfer[k - 1].param].name, p->name);
+            }
+        }
+        previous[i] = last[place];
+        last[place] = i + 1;
+        bytes[place] += region_bytes(&t->box);
+    }
+    for (size_t i = 0; i < places; i++) {
+        const EngineTensor *e = &r->tensor[i / ranks];
+        size_t want = e->n[0] * e->n[1] * e->n[2];
+        if (bytes[i] != want) {
+            refuse("%s: nobody sends %zu of its %zu bytes to rank %zu", e->name, want - bytes[i],
+                   want, i % ranks + (size_t)all->first);
+        }
+    }
+    free(bytes);
+    free(last);
+    free(previous);
+    free(box);
+}
+
+// What this rank offers must be what the others count on.
+static inline void plan_own(const Refit *r) {
+    for (int i = 0; i < r->n; i++) {
+        const Param *p = &r->param[i];
+        const Mesh *m = param_mesh(r, p, SOURCE);
+        const int place = comm_rank() - m->first, mine = place >= 0 && place < mesh_ranks(m);
+        Region box = { .n = {0} };
+        if (mine) { slice(&box, r, p, SOURCE, place); }
+        if (mine != (p->source != NULL) || (mine && p->dim[0] > 1 && (box.at[0] != (size_t)p->first
+                                            || box.n[0] != (size_t)p->held))) {
+            refuse("%s: rank %d holds %d experts from %d, the plan has %zu from %zu", p->name,
+                   comm_rank(), p->source ? p->held : 0, p->first, box.n[0], box.at[0]);
+        }
+    }
+}
+
+// Collective. All ranks must have made rank 0's plan; the first difference is named.
+static inline void plan_agree(const Refit *r) {
+    typedef struct { char name[sizeof r->param->name]; uint64_t hash; } Line;
+    int n = r->n;
+    comm_broadcast(COMM_WORLD, &n, sizeof n, 0, "refit: tensors");
+    Line *lines = (Line *)host_calloc(sizeof *lines * (size_t)n);
+    for (int i = 0; i < n && comm_rank() == 0; i++) {
+        memcpy(lines[i].name, r->param[i].name, sizeof lines[i].name);
+        lines[i].hash = r->param[i].hash;
+    }
+    comm_broadcast(COMM_WORLD, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
+    for (int i = 0; i < n || i < r->n; i++) {
+        const char *own = i < r->n ? r->param[i].name : "~", *name = i < n ? lines[i].name : "~";
+        if (strcmp(own, name) == 0 && lines[i].hash == r->param[i].hash) { continue; }
+        // Names are sorted: of two that meet, the smaller one is not known to the other rank.
+        refuse("%s: ranks 0 and %d do not plan to send it alike, or one does not know it",
+               strcmp(own, name) < 0 ? own : name, comm_rank());
+    }
+    free(lines);
+    comm_barrier(COMM_WORLD, "refit: all ranks agree");
+}
+
+// Collective. Makes and proves the plan of all that was offered. engine: bytes it takes on a rank.
+void refit_plan(Refit *r) {
+    size_t total[2] = {0, 0};
+    plan_classify(r);
+    qsort(r->param, (size_t)r->n, sizeof(Param), param_order);
+    r->tensor = (EngineTensor *)host_calloc(sizeof(EngineTensor) * (size_t)(r->n + 1));
+    for (int i = 0; i < r->n; i++) {
+        Param *p = &r->param[i];
+        plan_place(r, p);
+        plan_transfers(r, i);
+        r->bulk += p->misc == NULL;
+        int said = p->misc == NULL || comm_rank() != 0;
+        for (int o = r->bulk; o < i && !said; o++) {        // of another layer
+            said = strcmp(param_leaf(r->param[o].name), param_leaf(p->name)) == 0;
+        }
+        if (!said) { printf("refit  %s is sent whole: %s\n", param_leaf(p->name), p->misc); }
+    }
+    plan_agree(r);
+    plan_own(r);
+    plan_cover(r);
+    for (size_t i = 0; i < r->n_transfers; i++) {
+        total[r->param[r->transfer[i].param].misc != NULL] += region_bytes(&r->transfer[i].box);
+    }
+    if (comm_rank() == 0) {
+        printf("refit  %d tensors resharded, %.3f MB; %d sent whole, %.3f MB; %zu transfers\n",
+               r->bulk, total[0] / 1e6, r->n - r->bulk, total[1] / 1e6, r->n_transfers);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 7 Resharding: three ways to move
+//
+// What is resharded goes from its owner to the receiver: a stage of layers at a time, all of it to
+// all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. What a rank
+// needs and has is copied. The golden way broadcasts each tensor whole and lets every rank cut out
+// its own: slow, obviously right, and sharing nothing with the plan but slice(). Tensors that are
+// sent whole go that way too, after the others, all of an owner's in one broadcast.
+
+enum { REFIT_POINTS, REFIT_GOLDEN };
+
+// Between two arrays: n (planes, rows, bytes); step: bytes from plane to plane and row to row.
+void copy_box(uint8_t *to, const size_t *to_step, const uint8_t *from, const size_t *from_step,
+              const size_t *n) {
+    CPU_ONLY();
+    #pragma omp parallel for
+    for (size_t e = 0; e < n[0]; e++) {
+        for (size_t i = 0; i < n[1]; i++) {
+            memcpy(to + e * to_step[0] + i * to_step[1], from + e * from_step[0] + i * from_step[1],
+                   n[2]);
+        }
+    }
+}
+
+// Where b begins in an array that holds `whole`, and the array's steps.
+static inline uint8_t *region_at(const void *array, const Region *whole, const Region *b,
+                                 size_t *step) {
+    step[0] = whole->n[1] * whole->n[2];
+    step[1] = whole->n[2];
+    return (uint8_t *)array + (b->at[0] - whole->at[0]) * step[0] +
+           (b->at[1] - whole->at[1]) * step[1] + (b->at[2] - whole->at[2]);
+}
+
+// Region b of p in this rank's part of the trainer.
+static inline uint8_t *source_at(const Refit *r, const Param *p, const Region *b, size_t *step) {
+    Region whole;
+    slice(&whole, r, p, SOURCE, comm_rank() - param_mesh(r, p, SOURCE)->first);
+    return region_at(p->source, &whole, b, step);
+}
+
+// Region b of p in this rank's engine memory: its rows begin behind those of the half before it.
+static inline uint8_t *engine_at(const Refit *r, const Param *p, uint8_t *memory, const Region *b,
+                                 size_t *step) {
+    const EngineTensor *e = &r->tensor[p->tensor];
+    Region whole;
+    slice(&whole, r, p, ENGINE, comm_rank() - param_mesh(r, p, ENGINE)->first);
+    memory += e->at + (size_t)p->half * whole.n[1] * whole.n[2];
+    whole.n[1] = e->n[1];
+    return region_at(memory, &whole, b, step);
+}
+
+// Room for what travels together; given back right after.
+static inline uint8_t *staging_begin(Refit *r, size_t bytes) {
+    uint8_t *staging = (uint8_t *)arena_map(bytes + 1);
+    if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
+    r->staging = fmax(r->staging, (double)bytes);
+    return staging;
+}
+
+// Collective. Transfers first .. end-1, in one exchange.
+static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t end) {
+    const int me = comm_rank();
+    size_t out[COMM_RANKS_MAX] = {0}, in[COMM_RANKS_MAX] = {0}, bytes = 0, step[2], step_to[2];
+    for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
+        size_t n = region_bytes(&t->box), away = t->from == t->to ? 0 : n;
+        if (t->from == me) { out[t->to] += away; r->sent += away; r->local += n - away; }
+        if (t->to == me) { in[t->from] += away; r->received += away; }
+        bytes += (t->from == me) * away + (t->to == me) * away;
+    }
+    uint8_t *staging = staging_begin(r, bytes), *at = staging;
+    for (int way = 0; way < 2; way++) {         // packing, then unpacking; by peer, in plan order
+        for (int peer = 0; peer < comm_ranks(); peer++) {
+            for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
+                const Param *p = &r->param[t->param];
+                const size_t *n = t->box.n, flat[2] = { n[1] * n[2], n[2] };
+                if (way == 0 && t->from == me && t->to == peer) {
+                    uint8_t *from = source_at(r, p, &t->box, step), *to = at;
+                    if (peer == me) { to = engine_at(r, p, memory, &t->box, step_to); }
+                    else { at += region_bytes(&t->box); }
+                    copy_box(to, peer == me ? step_to : flat, from, step, n);
+                }
+                if (way == 1 && t->from == peer && t->to == me && peer != me) {
+                    copy_box(engine_at(r, p, memory, &t->box, step), step, at, flat, n);
+                    at += region_bytes(&t->box);
+                }
+            }
+        }
+        if (way == 0) { comm_all_to_all(COMM_WORLD, at, in, staging, out, "refit"); }
+    }
+    require((size_t)(at - staging) == bytes);
+    arena_unmap(staging, bytes + 1);
+}
+
+// The region of p that rank `root` broadcasts; 0: it has none, or an earlier rank has the same.
+static inline int root_region(Region *box, const Refit *r, const Param *p, int root) {
+    const Mesh *m = param_mesh(r, p, SOURCE);
+    Region other;
+    if (root < m->first || root >= m->first + mesh_ranks(m)) { return 0; }
+    slice(box, r, p, SOURCE, root - m->first);
+    for (int o = 0; o < root - m->first; o++) {
+        slice(&other, r, p, SOURCE, o);
+        if (memcmp(&other, box, sizeof other) == 0) { return 0; }
+    }
+    return 1;
+}
+
+// Collective. Params first .. end-1: from each owner one broadcast of all it has of them.
+static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end) {
+    Region box, mine, both;
+    size_t step[2];
+    for (int root = 0; root < comm_ranks(); root++) {
+        size_t bytes = 0, at = 0;
+        for (int i = first; i < end; i++) {
+            bytes += root_region(&box, r, &r->param[i], root) ? region_bytes(&box) : 0;
+        }
+        if (bytes == 0) { continue; }
+        uint8_t *staging = staging_begin(r, bytes);
+        for (int way = 0; way < 2; way++, at = 0) {
+            for (int i = first; i < end; i++) {
+                const Param *p = &r->param[i];
+                const Mesh *m = param_mesh(r, p, ENGINE);
+                const int place = comm_rank() - m->first;
+                if (!root_region(&box, r, p, root)) { continue; }
+                const size_t flat[2] = { box.n[1] * box.n[2], box.n[2] };
+                if (way == 0 && root == comm_rank()) {
+                    copy_box(staging + at, flat, source_at(r, p, &box, step), step, box.n);
+                }
+                if (way == 1 && place >= 0 && place < mesh_ranks(m) &&
+                    (slice(&mine, r, p, ENGINE, place), region_meet(&both, &box, &mine))) {
+                    size_t from_step[2];
+                    uint8_t *from = region_at(staging + at, &box, &both, from_step);
+                    copy_box(engine_at(r, p, memory, &both, step), step, from, from_step, both.n);
+                }
+                at += region_bytes(&box);
+            }
+            if (way == 0) { comm_broadcast(COMM_WORLD, staging, bytes, root, "refit"); }
+        }
+        arena_unmap(staging, bytes + 1);
+        *(root == comm_rank() ? &r->sent : &r->received) += bytes;
+    }
+}
+
+// Collective. Brings all that was planned into the engine ranks' memory (r->bytes each; NULL on the
+// others). how: REFIT_POINTS, or REFIT_GOLDEN to compare with. Says what moved, and how fast.
+void refit_move(Refit *r, void *memory, int how) {
+    double start = clock_seconds();
+    size_t first = 0;
+    r->sent = r->received = r->local = r->staging = 0;
+    for (int i = 0, end; i < r->bulk; i = end) {
+        const int stage = r->param[i].layer / r->stage_layers;
+        for (end = i; end < r->bulk && r->param[end].layer / r->stage_layers == stage; end++) {
+            if (how == REFIT_GOLDEN) { move_broadcast(r, (uint8_t *)memory, end, end + 1); }
+        }
+        size_t last = first;
+        while (last < r->n_transfers && r->transfer[last].param < end) { last++; }
+        if (how == REFIT_POINTS) { move_points(r, (uint8_t *)memory, first, last); }
+        first = last;
+    }
+    comm_barrier(COMM_WORLD, "refit: resharded");
+    move_broadcast(r, (uint8_t *)memory, r->bulk, r->n);
+    double most[2] = { r->staging, clock_seconds() - start };
+    double sum[3] = { r->sent, r->received, r->local };
+    comm_max_double(COMM_WORLD, most, 2, "refit: time");
+    comm_sum_double(COMM_WORLD, sum, 3, "refit: bytes");
+    r->seconds = most[1];
+    if (comm_rank() == 0) {
+        printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms | %.2f GB/s per rank | "
+               "%.3f MB staging\n", sum[1] / 1e6, sum[2] / 1e6, most[1] * 1e3,
+               sum[1] / comm_ranks() / 1e9 / fmax(most[1], 1e-9), most[0] / 1e6);
+    }
+}
+
+typedef struct {                // an engine's adapters: one set serves while the next one arrives
+    uint8_t *memory[2];         // (r->bytes) each; NULL on ranks that are no engine's
+    int active, version;        // which one serves, and how often it has changed
+} EngineAdapters;
+
+// Collective. Brings new adapters into the buffer that does not serve; all ranks change over
+// together, once each has found its part finite, or none does. Returns 1 if they did.
+int refit_adapters(Refit *r, EngineAdapters *e) {
+    int good = 1, all[COMM_RANKS_MAX];
+    uint8_t *next = e->memory[!e->active];
+    refit_move(r, next, REFIT_POINTS);
+    const real *x = next ? (const real *)host_view(next, r->bytes) : NULL;
+    for (size_t i = 0; x && i < r->bytes / sizeof(real); i++) { good &= isfinite(x[i]) != 0; }
+    if (next) { host_view_end(x, next); }
+    comm_gather_int(COMM_WORLD, all, &good, 1, "refit: acknowledged");
+    for (int k = 0; k < comm_ranks(); k++) { good &= all[k]; }
+    e->active ^= good;
+    e->version += good;
+    if (!good && comm_rank() == 0) { printf("refit  new adapters are not finite: the old stay\n"); }
+    return good;
+}
+
+void refit_free(Refit *r) { free(r->param); free(r->tensor); free(r->transfer); }
 #endif // REFIT_C

@@ -2362,10 +2362,26 @@ static inline const char *bytes_text(double bytes) {
     return out;
 }
 
-static inline double memory_used(void) {
+// A GPU's memory beside the arenas: CUDA's context and other programs, known when the plan is made,
+// and the kernels, which load when they are first used (measured; the first step says if it holds).
+#define GPU_KERNELS (0.3 * 1073741824)
+static double memory_beside;
+
+// Bytes of the arenas; and what the card says is in use by everyone, where there is one.
+static inline double memory_planned(void) {
     double bytes = 0;
     for (int c = 0; c < MEM_CLASSES; c++) { bytes += (double)mem.arena[c].peak; }
     return bytes;
+}
+static inline double memory_used(void) {
+#ifdef USE_CUDA
+    size_t used, total;
+    if (on_gpu) {
+        gpu_memory(&used, &total);
+        return (double)used;
+    }
+#endif
+    return memory_planned();
 }
 
 // OUT/name in one of a few buffers.
@@ -2406,6 +2422,12 @@ static inline void log_step(const Report *p, int step, int steps) {
     say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms | %.0f tok/s | mem %s | labels "
         "%zu\n", step, steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, rate,
         bytes_text(memory_used()), p->labels);
+    if (memory_beside > 0) {            // once
+        const double plan = memory_planned() + memory_beside;
+        say("plan   %-11s %s in use after a step, %s planned (%+.1f %%)\n", "held",
+            bytes_text(memory_used()), bytes_text(plan), 100 * (memory_used() / plan - 1));
+        memory_beside = 0;
+    }
     if (opt.bench) { return; }
     log_line("training.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
              "\"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"mem\": %.9g, \"tps\": %.9g, "
@@ -2818,7 +2840,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
     for (; ; o.recompute++) {
         mem_count();
         model_alloc(&r->model, &r->config, &o);
-        need = memory_used() * sharing;
+        need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
     if (o.offload) {
@@ -2828,9 +2850,15 @@ static inline ModelOptions plan_memory(Trainer *r) {
     for (int c = 0; c < MEM_CLASSES; c++) {
         say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
     }
+    if (ON_GPU) {
+        memory_beside = memory_used() + GPU_KERNELS;
+        say("plan   %-11s %s in use already, %s for kernels that load when first used\n", "context",
+            bytes_text(memory_used()), bytes_text(GPU_KERNELS));
+    }
     say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
-        bytes_text(memory_used()), bytes_text(memory_used() * opt.ranks), opt.ranks,
-        plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "", recompute[o.recompute], need > available ? "too much" : "OK");
+        bytes_text(memory_planned() + memory_beside), bytes_text(need * (gpus ? opt.ranks : 1)),
+        opt.ranks, plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "",
+        recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
             bytes_text(need), bytes_text(available));
@@ -3108,10 +3136,9 @@ static inline void bench(Trainer *r) {
     phase_say("step", sum, median->seconds);
     const MoeScratch *x = &r->model.moe_scratch;
     say("bench  rows of the fullest rank of a layer / mean %.3f\n", x->fullest / x->mean);
-    double left = memory_free();
-    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s | %s free\n", n,
-        1e3 * median->seconds, (double)report.tokens / median->seconds, bytes_text(memory_used()),
-        bytes_text(left));
+    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s\n", n,
+        1e3 * median->seconds, (double)report.tokens / median->seconds,
+        bytes_text(memory_used()));
     free(timed);
 }
 

@@ -5,9 +5,6 @@
 // their definition, element by element; all fp16 codes from the compiler's _Float16; the format's
 // own library, where python3 has it. The adapter files as such were loaded into peft 0.21 on
 // transformers 5.17, with equal logits.
-//
-// Seen to fail on broken copies of refit.c: (the list is at the end of this comment)
-//MUTANTS
 #include "../refit.c"
 #include "check.h"
 #include <signal.h>

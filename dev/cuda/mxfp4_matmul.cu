@@ -11,6 +11,8 @@
 //       copy engine too. W row by n (forward) or row by k (dgrad), bf16 or fp32 out, groups of rows
 //       (experts), of columns (wo_a), or one (dense).
 //   v4  the border as further K blocks of the same sums. v3 is v4 with KU = 0: one kernel, shipped.
+//   v5  no bf16 copy of W at all: two producer warpgroups widen the codes of a stage in shared
+//       memory, tiles of 256 x 128. Shipped for the experts.
 // Beside them the widening kernels, plain and transposed, for fp4 and fp8.
 //
 // Arithmetic, 24,576 rows of 32 experts, N = K = 4,096 (w1 and w3 side by side):
@@ -28,6 +30,17 @@
 //   v3, W row by k       732           725           735          4096 x 8192              801  800
 //   v4, border 16        717           720           722          8 x (1024 x 4096)        744  750
 //   v3, fp32 out         693           695           716
+// Another run, N x K as above, and 6,144 rows at 4096 x 4096:                               6,144
+//   v3 after widen        719           704           711          without the widening         515
+//   widen, and v3         552           541           546                                       273
+//   v5, fp4               511           513           509                                       476
+//   v5, W row by k        517           495           542                                       491
+// So v5 gives what widening and v3 give at 768 rows per expert, needs none of its memory, and is
+// 1.7 times faster at 192, 1.1 times slower at 1,536. Its stage takes 40 % more clocks than v3's:
+// shared memory moves 24 KB per 16 k for the tensor cores, 3 KB for X and 1 KB written for W, 144
+// bytes per clock where 128 is the most. One producer warpgroup instead of two: 1.18 times slower;
+// 128 x 256 tiles need more registers than four warpgroups have.
+//
 //   widen            0.351 ms, 3,870 GB/s; transposed 0.583 ms, 2,330 GB/s: not needed, since
 //                    tensor cores read W row by k as fast, and forward and dgrad share one scratch.
 // A K block takes 1,054 clocks, 1,024 of them tensor: what is left is power. At 700 W the clock
@@ -50,6 +63,10 @@
 #include <stdarg.h>
 #include <functional>
 #include <type_traits>
+
+enum { FP4_BLOCK = 32 };
+#define gpuRequire(condition) do { if (!(condition)) { \
+    fprintf(stderr, "%s does not hold\n", #condition); exit(4); } } while (0)
 
 // -------------------------------------------------------------------------------------------------
 // 1 Helpers: barriers, the copy engine, tensor cores
@@ -216,6 +233,54 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                  :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a nibble
+// with bit 3 gets that byte's sign bit eight times.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t by) {
+    uint32_t picked;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(by));
+    return picked;
+}
+
+// Eight e2m1 codes, times a power of two, as eight bf16: exact. The tables are the high and the low
+// bytes of 0, 0.5, 1, 1.5, 2, 3, 4, 6 as bf16.
+__device__ __forceinline__ uint4 widen_codes(uint32_t codes, __nv_bfloat162 scale) {
+    uint32_t value[4];
+    #pragma unroll
+    for (int half = 0; half < 2; half++, codes >>= 16) {
+        uint32_t low = pick_bytes(0xC0800000, 0xC0804000, codes & 0x7777);
+        uint32_t high = pick_bytes(0x3F3F3F00, 0x40404040, codes & 0x7777);
+        uint32_t sign = pick_bytes(0x80808080, 0x80808080, codes);      // 0x80, 0xFF if negative
+        high |= sign << 1 & 0x80808080;
+        value[2 * half] = pick_bytes(low, high, 0x5140);
+        value[2 * half + 1] = pick_bytes(low, high, 0x7362);
+    }
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 two = __hmul2(*(__nv_bfloat162 *)&value[i], scale);
+        value[i] = *(uint32_t *)&two;
+    }
+    return make_uint4(value[0], value[1], value[2], value[3]);
+}
+
+// 2^(b - 127) twice, as bf16.
+__device__ __forceinline__ __nv_bfloat162 scale_pair(uint32_t b) {
+    uint32_t bits = b ? b << 7 : 0x40;
+    bits |= bits << 16;
+    return *(__nv_bfloat162 *)&bits;
+}
+
+// 32 bytes of global memory that are read once or twice, with the rest of their 128 in L2.
+__device__ __forceinline__ uint4 load_once(const uint8_t *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ void store_chunk(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // -------------------------------------------------------------------------------------------------
 // 2 Widening to bf16
 //
@@ -370,14 +435,14 @@ static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const 
 }
 
 // -------------------------------------------------------------------------------------------------
-// 3 v3 and v4: the grouped product
+// 3 v3, v4 and v5: the grouped product
 //
-// A tile is 128 rows x BN columns of one group, and 64 k at a time of X and W lie in shared memory:
-// 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
-// two consumer warpgroups hold 64 x BN sums each in registers. A stage's `full` barrier counts its
+// A tile is 128 MT rows x BN columns of one group, and 64 k at a time of X and W lie in shared
+// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
+// two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of the
+// tile each. A stage's `full` barrier counts its
 // bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
-// what comes of them is never stored. A warpgroup whose 64 rows are all past the group's end skips
-// the arithmetic.
+// what comes of them is never stored. Blocks past the group's end are skipped.
 //
 // Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
 // row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
@@ -385,12 +450,19 @@ static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const 
 // group has is known only on the device, so each role finds its tiles itself. A sum's terms and
 // their order depend on neither: same inputs, same bits.
 //
+// W is bf16, or packed fp4 that nobody ever sees wider: the copy engine then brings X only, and the
+// producer warpgroup turns 64 x BN codes per stage into bf16 in shared memory; those of the next
+// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half a
+// warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows. So
+// tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them alone
+// waits more than it works.
+//
 // K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
 // quarter of a block's arithmetic. The sums are rounded once, at the end.
 
 enum {
-    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a tile; k of a stage: 128 bytes, one swizzle
-    PRODUCT_BAND = 16,                      // row tiles that share a walk over the columns
+    PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a box of X; k of a stage: 128 bytes
+    PRODUCT_BAND = 2048,                    // rows that share a walk over the columns
     PRODUCT_GROUPS = 384,                   // most groups: their offsets are kept in shared memory
     PRODUCT_WARPS = 8,                      // of the two consumer warpgroups
 };
@@ -400,12 +472,13 @@ struct ProductShape {
     int by_rows;                    // groups are row ranges (offset); else all rows, other columns
     int out_add;                    // fp32 only: out += instead of =
     size_t ldo, out_group;          // elements from row to row, from group to group
+    const uint8_t *codes, *scales;  // W in fp4: (E,N,K/2) or (E,K,N/2), and a byte per 32 weights
 };
 
 // Shared memory, in bytes from a multiple of 1,024 (from which the swizzle counts).
-template <int BN> struct ProductMemory {
+template <int BN, int MT> struct ProductMemory {
     enum {
-        X_STAGE = PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
+        X_STAGE = MT * PRODUCT_ROWS * PRODUCT_K * 2, W_STAGE = BN * PRODUCT_K * 2,
         STAGES = 192 * 1024 / (X_STAGE + W_STAGE),
         X = 0, W = X + STAGES * X_STAGE,
         OUT = W + STAGES * W_STAGE,             // two boxes of 16 rows x 128 bytes for each warp
@@ -422,27 +495,68 @@ struct ProductTile {
 struct ProductWalk { int group, before; };
 
 // Tile number `index`; 0 when there is none.
-template <int BN>
+template <int BN, int MT>
 __device__ __forceinline__ int product_tile(ProductTile &t, ProductWalk &walk, int index,
                                             const int *offset, const ProductShape &s) {
+    const int height_of = MT * PRODUCT_ROWS, band_of = PRODUCT_BAND / height_of;
     int columns = (s.N + BN - 1) / BN, first, rows, tiles;
     for (;; walk.group++) {
         if (walk.group >= s.E) { return 0; }
         first = s.by_rows ? offset[walk.group] : 0;
         rows = s.by_rows ? offset[walk.group + 1] - first : s.rows;
-        tiles = (rows + PRODUCT_ROWS - 1) / PRODUCT_ROWS;
+        tiles = (rows + height_of - 1) / height_of;
         if (index - walk.before < tiles * columns) { break; }
         walk.before += tiles * columns;
     }
-    int i = index - walk.before, band = i / (PRODUCT_BAND * columns);
-    int height = min((int)PRODUCT_BAND, tiles - band * PRODUCT_BAND);
-    i -= band * PRODUCT_BAND * columns;
-    int m = band * PRODUCT_BAND + i % height;
+    int i = index - walk.before, band = i / (band_of * columns);
+    int height = min(band_of, tiles - band * band_of);
+    i -= band * band_of * columns;
+    int m = band * band_of + i % height;
     t.group = walk.group;
-    t.row = first + m * PRODUCT_ROWS;
-    t.rows = rows - m * PRODUCT_ROWS;
+    t.row = first + m * height_of;
+    t.rows = rows - m * height_of;
     t.n = i / height * BN;
     return 1;
+}
+
+// 64 weights of a stage: a line of 128 bytes as bf16. They lie along K, or across it.
+template <int BN> struct ProductCodes {
+    enum { LINES = BN / 128 };      // of a thread: number threadIdx.x % 128, and 128 further on
+    uint4 code[LINES][2];
+    uint32_t scale[LINES];          // two bytes
+};
+
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void product_fetch(ProductCodes<BN> &c, const ProductShape &s,
+                                              const ProductTile &t, int k) {
+    #pragma unroll
+    for (int i = 0; i < c.LINES; i++) {
+        // Lines past the last column read other weights instead; nothing is made of their products.
+        int line = threadIdx.x % 128 + 128 * i;
+        int row = W_BY_K ? k + line % 64 : min(t.n + line, s.N - 1);
+        int col = W_BY_K ? min(t.n + line / 64 * 64, s.N - 64) : k;
+        size_t at = W_BY_K ? ((size_t)t.group * s.K + row) * s.N + col
+                           : ((size_t)t.group * s.N + row) * s.K + col;
+        c.code[i][0] = load_once(s.codes + at / 2);
+        c.code[i][1] = load_once(s.codes + at / 2 + 16);
+        c.scale[i] = *(const uint16_t *)(s.scales + at / FP4_BLOCK);
+    }
+}
+
+// The lines go where the copy engine would have put them: chunks of 16 bytes, permuted by the row.
+template <int BN>
+__device__ __forceinline__ void product_widen(uint32_t w, const ProductCodes<BN> &c) {
+    #pragma unroll
+    for (int i = 0; i < c.LINES; i++) {
+        int line = threadIdx.x % 128 + 128 * i;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const uint4 &four = c.code[i][j / 4];
+            uint32_t word = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+            __nv_bfloat162 scale = scale_pair(c.scale[i] >> j / 4 * 8 & 255);
+            store_chunk(w + line * 128 + (j ^ line % 8) * 16, widen_codes(word, scale));
+        }
+    }
 }
 
 // A warp's 16 x BN sums -> out, by the copy engine: boxes of 16 rows x 128 bytes (64 bf16 or 32
@@ -515,14 +629,14 @@ __device__ __forceinline__ void product_add(float *out, size_t ldo, const float 
     }
 }
 
-template <int BN, int W_BY_K, int OUT_F32>
-__global__ void __launch_bounds__(384, 1)
+template <int BN, int MT, int W_BY_K, int OUT_F32, int W_FP4>
+__global__ void __launch_bounds__(W_FP4 ? 512 : 384, 1)
 product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
                const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
                const int *offset, const __grid_constant__ ProductShape s) {
     extern __shared__ unsigned char dynamic[];
-    typedef ProductMemory<BN> M;
+    typedef ProductMemory<BN, MT> M;
     uint32_t unaligned = shared_address(dynamic), base;
     // volatile: computed once, not again in every turn of a loop
     asm volatile("add.u32 %0, %1, %2;" : "=r"(base) : "r"(unaligned), "r"(-unaligned % 1024));
@@ -530,7 +644,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
     int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < M::STAGES; i++) {
-            barrier_init(base + M::FULL + 8 * i, 1);
+            barrier_init(base + M::FULL + 8 * i, W_FP4 ? 1 + 4 : 1);    // the engine, and 4 warps
             barrier_init(base + M::EMPTY + 8 * i, PRODUCT_WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -542,53 +656,81 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
 
     ProductTile t;
     ProductWalk walk = { 0, 0 };
-    int slot = 0, index = blockIdx.x, more = product_tile<BN>(t, walk, index, groups, s);
+    int slot = 0, index = blockIdx.x, more = product_tile<BN, MT>(t, walk, index, groups, s);
     uint32_t phase = 0;
     auto next_stage = [&] { if (++slot == M::STAGES) { slot = 0, phase ^= 1; } };
-    if (warpgroup == 2) {
-        registers_give<40>();
-        // A stage on its way: 16 KB of X or U, BN * 128 bytes of W or V.
-        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k) {
+    if (warpgroup >= 2) {
+        const int border = (s.K + PRODUCT_K - 1) / PRODUCT_K * PRODUCT_K;   // first k of U and V
+        int k = 0;
+        // One stage further, in this tile or the next.
+        auto step = [&] {
+            next_stage();
+            if ((k += PRODUCT_K) < border + s.KU) { return; }
+            k = 0;
+            more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
+        };
+        // A stage on its way: MT * 16 KB of X or U, and of W or V BN * 128 bytes.
+        auto load = [&](const ProductTile &t, int k, int slot) {
+            const CUtensorMap *of_x = k < border ? &map_x : &map_u;
+            const CUtensorMap *of_w = k < border ? &map_w : &map_v;
+            int with_w = !W_FP4 || k >= border, wide = W_BY_K ? 64 : BN;
             uint32_t x = base + M::X + slot * M::X_STAGE, w = base + M::W + slot * M::W_STAGE;
             uint32_t full = base + M::FULL + 8 * slot;
-            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
-            barrier_expect(full, M::X_STAGE + M::W_STAGE);
-            tma_load(x, of_x, full, k, t.row, s.by_rows ? 0 : t.group);
-            const int wide = W_BY_K ? 64 : BN;
+            if (k >= border) { k -= border; }
+            barrier_expect(full, M::X_STAGE + (with_w ? M::W_STAGE : 0));
             #pragma unroll
-            for (int i = 0; i < BN; i += wide) {
+            for (int m = 0; m < MT; m++) {
+                tma_load(x + m * (M::X_STAGE / MT), of_x, full, k, t.row + m * PRODUCT_ROWS,
+                         s.by_rows ? 0 : t.group);
+            }
+            #pragma unroll
+            for (int i = 0; i < BN && with_w; i += wide) {
                 int n = t.n + i;
                 tma_load(w + i * 128, of_w, full, W_BY_K ? n : k, W_BY_K ? k : n, t.group);
             }
-            next_stage();
         };
-        if (threadIdx.x == 256) {
+        if constexpr (!W_FP4) {
+            registers_give<40>();
+            for (; more && threadIdx.x == 256; step()) {
+                barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+                load(t, k, slot);
+            }
+        } else {
+            registers_give<72>();
+            ProductCodes<BN> next;
+            if (warpgroup == 3 && more) { step(); }     // the two take turns
+            if (more && k < border) { product_fetch<BN, W_BY_K>(next, s, t, k); }
             while (more) {
-                for (int k = 0; k < s.K; k += PRODUCT_K) { load(&map_x, &map_w, k); }
-                for (int k = 0; k < s.KU; k += PRODUCT_K) { load(&map_u, &map_v, k); }
-                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+                const ProductCodes<BN> codes = next;
+                const ProductTile of = t;
+                const int at = k, in = slot;
+                const uint32_t parity = phase ^ 1;
+                step();
+                if (more) { step(); }
+                if (more && k < border) { product_fetch<BN, W_BY_K>(next, s, t, k); }
+                barrier_wait(base + M::EMPTY + 8 * in, parity);
+                if (threadIdx.x % 128 == 0) { load(of, at, in); }
+                if (at < border) {
+                    product_widen<BN>(base + M::W + in * M::W_STAGE, codes);
+                    tma_fence();                // the tensor cores read through the same door
+                    __syncwarp();
+                }
+                if (lane == 0) { barrier_arrive(base + M::FULL + 8 * in); }
             }
         }
     } else {
-        registers_take<232>();
+        registers_take<W_FP4 ? 184 : 232>();
         // Blocks of 64 k, and what is left of the border in steps of 16.
         int blocks = (s.K + PRODUCT_K - 1) / PRODUCT_K + s.KU / PRODUCT_K;
         int steps = (s.KU % PRODUCT_K + 15) / 16;
         const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
         uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
         uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
-        while (more) {
-            float sum[BN / 2];
-            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
-                for (int b = 0; b < blocks + (steps > 0); b++) {
-                    barrier_wait(base + M::FULL + 8 * slot, phase);
-                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
-                    next_stage();
-                }
-                more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
-                continue;
-            }
-            uint32_t before = 0, last = 0;      // `empty` of the stages that are still being read
+        const int x_block = PRODUCT_ROWS * PRODUCT_K * 2 / 16;
+        float sum[MT][BN / 2];
+        uint32_t before = 0, last = 0;          // `empty` of the stages that are still being read
+        // All products of a tile, for the first `active` of this warpgroup's blocks.
+        auto products = [&](auto active) {
             for (int b = 0; b < blocks; b++) {
                 uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
                 uint32_t current = empty + 8 * slot;
@@ -596,8 +738,11 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step), operand(w + k * w_step),
-                                             b | k);
+                    #pragma unroll
+                    for (int m = 0; m < active.value; m++) {
+                        wgmma_m64k16<BN, W_BY_K>(sum[m], operand(x + m * x_block + k * x_step),
+                                                 operand(w + k * w_step), b | k);
+                    }
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
@@ -605,40 +750,60 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 before = current;
                 next_stage();
             }
-            if (steps) {
-                uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
-                last = empty + 8 * slot;
-                barrier_wait(base + M::FULL + 8 * slot, phase);
+            if (steps == 0) { return; }
+            uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+            last = empty + 8 * slot;
+            barrier_wait(base + M::FULL + 8 * slot, phase);
+            #pragma unroll
+            for (int k = 0; k < 4; k++) {
+                if (k >= steps) { break; }
+                wgmma_fence();
                 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    if (k < steps) {
-                        wgmma_fence();
-                        wgmma_m64k16<BN, W_BY_K>(sum, operand(x + k * x_step),
-                                                 operand(w + k * w_step), 1);
-                        wgmma_commit();
-                    }
+                for (int m = 0; m < active.value; m++) {
+                    wgmma_m64k16<BN, W_BY_K>(sum[m], operand(x + m * x_block + k * x_step),
+                                             operand(w + k * w_step), 1);
                 }
-                next_stage();
+                wgmma_commit();
+            }
+            next_stage();
+        };
+        while (more) {
+            if (warpgroup * 64 >= t.rows) {     // no rows here: only keep step
+                for (int b = 0; b < blocks + (steps > 0); b++) {
+                    barrier_wait(base + M::FULL + 8 * slot, phase);
+                    if (lane == 0) { barrier_arrive(empty + 8 * slot); }
+                    next_stage();
+                }
+                more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
+                continue;
+            }
+            if (MT > 1 && (MT - 1) * PRODUCT_ROWS + warpgroup * 64 < t.rows) {
+                products(std::integral_constant<int, MT>());
+            } else {
+                products(std::integral_constant<int, 1>());
             }
             ProductTile done = t;
-            more = product_tile<BN>(t, walk, index += gridDim.x, groups, s);
+            more = product_tile<BN, MT>(t, walk, index += gridDim.x, groups, s);
             wgmma_wait<0>();
-            keep_order(sum);
             if (lane == 0) {
                 barrier_arrive(before);
                 if (steps) { barrier_arrive(last); }
             }
-
-            int row = done.row + warp * 16, rows = done.rows - warp * 16;
-            typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
-            Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
-            if (OUT_F32 && s.out_add) {
-                product_add<BN>((float *)to, s.ldo, sum, rows, s.N - done.n);
-            } else if (rows >= 16) {
-                product_store<BN, OUT_F32>(&map_out, sum, base + M::OUT + warp * 4096, done.n, row,
-                                           s.by_rows ? 0 : done.group);
-            } else if (rows > 0) {
-                product_store_some<BN>(to, s.ldo, sum, rows, s.N - done.n);
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                keep_order(sum[m]);
+                int row = m * PRODUCT_ROWS + warp * 16, rows = done.rows - row;
+                typedef typename std::conditional<OUT_F32, float, bf16>::type Out;
+                row += done.row;
+                Out *to = (Out *)out + done.group * s.out_group + row * s.ldo + done.n;
+                if (OUT_F32 && s.out_add) {
+                    product_add<BN>((float *)to, s.ldo, sum[m], rows, s.N - done.n);
+                } else if (rows >= 16) {
+                    product_store<BN, OUT_F32>(&map_out, sum[m], base + M::OUT + warp * 4096,
+                                               done.n, row, s.by_rows ? 0 : done.group);
+                } else if (rows > 0) {
+                    product_store_some<BN>(to, s.ldo, sum[m], rows, s.N - done.n);
+                }
             }
         }
         if (lane == 0) { tma_wait_all(); }
@@ -667,9 +832,7 @@ static CUtensorMap tensor_map(const void *base, int is_f32, int width, int heigh
                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS) {
-        fprintf(stderr, "tensor map (%d,%d,%d), pitch %zu, slice %zu at %p: error %d\n", depth,
-                height, width, pitch, slice, base, (int)r);
-        exit(4);
+        gpuRequire(!"a tensor map of this shape");
     }
     return map;
 }
@@ -682,7 +845,9 @@ struct Product {
     int out_f32, out_add;   // out_add (fp32 only): out += instead of =
     const bf16 *x;          // (rows,K), rows ldx apart
     size_t ldx;
-    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k
+    const bf16 *w;          // (E,N,K), or (E,K,N) if w_by_k; NULL: fp4, in
+    const uint8_t *codes;   // half as many bytes, and a scale for 32 weights; N and K are multiples
+    const uint8_t *scales;  // of 64
     int w_by_k;             // also of v
     const bf16 *u;          // border (rows,KU), rows ldu apart, and
     size_t ldu;
@@ -711,26 +876,27 @@ static int product_width(const Product &p, int ctas) {
 static void grouped_product(const Product &p) {
     typedef void Kernel(void *, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap,
                         const int *, ProductShape);
-    static Kernel *const kernels[2][2][2] = {       // [256 wide][w_by_k][out_f32]
-        { { product_kernel<128, 0, 0>, product_kernel<128, 0, 1> },
-          { product_kernel<128, 1, 0>, product_kernel<128, 1, 1> } },
-        { { product_kernel<256, 0, 0>, product_kernel<256, 0, 1> },
-          { product_kernel<256, 1, 0>, product_kernel<256, 1, 1> } } };
+    static Kernel *const kernels[3][2][2] = {       // [width][w_by_k][out_f32]
+        { { product_kernel<128, 1, 0, 0, 0>, product_kernel<128, 1, 0, 1, 0> },
+          { product_kernel<128, 1, 1, 0, 0>, product_kernel<128, 1, 1, 1, 0> } },
+        { { product_kernel<256, 1, 0, 0, 0>, product_kernel<256, 1, 0, 1, 0> },
+          { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
+        { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
+          { product_kernel<128, 2, 1, 0, 1>, product_kernel<128, 2, 1, 1, 1> } } };
     static int sms;
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
         || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
-        || (p.offset == NULL && p.E > 1 && p.KU)) {
-        fprintf(stderr, "grouped_product: E %d N %d K %d KU %d ldx %zu ldu %zu ldo %zu\n", p.E, p.N,
-                p.K, p.KU, p.ldx, p.ldu, p.ldo);
-        exit(4);
+        || (p.offset == NULL && p.E > 1 && p.KU) || (p.codes && (p.K % 64 || p.N % 64))) {
+        gpuRequire(!"a product of this shape");
     }
     if (sms == 0) {
         int device;
         cudaCheck(cudaGetDevice(&device));
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
-    int ctas = p.ctas ? p.ctas : sms, width = p.width ? p.width : product_width(p, ctas);
+    int ctas = p.ctas ? p.ctas : sms;
+    int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
         return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
@@ -740,18 +906,19 @@ static void grouped_product(const Product &p) {
                                  depth > 1 ? p.out_group : p.ldo, 16);
     CUtensorMap x = tensor_map(p.x, 0, p.K, p.rows, depth, p.ldx, depth > 1 ? p.x_group : p.ldx,
                                PRODUCT_ROWS);
-    CUtensorMap w = weights(p.w, p.K), u = x, v = w;
+    CUtensorMap w = p.codes ? x : weights(p.w, p.K), u = x, v = w;
     if (p.KU) {
         u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.ldu, p.ldu, PRODUCT_ROWS);
         v = weights(p.v, p.KU);
     }
     ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, p.offset != NULL, p.out_add, p.ldo,
-                       p.offset ? 0 : p.out_group };
-    Kernel *kernel = kernels[width == 256][p.w_by_k][p.out_f32];
-    int bytes = 1024 + (width == 256 ? (int)ProductMemory<256>::SIZE
-                                     : (int)ProductMemory<128>::SIZE);
+                       p.offset ? 0 : p.out_group, p.codes, p.scales };
+    Kernel *kernel = kernels[p.codes ? 2 : width == 256][p.w_by_k][p.out_f32];
+    int bytes = 1024 + (p.codes ? (int)ProductMemory<128, 2>::SIZE :
+                        width == 256 ? (int)ProductMemory<256, 1>::SIZE
+                                     : (int)ProductMemory<128, 1>::SIZE);
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<ctas, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
+    kernel<<<ctas, p.codes ? 512 : 384, bytes, stream>>>(p.out, out, x, w, u, v, p.offset, s);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1119,11 +1286,16 @@ static void time_experts(int rows, int N, int K, bool slow) {
     Product p = {};
     p.out = out, p.ldo = N, p.x = x, p.ldx = K, p.w = w, p.offset = offset;
     p.E = E, p.rows = rows, p.N = N, p.K = K;
-    Product by_k = p, fp32 = p, add, border = p;
+    Product by_k = p, fp32 = p, add, border = p, codes = p, codes_by_k, codes_add;
     by_k.w = w_by_k, by_k.w_by_k = 1;
     fp32.out = f32, fp32.out_f32 = 1;
     add = fp32, add.out_add = 1;
     border.u = u, border.ldu = KU, border.v = v, border.KU = KU;
+    codes.w = NULL, codes.codes = packed, codes.scales = scale;
+    codes_by_k = codes, codes_by_k.w_by_k = 1;      // the same bytes, taken for an (E,K,N) matrix
+    codes_add = codes_by_k, codes_add.out = f32, codes_add.out_f32 = codes_add.out_add = 1;
+    Product border5 = codes;
+    border5.u = u, border5.ldu = KU, border5.v = v, border5.KU = KU;
 
     experts_v2(reference, 1, x, w, 0, offset_h.data(), E, N, K);
     auto compare = [&](const char *name, double error, double most) {
@@ -1146,8 +1318,25 @@ static void time_experts(int rows, int N, int K, bool slow) {
     std::vector<float> once = to_host(reference, 65536), twice = to_host(f32, 65536);
     for (float &f : once) { f *= 2; }
     compare("v3, fp32 and +=", relative_error(twice, once), 1e-5);
+    // v5 does the same sums in the same order as v3 on the widened copy: the same bits.
     grouped_product(p);
     uint64_t bits = device_hash(out, n * 2);
+    compare("v3", device_error(out, reference, n), 3e-3);
+    grouped_product(codes);
+    check(bits == device_hash(out, n * 2), "v5 has v3's bits");
+    widen_fp4_gpu(w_by_k, (size_t)N * K, packed, scale, E, K, N);
+    grouped_product(by_k);
+    bits = device_hash(out, n * 2);
+    cudaCheck(cudaMemset(out, 0xFF, n * 2));
+    grouped_product(codes_by_k);
+    check(bits == device_hash(out, n * 2), "v5, W row by k, has v3's bits");
+    grouped_product(border);
+    bits = device_hash(out, n * 2);
+    cudaCheck(cudaMemset(out, 0xFF, n * 2));
+    grouped_product(border5);
+    check(bits == device_hash(out, n * 2), "v5 with a border has v4's bits");
+    grouped_product(p);
+    bits = device_hash(out, n * 2);
     for (int i = 0; i < 5; i++) {
         compare("v3", device_error(out, reference, n), 3e-3);
         grouped_product(p);
@@ -1159,7 +1348,12 @@ static void time_experts(int rows, int N, int K, bool slow) {
            { "v3, W row by k", [&](int) { grouped_product(by_k); } },
            { "v3, fp32 out", [&](int) { grouped_product(fp32); } },
            { "v3, fp32 out +=", [&](int) { grouped_product(add); } },
-           { "v4, border of 16", [&](int) { grouped_product(border); } } }, flop, widen);
+           { "v4, border of 16", [&](int) { grouped_product(border); } },
+           { "v5, fp4", [&](int) { grouped_product(codes); } },
+           { "v5, fp4, W row by k", [&](int) { grouped_product(codes_by_k); } },
+           { "v5, fp4, W row by k, fp32 +=", [&](int) { grouped_product(codes_add); } },
+           { "v5, fp4, border of 16", [&](int) { grouped_product(border5); } },
+           { "widen, and v3", [&](int) { widen(); grouped_product(p); } } }, flop, widen);
     if (slow) {
         print_rate("v2 alone, for 0.4 s", flop, time_ms(v2, 200, 200));
         ms = time_ms([&](int) { grouped_product(p); }, 200, 200);
@@ -1234,6 +1428,7 @@ int main(int argc, char **argv) {
     time_experts(24576, 4096, 4096, true);
     time_experts(24576, 4096, 2048, false);
     time_experts(24576, 2048, 4096, false);
+    time_experts(49152, 4096, 2048, false);
     time_experts(6144, 4096, 4096, false);
     const int shapes[][3] = { { 1, 1024, 4096 }, { 1, 32768, 1024 }, { 1, 512, 4096 },
                               { 1, 4096, 8192 }, { 8, 1024, 4096 } };
