@@ -669,7 +669,7 @@ static int side_sms;                        // SMs that the work aside takes at 
 static volatile double waiting_since;       // a collective was begun, and not seen to end; 0: none
 
 // SMs for NCCL, and the ranks that it connects.
-enum { NET_CTAS = 16 };
+enum { NET_CTAS = 16, SUM_PIECE = 1 << 23 };    // and numbers that ranks add up at a time
 static int net_ranks = 1;
 
 // The host waits until the device has done all that it was given.
@@ -2534,9 +2534,10 @@ static void nccl_check(ncclResult_t result, int line) {
 }
 #define ncclCheck(call) nccl_check(call, __LINE__)
 
-// Rows go from rank to rank on the communicator of all; only sums need one of their members.
+// Everything is made of sends and receives on the communicator of all ranks. NCCL's own sums would
+// need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.
 static struct {
-    ncclComm_t world, replica;
+    ncclComm_t world;
     int rank, ep;
     unsigned char *box;             // of gpu_trade
 } net;
@@ -2577,13 +2578,6 @@ extern "C" void gpu_batch(int begin) {
     if (begin) { ncclCheck(ncclGroupStart()); } else { ncclCheck(ncclGroupEnd()); }
 }
 
-extern "C" void gpu_sum_real(int which, real *values, size_t n) {
-    gpuRequire(which != COMM_EP || net.ep == net_ranks);
-    waiting_since = net_clock();
-    ncclCheck(ncclAllReduce(values, values, n, ncclFloat32, ncclSum,
-                            which == COMM_REPLICA ? net.replica : net.world, stream));
-}
-
 extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
                                const size_t *send_bytes_h) {
     const unsigned char *from = (const unsigned char *)send;
@@ -2603,6 +2597,59 @@ extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h
         to += in;
     }
     ncclCheck(ncclGroupEnd());
+}
+
+// own (n) = the sum of what all members have there, in their order. Member i's is row i of others
+// (members,m), but this rank's own.
+__global__ void sum_rows_kernel(real *own, const real *others, int members, int me, size_t m,
+                                size_t n) {
+    const size_t j = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= n) { return; }
+    float sum = 0;
+    for (int i = 0; i < members; i++) { sum += i == me ? own[j] : others[i * m + j]; }
+    own[j] = sum;
+}
+
+// values (n): replaced by the sum over all members, added in their order as moe.c does it, so that
+// all have the same bits. Piece by piece: every member gets one slice of it from all the others,
+// adds it up, and sends it to them.
+//   bytes: 2 (ranks-1)/ranks of the values leave a GPU, as much as in a ring.
+extern "C" void gpu_sum_real(int which, real *values, size_t n) {
+    const int members = net_size(which);
+    const size_t mark = workspace_mark(), slice = SUM_PIECE / members;
+    real *others = (real *)workspace(SUM_PIECE * sizeof(real));
+    int me = 0;
+    while (net_member(which, me) != net.rank) { me++; }
+    waiting_since = net_clock();
+    for (size_t at = 0; at < n; at += slice * members) {
+        const size_t piece = n - at < slice * members ? n - at : slice * members;
+        const size_t m = (piece + members - 1) / members;
+        auto first = [&](int i) { return i * m < piece ? i * m : piece; };
+        auto count = [&](int i) { return first(i + 1) - first(i); };
+        real *v = values + at, *own = v + first(me);
+        for (int home = 0; home < 2; home++) {
+            ncclCheck(ncclGroupStart());
+            for (int i = 0; i < members; i++) {
+                const int peer = net_member(which, i);
+                const size_t out = count(home ? me : i), in = count(home ? i : me);
+                if (i == me) { continue; }
+                if (out) {
+                    ncclCheck(ncclSend(home ? own : v + first(i), out, ncclFloat32, peer, net.world,
+                                       stream));
+                }
+                if (in) {
+                    ncclCheck(ncclRecv(home ? v + first(i) : others + i * m, in, ncclFloat32, peer,
+                                       net.world, stream));
+                }
+            }
+            ncclCheck(ncclGroupEnd());
+            if (home || count(me) == 0) { continue; }
+            sum_rows_kernel<<<blocks_for(count(me), 256), 256, 0, stream>>>(own, others, members, me,
+                                                                            m, count(me));
+            cudaCheck(cudaGetLastError());
+        }
+    }
+    workspace_release(mark);
 }
 
 // boxes_h (members): the first bytes of this rank's own go to all, and theirs into the others.
@@ -2633,8 +2680,8 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     streamWait();
 }
 
-// Makes the communicators, and uses each once: what cannot work fails here, and NCCL's buffers are
-// there before the memory that is left is counted.
+// Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
+// buffers are there before the memory that is left is counted.
 extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -2645,23 +2692,18 @@ extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
     net.ep = ep;
     waiting_since = net_clock();
     ncclCheck(ncclCommInitRankConfig(&net.world, ranks, id, rank, &config));
-    net.replica = net.world;
-    if (ep > 1 && ep < ranks) {
-        ncclCheck(ncclCommSplit(net.world, rank % ep, rank / ep, &net.replica, &config));
-    }
     size_t each[COMM_RANKS_MAX];
-    real *probe, sums[2], one[2] = { 1, 1 };
-    for (int i = 0; i < ep; i++) { each[i] = 1024; }
-    cudaCheck(cudaMalloc(&probe, 2048 * (size_t)ep));
-    cudaCheck(cudaMemset(probe, 0, 2048 * (size_t)ep));
-    if (ep > 1) { gpu_all_to_all(COMM_EP, probe, each, probe + 256 * (size_t)ep, each); }
-    gpu_upload(probe, one, sizeof one);
-    waiting_since = net_clock();
-    gpu_sum_real(COMM_WORLD, probe, 1);
-    if (ep < ranks) { gpu_sum_real(COMM_REPLICA, probe + 1, 1); }
-    gpu_download(sums, probe, sizeof sums);
+    int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
+    for (int i = 0; i < ranks; i++) {
+        each[i] = sizeof(int);
+        sent[i] = rank * ranks + i;
+    }
+    cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
+    gpu_upload(probe, sent, sizeof sent);
+    gpu_all_to_all(COMM_WORLD, probe + COMM_RANKS_MAX, each, probe, each);
+    gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
     cudaCheck(cudaFree(probe));
-    gpuRequire(sums[0] == ranks && sums[1] == (ep < ranks ? ranks / ep : 1));
+    for (int i = 0; i < ranks; i++) { gpuRequire(got[i] == i * ranks + rank); }
 }
 #else
 static void no_nccl(void) { gpu_failed(__LINE__, EXIT_USAGE, "built without NCCL: one GPU is the "

@@ -1195,6 +1195,5 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
     route_backward(dinp, x->home_dw, s->slot_row, s->ids, s->weights, s->logits, w->gate,
                    d->route_scale, d->norm_topk, T, C, d->K);
     dispatch_backward(dinp, x->home_y, s->slot_row, T, d->K, C);
-    if (x->rounds == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
 }
 #endif // MOE_C
