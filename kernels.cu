@@ -122,6 +122,14 @@ enum {
     PLACES = 3,                         // layers' inputs on the device, if they wait on the host
 };
 
+// How a router chooses (moe.c, section 5); zero is DeepSeek-V4's way.
+enum { SCORE_SQRTSOFTPLUS, SCORE_SIGMOID, SCORE_SOFTMAX };
+typedef struct {
+    int score;                  // SCORE_*: from logits to scores
+    int greedy;                 // 1: by the scores alone, 0: by scores plus bias
+    int groups, kept;           // experts fall into groups, of which so many are open; 0, 1: one
+} Routing;
+
 // Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
 // part 5). The one struct that twins take, by value; its pointers lead to device memory there.
 typedef struct {
@@ -299,12 +307,14 @@ void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real 
 void sum_squares_gpu(double *sum_h, const real *x, size_t n);
 void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double
                       lr, double beta1, double beta2, double eps, double weight_decay, int step);
+void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
+                     double lr, double beta, double weight_decay, int restarts);
 void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                       const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
-                       int K);
+                       const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
+                       int T, int E, int K);
 void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
-                        real *weights, const real *logits, const bf16 *gate, float scale, int norm,
-                        int T, int C, int K);
+                        real *weights, const real *logits, const real *all, const bf16 *gate,
+                        Routing how, float scale, int norm, int T, int C, int E, int K);
 void trip_count_gpu(int *counts, int *index, const int *ids, int slots, int E);
 void trip_sort_gpu(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs, int
                    slots);
@@ -330,25 +340,19 @@ void key_norm_rope_backward_gpu(act *dinp, const real *dout, const act *inp, con
                                 bf16 *w, const real *table, const int *position, int n, int D, int
                                 rope);
 void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps, int T, int C,
-                           int M);
-void hc_logits_backward_gpu(real *dX, real *dm, const real *m, const real *r, const act *X, const
-                            float *fn, int T, int C, int M);
+    int M);
 void hc_weights_forward_gpu(real *pre, real *post, real *comb, const real *m, const float *base,
-                            const float *scale, float eps, int T, int iters);
-void hc_weights_backward_gpu(real *dm, const real *dpre, const real *dpost, const real *dcomb, const
-                             real *m, const float *base, const float *scale, float eps, int T, int
-                             iters);
-void hc_head_weights_forward_gpu(real *pre, const real *m, const float *base, const float *scale,
-                                 float eps, int T);
-void hc_head_weights_backward_gpu(real *dm, const real *dpre, const real *m, const float *base,
-                                  const float *scale, int T);
-void hc_collapse_forward_gpu(act *u, const act *X, const real *pre, int T, int C);
-void hc_collapse_backward_gpu(real *dX, real *dpre, const act *du, const act *X, const real *pre,
-                              int T, int C);
-void hc_deal_forward_gpu(act *Y, const act *o, const act *X, const real *post, const real *comb, int
-                         T, int C);
-void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, real *dX, const act *o, const act *X,
-                          const real *post, const real *comb, int T, int C);
+    const float *scale, float eps, int T, int M, int iters);
+void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre, const bf16 *w,
+    float eps, int T, int C);
+void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost, const real *dcomb,
+    const act *X, const real *m, const real *r, const real *pre, const real *comb, const real *rstd,
+    const float *fn, const float *base, const float *scale, const bf16 *w, float eps, int T, int C,
+    int M, int iters);
+void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
+    const real *comb, const float *fn, float eps, int T, int C, int M);
+void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY, const act *o, const act
+    *X, const real *post, int T, int C);
 void pool_forward_gpu(act *out, const real *K, const real *Z, const float *ape, AttentionShape a,
                       const int *entry_position, int D);
 void pool_backward_gpu(real *dK, real *dZ, const act *dout, const real *K, const real *Z, const
@@ -639,6 +643,7 @@ static inline void phase_in(int p, int pass) {
 // -------------------------------------------------------------------------------------------------
 // Device code
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cublas_v2.h>
 #include <cuda.h>
 #include <cudaTypedefs.h>       // CUtensorMap; its one function is found through the runtime
@@ -668,8 +673,8 @@ static cudaEvent_t side_from, side_done;
 static int side_sms;                        // SMs that the work aside takes at present
 static volatile double waiting_since;       // a collective was begun, and not seen to end; 0: none
 
-// SMs for NCCL, and the ranks that it connects.
-enum { NET_CTAS = 16, SUM_PIECE = 1 << 23 };    // and numbers that ranks add up at a time
+// SMs that products leave to NCCL, numbers that ranks add up at a time, ranks.
+enum { NET_SMS = 16, SUM_PIECE = 1 << 23 };
 static int net_ranks = 1;
 
 // The host waits until the device has done all that it was given.
@@ -772,6 +777,23 @@ __device__ inline float block_max(float x, float *shared) {
     x = warp_max(lane < warps ? shared[lane] : -INFINITY);
     __syncthreads();
     return x;
+}
+
+// Shared memory is addressed by 32-bit numbers where instructions of the copy engine and the tensor
+// cores take it.
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// 16 bytes from global to shared memory without passing through registers; zeros if !valid. What
+// a thread started since its last commit is a group; wait until at most `left` of its groups run.
+__device__ inline void copy16(uint32_t to, const void *from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left> __device__ inline void copy_wait(void) {
+    asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
 }
 
 // Workspace: scratch inside a launcher, from one region that the plan counts. A stack; kernels run
@@ -902,7 +924,7 @@ extern "C" void gpu_aside(int step) {
     } else if (step == ASIDE_END) {
         cudaCheck(cudaEventRecord(side_done, side_stream));
         stream = main_stream;
-        side_sms = net_ranks > 1 ? NET_CTAS : 0;
+        side_sms = net_ranks > 1 ? NET_SMS : 0;
     } else {
         cudaCheck(cudaStreamWaitEvent(main_stream, side_done, 0));
         side_sms = 0;
@@ -2332,40 +2354,506 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
     cudaCheck(cudaGetLastError());
 }
 
+// Muon (C text: section 7 of lora.c): a step of all slices, in one launch per size of slice.
+//
+// A slice is a cluster of blocks, each with at most 64 KB of its columns, as X, in shared memory,
+// where R, Q and Z are too. Blocks add up their parts of R by reading each other's shared memory, in
+// their order, and every one of them does the small work on R alone. So 16 blocks hold what one
+// could not, and an SM has two or three, one of which computes while another waits for memory.
+// What 16 blocks cannot hold (ranks of 32 and more, at 32,768 columns) is worked on where the
+// gradient was, in global memory, by one block; so is a slice whose parts are not aligned to 16
+// bytes. Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double, so that a tiny
+// gradient has a norm. dev/cuda/muon.cu is the ladder.
+//   bytes: 20 per element; full model at r 8 on 8 ranks, 228 M elements: 4.6 GB, 1.07 ms at 4,277
+//   GB/s, where AdamW (28 bytes) has 1.49. Shared memory is passed 9 times, 0.5 ms; products with Q
+//   and Gram matrices 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.4 ms.
+//   Measured 2.27 ms, 1.31 x AdamW: the phases of a block wait for each other more than was thought.
+
+namespace muon {
+enum { THREADS = 256, WARPS = THREADS / 32, TILE = 8, ROUNDS = 5, BLOCKS_MAX = 16 };
+
+struct Slice { size_t at, rows, cols; };     // as in slices_h
+
+struct Step {
+    float *p, *m, *g;
+    const Slice *slices;        // of this launch
+    float scale, old, fresh, keep;
+    double lr;
+    int restarts;               // bit t: before round t
+    int n, count;               // the short side, and how many of the other's columns a block has
+};
+
+// What a block has in shared memory besides its part of X. N (N + ..) of each matrix.
+template <int N> struct Room {
+    float r[N * N], q[N * N], z[N * N], next[N * N], p[N * N];
+    float part[2][N * N];       // this block's part of R, of two Gram matrices in turn
+    float warp[WARPS][TILE * TILE];
+    double sum[WARPS], norm;    // this block's part of |U|^2
+    int state;                  // bit 0: some gradient is not zero, bit 1: one is not finite
+};
+
+template <int V> __device__ inline void load(float *x, const float *p) {
+    if (V == 4) { *(float4 *)x = *(const float4 *)p; } else { *x = *p; }
+}
+template <int V> __device__ inline void store(float *p, const float *x) {
+    if (V == 4) { *(float4 *)p = *(const float4 *)x; } else { *p = *x; }
+}
+
+// Where X is: n rows, the block's columns first .. first + count - 1 of all m.
+struct Columns {
+    float *x;                   // element (i,j) of the block at x[i * down + j * right]
+    int down, right;
+    int n, m, first, count;
+    bool wide;                  // stored row by row, n rows; else m rows of n
+};
+
+// A thread's way through the block's elements in the order of memory, V at a time: (i,j) and its
+// V - 1 neighbours in memory, then those THREADS V further on.
+template <int V, bool WIDE, bool SHARED> struct Walk {
+    int i, j;
+    __device__ Walk(const Columns &c) {
+        const int e = threadIdx.x * V, length = WIDE ? c.count : c.n;
+        i = WIDE ? e / length : e % length, j = WIDE ? e % length : e / length;
+    }
+    __device__ void next(const Columns &c) {
+        if (WIDE) {
+            for (j += THREADS * V; j >= c.count; j -= c.count) { i++; }
+        } else {
+            i += THREADS * V % c.n, j += THREADS * V / c.n;
+            if (i >= c.n) { i -= c.n, j++; }
+        }
+    }
+    __device__ bool inside(const Columns &c) const { return WIDE ? i < c.n : j < c.count; }
+    // Its place in the slice.
+    __device__ int at(const Columns &c) const {
+        return WIDE ? i * c.m + c.first + j : (c.first + j) * c.n + i;
+    }
+    // From X, or to it.
+    template <bool STORE> __device__ void move(float *x, const Columns &c) const {
+        if constexpr (WIDE || !SHARED) {
+            float *p = c.x + (SHARED ? i * c.down + j : at(c));
+            if (STORE) { store<V>(p, x); } else { load<V>(x, p); }
+        } else {
+            #pragma unroll
+            for (int v = 0, row = i, column = j; v < V; v++) {
+                float *p = c.x + row * c.down + column;
+                if (STORE) { *p = x[v]; } else { x[v] = *p; }
+                if (++row == c.n) { row = 0, column++; }
+            }
+        }
+    }
+};
+
+enum { BATCH = 4 };             // loads that a thread has under way
+
+// Reads the gradient, into X if that is in shared memory; what it is like, as in Room.
+template <int V, bool WIDE, bool SHARED>
+__device__ int read_gradient(const Columns &c, const float *g) {
+    int state = 0;
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float x[BATCH][V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(x[u], g + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            #pragma unroll
+            for (int v = 0; v < V; v++) { state |= (x[u][v] != 0) | !isfinite(x[u][v]) << 1; }
+            if (SHARED) { here.template move<true>(x[u], c); }
+        }
+    }
+    return state;
+}
+
+// Moments, and U in place of the gradient. Returns this thread's part of |U|^2.
+template <int V, bool WIDE, bool SHARED>
+__device__ double update_moments(const Columns &c, float *m, const Step &s) {
+    double sum = 0;
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float x[V], old[BATCH][V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(old[u], m + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            here.template move<false>(x, c);
+            #pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float g = x[v] * s.scale;
+                old[u][v] = s.old * old[u][v] + s.fresh * g;
+                x[v] = s.fresh * g + s.old * old[u][v];
+                sum += (double)x[v] * x[v];
+            }
+            store<V>(m + here.at(c), old[u]);
+            here.template move<true>(x, c);
+        }
+    }
+    return sum;
+}
+
+template <int V, bool WIDE, bool SHARED>
+__device__ void update_masters(const Columns &c, float *p, float keep, float rate) {
+    for (Walk<V, WIDE, SHARED> w(c); w.inside(c); ) {
+        float y[BATCH][V], x[V];
+        Walk<V, WIDE, SHARED> here = w;
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, w.next(c)) {
+            if (w.inside(c)) { load<V>(y[u], p + w.at(c)); }
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++, here.next(c)) {
+            if (!here.inside(c)) { break; }
+            here.template move<false>(x, c);
+            #pragma unroll
+            for (int v = 0; v < V; v++) { y[u][v] = keep * y[u][v] - rate * x[v]; }
+            store<V>(p + here.at(c), y[u]);
+        }
+    }
+}
+
+// Rows i0 .. i0+7 of column j, times scale; rows past n are zero.
+template <bool SHARED> __device__ inline void load_tile(float *y, const Columns &c, float scale,
+                                                        int i0, int j) {
+    #pragma unroll
+    for (int i = 0; i < TILE; i++) {
+        const int at = (i0 + i) * c.down + (SHARED ? j : j * c.right);
+        y[i] = i0 + i < c.n ? c.x[at] * scale : 0;
+    }
+}
+
+// 32 sums over the lanes of a warp at once: lanes exchange halves, then quarters, ..; lane l is left
+// with sum l in x[0], after 31 exchanges where 32 trees would take 160.
+template <int HALF> __device__ inline void warp_sums(float *x) {
+    const bool upper = threadIdx.x & HALF;
+    #pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float give = upper ? x[i] : x[i + HALF], keep = upper ? x[i + HALF] : x[i];
+        x[i] = keep + __shfl_xor_sync(~0u, give, HALF);
+    }
+    if constexpr (HALF > 1) { warp_sums<HALF / 2>(x); }
+}
+
+// Place of (i,k), i <= k < 8, in a triangle of 36.
+__host__ __device__ constexpr int triangle(int i, int k) { return i * TILE - i * (i - 1) / 2 + k - i; }
+
+// part (N,N) = the block's part of X X^T, X times scale: tiles of 8 x 8, those of the diagonal as
+// triangles. Each thread has sums over its columns; then over the warp, and over warps.
+template <int N, bool SHARED>
+__device__ void gram(float *part, Room<N> &room, const Columns &c, float scale) {
+    enum { ALL = TILE * TILE, HALF_ALL = TILE * (TILE + 1) / 2 };
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *mine = room.warp[warp];
+    for (int i0 = 0; i0 < c.n; i0 += TILE) {
+        for (int k0 = i0; k0 < c.n; k0 += TILE) {
+            float a[TILE], b[TILE];
+            if (i0 == k0) {
+                float sum[HALF_ALL] = {0};
+                for (int j = threadIdx.x; j < c.count; j += THREADS) {
+                    load_tile<SHARED>(a, c, scale, i0, j);
+                    #pragma unroll
+                    for (int i = 0; i < TILE; i++) {
+                        #pragma unroll
+                        for (int k = i; k < TILE; k++) { sum[triangle(i, k)] += a[i] * a[k]; }
+                    }
+                }
+                warp_sums<16>(sum);
+                mine[lane] = sum[0];
+                #pragma unroll
+                for (int e = 32; e < HALF_ALL; e++) { mine[e] = warp_sum(sum[e]); }
+            } else {
+                float sum[ALL] = {0};
+                for (int j = threadIdx.x; j < c.count; j += THREADS) {
+                    load_tile<SHARED>(a, c, scale, i0, j);
+                    load_tile<SHARED>(b, c, scale, k0, j);
+                    #pragma unroll
+                    for (int e = 0; e < ALL; e++) { sum[e] += a[e / TILE] * b[e % TILE]; }
+                }
+                warp_sums<16>(sum);
+                warp_sums<16>(sum + 32);
+                mine[lane] = sum[0];
+                mine[lane + 32] = sum[32];
+            }
+            __syncthreads();
+            if (threadIdx.x < ALL) {
+                const int i = threadIdx.x / TILE, k = threadIdx.x % TILE;
+                const int e = i0 < k0 ? (int)threadIdx.x : triangle(min(i, k), max(i, k));
+                float all = 0;
+                for (int w = 0; w < WARPS; w++) { all += room.warp[w][e]; }
+                part[(i0 + i) * N + k0 + k] = part[(k0 + k) * N + i0 + i] = all;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// A barrier of the slice's blocks.
+__device__ inline void slice_sync(int blocks) {
+    if (blocks > 1) { cooperative_groups::this_cluster().sync(); } else { __syncthreads(); }
+}
+
+// out (N,N) = s x + t y x, by `workers` threads.
+template <int N> __device__ inline void polynomial(float *out, float s, const float *x, float t,
+                                                   const float *y, int workers) {
+    for (int e = threadIdx.x; e < N * N; e += workers) {
+        const int i = e / N, k = e % N;
+        float sum = 0;
+        #pragma unroll
+        for (int j = 0; j < N; j++) { sum += y[i * N + j] * x[j * N + k]; }
+        out[e] = s * x[e] + t * sum;
+    }
+}
+
+// Rounds of the iteration on R: room.q from room.r, as in newton_schulz. 8 rows are one warp's work.
+template <int N> __device__ void rounds(Room<N> &room, int count) {
+    const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    const int workers = N == TILE ? 32 : THREADS, worker = threadIdx.x < workers;
+    #define SYNC() do { if (N == TILE) { __syncwarp(); } else { __syncthreads(); } } while (0)
+    if (worker) {
+        for (int e = threadIdx.x; e < N * N; e += workers) { room.q[e] = e % (N + 1) == 0; }
+        SYNC();
+        for (int t = 0; t < count; t++) {
+            polynomial<N>(room.z, b, room.r, c, room.r, workers);
+            SYNC();
+            polynomial<N>(room.next, a, room.q, 1, room.z, workers);
+            if (t + 1 < count) { polynomial<N>(room.p, a, room.r, 1, room.z, workers); }
+            SYNC();
+            if (t + 1 < count) { polynomial<N>(room.r, a, room.p, 1, room.z, workers); }
+            for (int e = threadIdx.x; e < N * N; e += workers) { room.q[e] = room.next[e]; }
+            SYNC();
+        }
+    }
+    #undef SYNC
+    __syncthreads();
+}
+
+// X <- Q X, X times scale, a thread per column.
+template <int N, bool SHARED>
+__device__ void apply(const Columns &c, const float *q, float scale) {
+    for (int j = threadIdx.x; j < c.count; j += THREADS) {
+        float x[N];
+        #pragma unroll
+        for (int i = 0; i < N; i += TILE) { load_tile<SHARED>(x + i, c, scale, i, j); }
+        #pragma unroll 8
+        for (int i = 0; i < N; i++) {
+            if (i >= c.n) { break; }
+            float sum = 0;
+            #pragma unroll
+            for (int k = 0; k < N; k += 4) {
+                const float4 q4 = *(const float4 *)(q + i * N + k);
+                sum += q4.x * x[k] + q4.y * x[k + 1] + q4.z * x[k + 2] + q4.w * x[k + 3];
+            }
+            c.x[i * c.down + (SHARED ? j : j * c.right)] = sum;
+        }
+    }
+    __syncthreads();
+}
+
+// One slice: `blocks` blocks of a cluster, each with count of its columns.
+template <int N, bool SHARED> __global__ __launch_bounds__(THREADS, N == TILE ? 2 : 1)
+void muon_kernel(Step s, int blocks) {
+    enum { V = SHARED ? 4 : 1 };
+    extern __shared__ __align__(16) unsigned char shared[];
+    Room<N> &room = *(Room<N> *)shared;
+    const Slice slice = s.slices[blockIdx.x / blocks];
+    const int rank = blockIdx.x % blocks, m = (int)(slice.rows * slice.cols / s.n);
+    Columns c = { SHARED ? (float *)(shared + sizeof room) : s.g + slice.at, s.count, 1, s.n, m,
+                  rank * s.count, min(s.count, m - rank * s.count), slice.rows <= slice.cols };
+    if (!SHARED) { c.down = c.wide ? m : 1, c.right = c.wide ? 1 : s.n; }
+    auto cluster = cooperative_groups::this_cluster();
+
+    int state = c.wide ? read_gradient<V, true, SHARED>(c, s.g + slice.at)
+                       : read_gradient<V, false, SHARED>(c, s.g + slice.at);
+    state = __syncthreads_or(state & 1) | __syncthreads_or(state & 2) << 1;
+    if (blocks > 1) {
+        if (threadIdx.x == 0) { room.state = state; }
+        cluster.sync();
+        for (int b = 0; b < blocks; b++) { state |= *cluster.map_shared_rank(&room.state, b); }
+    }
+    if (state != 1) {           // nothing to follow: the slice keeps its bits
+        slice_sync(blocks);
+        return;
+    }
+
+    double sum = c.wide ? update_moments<V, true, SHARED>(c, s.m + slice.at, s)
+                        : update_moments<V, false, SHARED>(c, s.m + slice.at, s);
+    for (int k = 16; k > 0; k /= 2) { sum += __shfl_xor_sync(~0u, sum, k); }
+    if (threadIdx.x % 32 == 0) { room.sum[threadIdx.x / 32] = sum; }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        room.norm = 0;
+        for (int w = 0; w < WARPS; w++) { room.norm += room.sum[w]; }
+    }
+    slice_sync(blocks);
+    sum = 0;
+    for (int b = 0; b < blocks; b++) { sum += *cluster.map_shared_rank(&room.norm, b); }
+    // X = U / |U|: multiplied when it is read, until the first product has stored it.
+    float scale = sum > 0 ? fminf((float)(1 / sqrt(sum)), 3e38f) : 0;
+    for (int t = 0, turn = 0, end; t < ROUNDS; t = end, turn ^= 1) {
+        for (end = t + 1; end < ROUNDS && !(s.restarts >> end & 1); end++) { }
+        gram<N, SHARED>(room.part[turn], room, c, scale);
+        slice_sync(blocks);
+        for (int e = threadIdx.x; e < N * N; e += THREADS) {
+            float all = 0;
+            for (int b = 0; b < blocks; b++) { all += cluster.map_shared_rank(room.part[turn], b)[e]; }
+            room.r[e] = e / N < c.n && e % N < c.n ? all : 0;
+        }
+        __syncthreads();
+        rounds<N>(room, end - t);
+        apply<N, SHARED>(c, room.q, scale);
+        scale = 1;
+    }
+    const double side = (double)max(slice.rows, slice.cols);
+    const float rate = (float)(s.lr * 0.2 * sqrt(side));
+    if (c.wide) { update_masters<V, true, SHARED>(c, s.p + slice.at, s.keep, rate); }
+    else { update_masters<V, false, SHARED>(c, s.p + slice.at, s.keep, rate); }
+    slice_sync(blocks);         // nobody may leave while its part of R is read
+}
+
+template <int N, bool SHARED> static void launch(const Step &s, int slices, int blocks) {
+    const size_t bytes = sizeof(Room<N>) + (SHARED ? sizeof(float) * s.n * s.count : 0);
+    auto kernel = muon_kernel<N, SHARED>;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(slices * blocks), config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = &cluster, config.numAttrs = 1;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    cudaCheck(cudaLaunchKernelEx(&config, kernel, s, blocks));
+}
+
+// Slices of one size, with m columns. most: bytes of X that a block may have.
+template <int N> static void launch_size(Step s, size_t m, int slices, bool vector) {
+    const size_t most = 64 << 10, column = sizeof(float) * s.n;
+    size_t count = m;
+    int blocks = 1;
+    while (blocks < BLOCKS_MAX && count * column > most) {
+        blocks *= 2;
+        count = ((m + blocks - 1) / blocks + 3) / 4 * 4;
+    }
+    const bool shared = vector && count * column <= most;
+    s.count = (int)(shared ? count : m);
+    if (shared) { launch<N, true>(s, slices, blocks); } else { launch<N, false>(s, slices, 1); }
+}
+
+} // namespace muon
+
+extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n,
+                                double grad_scale, double lr, double beta, double weight_decay,
+                                int restarts) {
+    if (n == 0) { return; }
+    const size_t mark = workspace_mark(), bytes = sizeof(muon::Slice) * n;
+    const muon::Slice *list = (const muon::Slice *)slices_h;
+    muon::Slice *slices = (muon::Slice *)workspace(bytes);
+    cudaCheck(cudaMemcpyAsync(slices, slices_h, bytes, cudaMemcpyHostToDevice, stream));
+    muon::Step s = { p, m, g, slices, (float)grad_scale, (float)beta, (float)(1 - beta),
+                     (float)(1 - lr * weight_decay), lr, restarts, 0, 0 };
+    for (int first = 0, last; first < n; first = last) {        // a run of one size
+        const size_t low = min(list[first].rows, list[first].cols);
+        const size_t high = max(list[first].rows, list[first].cols);
+        bool vector = high % 4 == 0;
+        for (last = first; last < n; last++) {
+            const muon::Slice &l = list[last];
+            if (min(l.rows, l.cols) != low || max(l.rows, l.cols) != high) { break; }
+            vector = vector && l.at % 4 == 0;
+        }
+        gpuRequire(low <= 64);
+        auto launch = low <= 8 ? muon::launch_size<8> : low <= 16 ? muon::launch_size<16>
+                    : low <= 32 ? muon::launch_size<32> : muon::launch_size<64>;
+        s.slices = slices + first, s.n = (int)low;
+        launch(s, high, last - first, vector);
+    }
+    workspace_release(mark);
+}
+
 // -------------------------------------------------------------------------------------------------
 // 6 Routing, permutation, combine; NCCL (moe.c)
 
-// s = sqrt(softplus(v)), as in moe.c: the limit exp(v/2) below -20.
-__device__ inline float route_score(float v) {
+// A score and its derivative, as in moe.c: sqrt(softplus(v)) is its limit exp(v/2) below -20.
+__device__ inline float route_score(int score, float v) {
+    if (score == SCORE_SIGMOID) { return 1 / (1 + expf(-v)); }
+    if (score == SCORE_SOFTMAX) { return expf(v); }
     return v < -20 ? expf(v / 2) : sqrtf(fmaxf(v, 0) + log1pf(expf(-fabsf(v))));
+}
+
+__device__ inline float route_slope(int score, float v, float s) {
+    if (score == SCORE_SIGMOID) { return s * (1 - s); }
+    return score == SCORE_SOFTMAX ? s : v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s);
+}
+
+// What softmax takes off the logits: the log of the sum of their exponentials, by one warp.
+__device__ inline float route_shift(int score, const float *all, int E) {
+    float most = -INFINITY, sum = 0;
+    if (score != SCORE_SOFTMAX) { return 0; }
+    for (int e = threadIdx.x % 32; e < E; e += 32) { most = fmaxf(most, all[e]); }
+    most = warp_max(most);
+    for (int e = threadIdx.x % 32; e < E; e += 32) { sum += expf(all[e] - most); }
+    return most + logf(warp_sum(sum));
+}
+
+// The best of all lanes' candidates, to all lanes; equal ones: the smaller id.
+__device__ inline int warp_best(float best, int id) {
+    #pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(~0u, best, step);
+        const int other_id = __shfl_xor_sync(~0u, id, step);
+        if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
+    }
+    return id;
+}
+
+// The open groups, as bits: lane g rates group g by its two best choices together, or by its best.
+__device__ inline unsigned route_groups(const float *all, const float *bias, float shift,
+                                        Routing how, int E) {
+    const int lane = threadIdx.x % 32, size = E / how.groups;
+    float first = -INFINITY, second = -INFINITY;
+    unsigned open = 0;
+    for (int e = lane * size; lane < how.groups && e < (lane + 1) * size; e++) {
+        const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+        second = fmaxf(second, fminf(first, choice));
+        first = fmaxf(first, choice);
+    }
+    for (int k = 0; k < how.kept; k++) {
+        const bool out = lane >= how.groups || (open >> lane & 1);
+        open |= 1u << warp_best(out ? -INFINITY : how.greedy ? first : first + second,
+                                out ? INT_MAX : lane);
+    }
+    return open;
 }
 
 // One warp per token. Selection takes the best K times; a lane looks after every 32nd expert, and
 // equal choices go to the smaller id.
 __global__ void route_kernel(int *ids, real *weights, real *logits, const real *all,
-                             const float *bias, const int *tid2eid, const int *tokens, float scale,
-                             int norm, int T, int E, int K) {
+                             const float *bias, const int *tid2eid, const int *tokens, Routing how,
+                             float scale, int norm, int T, int E, int K) {
     const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (t >= T) { return; }
     all += (size_t)t * E;
     ids += (size_t)t * K;
+    const float shift = route_shift(how.score, all, E);
     if (tid2eid) {
         for (int k = lane; k < K; k += 32) { ids[k] = tid2eid[(size_t)tokens[t] * K + k]; }
     } else {
         unsigned long long taken = 0;           // of this lane's experts lane, lane + 32, ..
+        const bool grouped = how.groups > 1;
+        const unsigned open = grouped ? route_groups(all, bias, shift, how, E) : ~0u;
         for (int k = 0; k < K; k++) {
             float best = -INFINITY;
             int id = INT_MAX;
             for (int e = lane, i = 0; e < E; e += 32, i++) {
-                const float choice = route_score(all[e]) + bias[e];
-                if (!(taken >> i & 1) && choice > best) { best = choice; id = e; }
+                const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
+                const bool in = !grouped || open >> e / (E / how.groups) & 1;
+                if (in && !(taken >> i & 1) && choice > best) { best = choice; id = e; }
             }
-            #pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                const float other = __shfl_xor_sync(~0u, best, step);
-                const int other_id = __shfl_xor_sync(~0u, id, step);
-                if (other > best || (other == best && other_id < id)) { best = other; id = other_id; }
-            }
+            id = warp_best(best, id);
             if (id % 32 == lane) { taken |= 1ull << (id / 32); }
             if (lane == 0) { ids[k] = id; }
         }
@@ -2374,54 +2862,61 @@ __global__ void route_kernel(int *ids, real *weights, real *logits, const real *
     if (lane != 0) { return; }
     float sum = 1e-20f;
     for (int k = 0; k < K; k++) {
-        logits[(size_t)t * K + k] = all[ids[k]];
-        sum += route_score(all[ids[k]]);
+        const float v = all[ids[k]] - shift;
+        logits[(size_t)t * K + k] = v;
+        sum += weights[(size_t)t * K + k] = route_score(how.score, v);
     }
     for (int k = 0; k < K; k++) {
-        weights[(size_t)t * K + k] = scale * route_score(all[ids[k]]) / (norm ? sum : 1);
+        weights[(size_t)t * K + k] = scale * weights[(size_t)t * K + k] / (norm ? sum : 1);
     }
 }
 
 extern "C" void route_forward_gpu(int *ids, real *weights, real *logits, const real *all,
                                   const float *bias, const int *tid2eid, const int *tokens,
-                                  float scale, int norm, int T, int E, int K) {
+                                  Routing how, float scale, int norm, int T, int E, int K) {
     if (T == 0) { return; }
-    gpuRequire(E <= 32 * 64);
+    gpuRequire(E <= 32 * 64 && how.groups <= 32);
     route_kernel<<<blocks_for(T, 4), 128, 0, stream>>>(ids, weights, logits, all, bias, tid2eid,
-                                                       tokens, scale, norm, T, E, K);
+                                                       tokens, how, scale, norm, T, E, K);
     cudaCheck(cudaGetLastError());
 }
 
-// dinp += sum_k dv_k gate[id_k]. One block per token.
+// dinp += sum_k dv_k gate[id_k]. One block per token. all: only a softmax without norm needs it.
 enum { ROUTE_K_MAX = 16 };
 __global__ void route_backward_kernel(real *dinp, const real *dweights, const int *slot_row,
                                       const int *ids, const real *weights, const real *logits,
-                                      const bf16 *gate, float scale, int norm, int C, int K) {
-    __shared__ float dv[ROUTE_K_MAX];
+                                      const real *all, const bf16 *gate, Routing how, float scale,
+                                      int norm, int C, int E, int K) {
+    __shared__ float dv[ROUTE_K_MAX], shift;
     __shared__ int id[ROUTE_K_MAX];
     const size_t t = blockIdx.x, first = t * K;
+    float sum = 1e-20f, dot = 0;
+    for (int k = 0; k < K; k++) {
+        sum += route_score(how.score, logits[first + k]);
+        dot += dweights[slot_row[first + k]] * weights[first + k];
+    }
     if ((int)threadIdx.x < K) {
-        float sum = 1e-20f, dot = 0;
-        for (int k = 0; k < K; k++) {
-            sum += route_score(logits[first + k]);
-            dot += dweights[slot_row[first + k]] * weights[first + k];
-        }
-        // forward: w_k = scale s_k / sum s, s = sqrt(softplus(v)), v = gate[id_k] . x
+        // forward: w_k = scale s_k / sum s, s = score(v), v = gate[id_k] . x
         const size_t slot = first + threadIdx.x;
-        const float v = logits[slot], s = route_score(v);
+        const float v = logits[slot], s = route_score(how.score, v);
         float ds = scale * dweights[slot_row[slot]];
         if (norm) { ds = (ds - dot) / sum; }
-        dv[threadIdx.x] = ds * (v < -20 ? s / 2 : 1 / ((1 + expf(-v)) * 2 * s));
+        dv[threadIdx.x] = ds * route_slope(how.score, v, s);
         id[threadIdx.x] = ids[slot];
+    }
+    if (all && threadIdx.x < 32) {
+        const float log_sum = route_shift(how.score, all + t * E, E);
+        if (threadIdx.x == 0) { shift = log_sum; }
     }
     __syncthreads();
     for (int c = threadIdx.x * 4; c < C; c += blockDim.x * 4) {
         float d[4], g[4];
         load4(d, dinp + t * C + c);
-        for (int k = 0; k < K; k++) {
-            load4(g, gate + (size_t)id[k] * C + c);
+        for (int k = 0; k < K + (all ? E : 0); k++) {
+            load4(g, gate + (size_t)(k < K ? id[k] : k - K) * C + c);
+            const float v = k < K ? dv[k] : -dot * expf(all[t * E + k - K] - shift);
             #pragma unroll
-            for (int j = 0; j < 4; j++) { d[j] += dv[k] * g[j]; }
+            for (int j = 0; j < 4; j++) { d[j] += v * g[j]; }
         }
         store4(dinp + t * C + c, d);
     }
@@ -2429,11 +2924,12 @@ __global__ void route_backward_kernel(real *dinp, const real *dweights, const in
 
 extern "C" void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row,
                                    const int *ids, const real *weights, const real *logits,
-                                   const bf16 *gate, float scale, int norm, int T, int C, int K) {
+                                   const real *all, const bf16 *gate, Routing how, float scale,
+                                   int norm, int T, int C, int E, int K) {
     if (T == 0) { return; }
     gpuRequire(K <= ROUTE_K_MAX);
     route_backward_kernel<<<T, 256, 0, stream>>>(dinp, dweights, slot_row, ids, weights, logits,
-                                                 gate, scale, norm, C, K);
+                                                 all, gate, how, scale, norm, C, E, K);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2685,7 +3181,6 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
 extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.maxCTAs = NET_CTAS;
     memcpy(&id, id_h, sizeof id);
     net.rank = rank;
     net_ranks = ranks;
@@ -3017,438 +3512,380 @@ extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const ac
 }
 
 // ---- hyper-connections
+//
+// A token's streams are HC * C numbers, and its projection fn is a matrix (M,HC*C) that all tokens
+// share. What multiplies with fn keeps a slice of it, 128 or 256 channels of all four streams, in
+// shared memory and lets the tokens pass by; so a token is worked on by several blocks, which leave
+// partial sums. A warp takes 16 tokens and 32 channels at a time, held as the operands of the
+// tensor cores lie: lane 4 g + q has the channels 8 q .. 8 q + 7 of tokens g and g + 8.
 
-// m = r (fn X), r = 1 / rms. A block takes HC_TOKENS tokens; each thread walks every blockDim-th
-// group of 4 columns, keeps HC_TOKENS x M sums, and the block adds them up at the end.
-//   operations: 2 x 24 x 16,384 per token, 3.2 GFLOP at T = 4,096: 54 us at fp32 rate, against
-//   31 us to read X. fn (1.6 MB) comes from L2 once per HC_TOKENS tokens.
-enum { HC_TOKENS = 4, HC_THREADS = 256 };
+// It asks for them some rounds ahead, each lane for what it will use itself, so nobody waits for
+// another.
 
-template <int M>
-__global__ void __launch_bounds__(HC_THREADS)
-hc_logits_forward_kernel(real *m, real *r, const act *X, const float *fn, float eps, int T, int N) {
-    __shared__ float shared[HC_THREADS / 32][HC_TOKENS][M + 1];
-    const int t0 = blockIdx.x * HC_TOKENS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float sum[HC_TOKENS][M + 1];                // the last one: the sum of squares
+enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32 };
+
+// Blocks along C, and as many along T as fit onto the device, one per multiprocessor.
+static dim3 hc_grid(int T, int C, int slice) {
+    int device, processors;
+    cudaCheck(cudaGetDevice(&device));
+    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int slices = blocks_for(C, slice), most = blocks_for(T, HC_TILE * HC_WARPS);
+    const int fit = processors / slices > 1 ? processors / slices : 1;
+    return dim3(slices, most < fit ? most : fit);
+}
+
+// 16 bytes to shared memory; L2 is told to bring the 128 around them, which the next round wants.
+__device__ inline void copy16_ahead(uint4 *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+                 :: "r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Asks for a line that the next tile will want.
+__device__ inline void touch(const float *p) { asm volatile("prefetch.global.L1 [%0];" :: "l"(p)); }
+
+// The rounds of a warp: 16 tokens with one group of 32 channels after the other, then the next 16.
+typedef struct { int tile, group, groups, stride; } HcRound;
+__device__ inline void next_round(HcRound &r) {
+    if (++r.group == r.groups) { r.group = 0; r.tile += r.stride; }
+}
+
+__device__ inline uint32_t pack_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&pair;
+}
+
+// 8 bf16 in 4 registers, as floats.
+__device__ inline void unpack8(float *x, const uint4 &raw) {
+    const uint32_t word[4] = { raw.x, raw.y, raw.z, raw.w };
     #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
-        #pragma unroll
-        for (int i = 0; i <= M; i++) { sum[t][i] = 0; }
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(word[i] << 16);
+        x[2 * i + 1] = __uint_as_float(word[i] & 0xFFFF0000u);
     }
-    for (int k = threadIdx.x * 4; k < N; k += HC_THREADS * 4) {
-        float x[HC_TOKENS][4];
+}
+
+// d (16,8) += a (16,16) b (16,8) in bf16.
+__device__ inline void mma_bf16(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16,8) += a (16,8) b (8,8) in tf32: fp32 rounded to 11 bits.
+__device__ inline void mma_tf32(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline uint32_t round_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+// Y[j] = post[j] o + sum_i comb[i][j] X[i] (DEAL; else Y is X), and this slice's share of fn Y and
+// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of its
+// 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
+//   bytes: 8 C for X, 2 C for o, 8 C for Y per token: 72 KiB, 302 MB at T = 4,096: 71 us.
+//   operations: 2 x 2 x 24 x 16,384 per token on tensor cores, 6.4 GFLOP: 13 us, and about 500
+//   instructions per warp and 9 KB moved, a quarter of what the bytes take.
+enum { HC_DEAL_SLICE = 256, HC_DEAL_STAGES = 3, HC_DEAL_LOADS = 2 * (HC + 1) };
+template <int M> constexpr int hc_deal_parts = HC_DEAL_SLICE / HC_GROUP * HC * ((M + 7) / 8) * 64;
+template <int M, bool DEAL>
+__global__ void __launch_bounds__(HC_THREADS, 1)
+hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const real *post,
+                       const real *comb, const float *fn, int T, int C) {
+    constexpr int NT = (M + 7) / 8;             // blocks of 8 rows of fn
+    extern __shared__ uint4 parts[];            // (groups,HC,NT,2,32): high and low halves of fn
+    uint4 *mine = parts + hc_deal_parts<M> + threadIdx.x;       // (stages,loads,threads)
+    const int first = blockIdx.x * HC_DEAL_SLICE, groups = min(HC_DEAL_SLICE, C - first) / HC_GROUP;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
+                    (int)gridDim.y * HC_WARPS }, ahead = now;
+    auto fetch = [&](int stage) {
+        uint4 *to = mine + stage * HC_DEAL_LOADS * HC_THREADS;
         #pragma unroll
-        for (int t = 0; t < HC_TOKENS; t++) {
-            load4(x[t], X + (size_t)min(t0 + t, T - 1) * N + k);
+        for (int h = 0; h < 2 && ahead.tile * HC_TILE < T; h++) {
+            const size_t t = min(ahead.tile * HC_TILE + g + 8 * h, T - 1);
+            const int c = first + ahead.group * HC_GROUP + q * 8;
             #pragma unroll
-            for (int j = 0; j < 4; j++) { sum[t][M] += x[t][j] * x[t][j]; }
-        }
-        #pragma unroll
-        for (int i = 0; i < M; i++) {
-            const float4 w = *(const float4 *)(fn + (size_t)i * N + k);
-            #pragma unroll
-            for (int t = 0; t < HC_TOKENS; t++) {
-                sum[t][i] += x[t][0] * w.x + x[t][1] * w.y + x[t][2] * w.z + x[t][3] * w.w;
+            for (int i = 0; i < HC; i++) {
+                copy16_ahead(to + (h * HC + i) * HC_THREADS, X + (t * HC + i) * C + c);
+            }
+            if (DEAL) { copy16_ahead(to + (2 * HC + h) * HC_THREADS, o + t * C + c); }
+            if (DEAL && ahead.group == 0) {
+                touch(q < 2 ? comb + t * HC * HC + q * 8 : post + t * HC);
             }
         }
-    }
+        copy_commit();
+        next_round(ahead);
+    };
     #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
+    for (int stage = 0; stage < HC_DEAL_STAGES - 1; stage++) { fetch(stage); }
+    #pragma unroll 4
+    for (int at = threadIdx.x; at < groups * HC * NT * 32; at += HC_THREADS) {
+        const int l = at % 32, n = at / 32 % NT * 8 + l / 4, j = at / (32 * NT) % HC;
+        const int c = first + at / (32 * NT * HC) * HC_GROUP + l % 4 * 8;
+        float x[8] = {0}, low[8];
+        if (n < M) { load8(x, fn + ((size_t)n * HC + j) * C + c); }
         #pragma unroll
-        for (int i = 0; i <= M; i++) {
-            const float all = warp_sum(sum[t][i]);
-            if (lane == 0) { shared[warp][t][i] = all; }
-        }
+        for (int k = 0; k < 8; k++) { low[k] = x[k] - __bfloat162float(__float2bfloat16_rn(x[k])); }
+        store8((bf16 *)&parts[at / 32 * 64 + l], x);
+        store8((bf16 *)&parts[at / 32 * 64 + 32 + l], low);
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < HC_TOKENS * M; at += HC_THREADS) {
-        const int t = at / M, i = at % M;
-        if (t0 + t >= T) { continue; }
-        float dot = 0, square = 0;
-        for (int k = 0; k < HC_THREADS / 32; k++) {
-            dot += shared[k][t][i];
-            square += shared[k][t][M];
+    float p[2][HC], mix[2][HC][HC], sum[NT][4], square[2];
+    for (int stage = 0; now.tile * HC_TILE < T; stage = (stage + 1) % HC_DEAL_STAGES) {
+        const int t0 = now.tile * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        if (now.group == 0) {
+            #pragma unroll
+            for (int h = 0; DEAL && h < 2; h++) {
+                const size_t t = min(t0 + 8 * h, T - 1);
+                load4(p[h], post + t * HC);
+                #pragma unroll
+                for (int i = 0; i < HC; i++) { load4(mix[h][i], comb + (t * HC + i) * HC); }
+            }
+            #pragma unroll
+            for (int n = 0; n < NT; n++) { sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0; }
+            square[0] = square[1] = 0;
         }
-        const float rms = 1 / sqrtf(square / N + eps);
-        m[(size_t)(t0 + t) * M + i] = dot * rms;
-        if (i == 0) { r[t0 + t] = rms; }
+        copy_wait<HC_DEAL_STAGES - 2>();
+        const uint4 *from = mine + stage * HC_DEAL_LOADS * HC_THREADS;
+        fetch((stage + HC_DEAL_STAGES - 1) % HC_DEAL_STAGES);
+        uint4 y4[2][HC];                        // Y, rounded
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float y[HC][8], z[8];
+            if (DEAL) {
+                unpack8(z, from[(2 * HC + h) * HC_THREADS]);
+                #pragma unroll
+                for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
+                #pragma unroll
+                for (int i = 0; i < HC; i++) {
+                    unpack8(z, from[(h * HC + i) * HC_THREADS]);
+                    #pragma unroll
+                    for (int je = 0; je < HC * 8; je++) {
+                        y[je / 8][je % 8] += mix[h][i][je / 8] * z[je % 8];
+                    }
+                }
+            }
+            #pragma unroll
+            for (int j = 0; j < HC; j++) {
+                y4[h][j] = DEAL ? make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
+                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]))
+                                : from[(h * HC + j) * HC_THREADS];
+                if (DEAL && t0 + 8 * h < T) {
+                    *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
+                }
+                unpack8(z, y4[h][j]);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) { square[h] += z[e] * z[e]; }
+            }
+        }
+        #pragma unroll
+        for (int j = 0; j < HC; j++) {
+            const uint32_t a[2][4] = { { y4[0][j].x, y4[1][j].x, y4[0][j].y, y4[1][j].y },
+                                       { y4[0][j].z, y4[1][j].z, y4[0][j].w, y4[1][j].w } };
+            #pragma unroll
+            for (int n = 0; n < 2 * NT; n++) {          // high half, low half, next block of rows
+                const uint4 b = parts[((now.group * HC + j) * 2 * NT + n) * 32 + lane];
+                mma_bf16(sum[n / 2], a[0], b.x, b.y);
+                mma_bf16(sum[n / 2], a[1], b.z, b.w);
+            }
+        }
+        if (now.group == groups - 1) {
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {       // the four lanes of a token; then its M + 1 sums
+                square[h] += __shfl_xor_sync(~0u, square[h], 1);
+                square[h] += __shfl_xor_sync(~0u, square[h], 2);
+                float *out = partial + ((size_t)blockIdx.x * T + t0 + 8 * h) * (M + 1);
+                #pragma unroll
+                for (int ne = 0; ne < 2 * NT; ne++) {
+                    const int n = ne / 2 * 8 + 2 * q + ne % 2;
+                    if (n < M && t0 + 8 * h < T) { out[n] = sum[ne / 2][2 * h + ne % 2]; }
+                }
+                if (q == 0 && t0 + 8 * h < T) { out[M] = square[h]; }
+            }
+        }
+        next_round(now);
     }
+}
+
+// The slices' shares added up, in their order: a warp per token, a lane per sum.
+__global__ void hc_logits_sum_kernel(real *m, real *r, const float *partial, float eps, int slices,
+                                     int T, int N, int M) {
+    const int t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (t >= T) { return; }
+    float sum = 0;
+    for (int s = 0; s < slices && lane <= M; s++) {
+        sum += partial[((size_t)s * T + t) * (M + 1) + lane];
+    }
+    const float rms = 1 / sqrtf(__shfl_sync(~0u, sum, M) / N + eps);
+    if (lane < M) { m[(size_t)t * M + lane] = sum * rms; }
+    if (lane == M) { r[t] = rms; }
+}
+
+template <int M, bool DEAL>
+static void hc_deal(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
+                    const real *comb, const float *fn, float eps, int T, int C) {
+    if (T == 0) { return; }
+    const dim3 grid = hc_grid(T, C, HC_DEAL_SLICE);
+    const size_t mark = workspace_mark();
+    const int bytes = 16 * (hc_deal_parts<M> + HC_DEAL_STAGES * HC_DEAL_LOADS * HC_THREADS);
+    float *partial = (float *)workspace(sizeof(float) * grid.x * T * (M + 1));
+    auto kernel = hc_deal_forward_kernel<M, DEAL>;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<grid, HC_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
+    cudaCheck(cudaGetLastError());
+    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T, HC * C,
+                                                               M);
+    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
+}
+
+extern "C" void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X,
+                                    const real *post, const real *comb, const float *fn, float eps,
+                                    int T, int C, int M) {
+    gpuRequire(C % HC_GROUP == 0 && (M == HC_MIX || M == HC));
+    auto deal = M == HC ? hc_deal<HC, true> : hc_deal<HC_MIX, true>;
+    deal(Y, m, r, o, X, post, comb, fn, eps, T, C);
 }
 
 extern "C" void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps,
                                       int T, int C, int M) {
-    if (T == 0) { return; }
-    const int grid = blocks_for(T, HC_TOKENS);
-    if (M == HC_MIX) {
-        hc_logits_forward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T,
-                                                                          HC * C);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_forward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T, HC * C);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-// dX += r fn^T dm - (r^2 / N) <m, dm> X. A block takes HC_TOKENS tokens and HC_THREADS * 4 columns;
-// fn's columns are read once per block.
-//   bytes: 8 N for dX, 2 N for X per token: 10 x 16,384 = 160 KiB, 671 MB at T = 4,096: 157 us.
-template <int M>
-__global__ void __launch_bounds__(HC_THREADS)
-hc_logits_backward_kernel(real *dX, const real *dm, const real *m, const real *r, const act *X,
-                          const float *fn, int T, int N) {
-    __shared__ float g[HC_TOKENS][M], along[HC_TOKENS];
-    const int t0 = blockIdx.x * HC_TOKENS;
-    for (int at = threadIdx.x; at < HC_TOKENS * M; at += HC_THREADS) {
-        const int t = min(t0 + at / M, T - 1);
-        g[at / M][at % M] = r[t] * dm[(size_t)t * M + at % M];
-    }
-    if (threadIdx.x < HC_TOKENS) {
-        const int t = min(t0 + (int)threadIdx.x, T - 1);
-        float dot = 0;
-        for (int i = 0; i < M; i++) { dot += m[(size_t)t * M + i] * dm[(size_t)t * M + i]; }
-        along[threadIdx.x] = r[t] * r[t] / N * dot;
-    }
-    __syncthreads();
-    const int k = (blockIdx.y * HC_THREADS + threadIdx.x) * 4;
-    if (k >= N) { return; }
-    float4 sum[HC_TOKENS];
-    #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) { sum[t] = make_float4(0, 0, 0, 0); }
-    #pragma unroll 4
-    for (int i = 0; i < M; i++) {
-        const float4 w = *(const float4 *)(fn + (size_t)i * N + k);
-        #pragma unroll
-        for (int t = 0; t < HC_TOKENS; t++) {
-            sum[t].x += g[t][i] * w.x;
-            sum[t].y += g[t][i] * w.y;
-            sum[t].z += g[t][i] * w.z;
-            sum[t].w += g[t][i] * w.w;
-        }
-    }
-    #pragma unroll
-    for (int t = 0; t < HC_TOKENS; t++) {
-        if (t0 + t >= T) { break; }
-        const size_t at = (size_t)(t0 + t) * N + k;
-        float x[4];
-        load4(x, X + at);
-        float4 d = *(float4 *)(dX + at);
-        d.x += sum[t].x - along[t] * x[0];
-        d.y += sum[t].y - along[t] * x[1];
-        d.z += sum[t].z - along[t] * x[2];
-        d.w += sum[t].w - along[t] * x[3];
-        *(float4 *)(dX + at) = d;
-    }
-}
-
-extern "C" void hc_logits_backward_gpu(real *dX, real *dm, const real *m, const real *r,
-                                       const act *X, const float *fn, int T, int C, int M) {
-    if (T == 0) { return; }
-    const int N = HC * C;
-    const dim3 grid(blocks_for(T, HC_TOKENS), blocks_for(N, HC_THREADS * 4));
-    if (M == HC_MIX) {
-        hc_logits_backward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T,
-                                                                           N);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_backward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T, N);
-    }
-    cudaCheck(cudaGetLastError());
+    gpuRequire(C % HC_GROUP == 0 && (M == HC_MIX || M == HC));
+    auto deal = M == HC ? hc_deal<HC, false> : hc_deal<HC_MIX, false>;
+    deal(NULL, m, r, NULL, X, NULL, NULL, fn, eps, T, C);
 }
 
 __device__ inline float sigmoid_gpu(float x) { return 1 / (1 + expf(-x)); }
 
-// Sinkhorn on a 4 x 4 matrix in registers; every loop is unrolled. Divisors go to sums if KEEP.
-template <bool KEEP>
-__device__ inline void sinkhorn(float c[HC][HC], float *sums, int iters, float eps) {
-    #pragma unroll
-    for (int j = 0; j < HC; j++) {
-        float max = c[j][0], sum = 0;
-        #pragma unroll
-        for (int k = 1; k < HC; k++) { max = fmaxf(max, c[j][k]); }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { sum += c[j][k] = expf(c[j][k] - max); }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { c[j][k] = c[j][k] / sum + eps; }
-    }
-    for (int step = 0; step < 2 * iters - 1; step++) {      // columns, rows, columns, .. columns
-        #pragma unroll
-        for (int a = 0; a < HC; a++) {
-            float sum = eps;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) { sum += step % 2 ? c[a][b] : c[b][a]; }
-            if (KEEP) { sums[step * HC + a] = sum; }
-            const float inverse = 1 / sum;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) { (step % 2 ? c[a][b] : c[b][a]) *= inverse; }
-        }
-    }
+// Sinkhorn with one element of the 4 x 4 matrix per lane, row by row: 16 lanes are a token. Sums
+// over a line's four lanes, to all of them; columns at step 0, 2, ..
+__device__ inline float line_sum(float x, int step) {
+    const int stride = step % 2 ? 1 : 4;
+    x += __shfl_xor_sync(~0u, x, stride);
+    return x + __shfl_xor_sync(~0u, x, 2 * stride);
 }
 
-// One thread per token: its 24 numbers fit into registers, and no two tokens meet.
-//   bytes: 192 per token; what it costs is 39 dependent half-steps, about 10 us.
+// Element c of the mixing matrix, from its logit. sums, unless NULL, gets the divisor of every
+// half-step, `stride` apart.
+__device__ inline float sinkhorn(float c, float *sums, int stride, int iters, float eps) {
+    float max = fmaxf(c, __shfl_xor_sync(~0u, c, 1));
+    max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+    c = expf(c - max);
+    c = c / line_sum(c, 1) + eps;
+    for (int step = 0; step < 2 * iters - 1; step++) {
+        const float sum = line_sum(c, step) + eps;
+        if (sums) { sums[step * stride] = sum; }
+        c = __fdividef(c, sum);
+    }
+    return c;
+}
+
+// 16 lanes per token. bytes: 196 per token; what it costs is 39 dependent half-steps.
 __global__ void hc_weights_forward_kernel(real *pre, real *post, real *comb, const real *m,
                                           const float *base, const float *scale, float eps, int T,
-                                          int iters) {
-    const int t = blockIdx.x * blockDim.x + threadIdx.x;
-    if (t >= T) { return; }
-    m += (size_t)t * HC_MIX;
-    float c[HC][HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        pre[(size_t)t * HC + i] = sigmoid_gpu(m[i] * scale[0] + base[i]) + eps;
-        post[(size_t)t * HC + i] = 2 * sigmoid_gpu(m[HC + i] * scale[1] + base[HC + i]);
-        #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            const int at = 2 * HC + i * HC + k;
-            c[i][k] = m[at] * scale[2] + base[at];
-        }
-    }
-    sinkhorn<false>(c, NULL, iters, eps);
-    #pragma unroll
-    for (int i = 0; i < HC * HC; i++) { comb[(size_t)t * HC * HC + i] = c[i / HC][i % HC]; }
+                                          int M, int iters) {
+    const int at = blockIdx.x * blockDim.x + threadIdx.x, e = at % 16;
+    const size_t t = min(at / 16, T - 1);       // lanes past the end repeat the last token
+    m += t * M;
+    if (e < HC) { pre[t * HC + e] = sigmoid_gpu(m[e] * scale[0] + base[e]) + eps; }
+    if (M == HC) { return; }
+    if (e < HC) { post[t * HC + e] = 2 * sigmoid_gpu(m[HC + e] * scale[1] + base[HC + e]); }
+    const float c = m[2 * HC + e] * scale[2] + base[2 * HC + e];
+    comb[t * HC * HC + e] = sinkhorn(c, NULL, 0, iters, eps);
 }
 
 extern "C" void hc_weights_forward_gpu(real *pre, real *post, real *comb, const real *m,
                                        const float *base, const float *scale, float eps, int T,
-                                       int iters) {
+                                       int M, int iters) {
     if (T == 0) { return; }
-    hc_weights_forward_kernel<<<blocks_for(T, 32), 32, 0, stream>>>(pre, post, comb, m, base, scale,
-                                                                    eps, T, iters);
+    hc_weights_forward_kernel<<<blocks_for((size_t)T * 16, 128), 128, 0, stream>>>(
+        pre, post, comb, m, base, scale, eps, T, M, iters);
     cudaCheck(cudaGetLastError());
 }
 
-// The forward again with its divisors kept (in local memory), then backwards through the steps.
-__global__ void hc_weights_backward_kernel(real *dm, const real *dpre, const real *dpost,
-                                           const real *dcomb, const real *m, const float *base,
-                                           const float *scale, float eps, int T, int iters) {
-    const int t = blockIdx.x * blockDim.x + threadIdx.x;
-    if (t >= T) { return; }
-    m += (size_t)t * HC_MIX;
-    dm += (size_t)t * HC_MIX;
-    float c[HC][HC], d[HC][HC], sums[2 * 64 * HC];
+// 8 channels from c on of u = sum_i pre[i] X[i] of one token.
+__device__ inline void collapse8(float *u, const act *X, const float *p, int c, int C) {
+    float x[8];
+    #pragma unroll
+    for (int k = 0; k < 8; k++) { u[k] = 0; }
     #pragma unroll
     for (int i = 0; i < HC; i++) {
-        float s = sigmoid_gpu(m[i] * scale[0] + base[i]);
-        dm[i] = dpre[(size_t)t * HC + i] * s * (1 - s) * scale[0];
-        s = sigmoid_gpu(m[HC + i] * scale[1] + base[HC + i]);
-        dm[HC + i] = dpost[(size_t)t * HC + i] * 2 * s * (1 - s) * scale[1];
+        load8(x, X + (size_t)i * C + c);
         #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            const int at = 2 * HC + i * HC + k;
-            c[i][k] = m[at] * scale[2] + base[at];
-            d[i][k] = dcomb[(size_t)t * HC * HC + i * HC + k];
-        }
-    }
-    sinkhorn<true>(c, sums, iters, eps);
-    for (int step = 2 * iters - 2; step >= 0; step--) {
-        #pragma unroll
-        for (int a = 0; a < HC; a++) {
-            // forward: y_b = x_b / S, so dx_b = (dy_b - sum_k dy_k y_k) / S
-            const float sum = sums[step * HC + a], inverse = 1 / sum;
-            float along = 0;
-            #pragma unroll
-            for (int b = 0; b < HC; b++) {
-                along += step % 2 ? d[a][b] * c[a][b] : d[b][a] * c[b][a];
-            }
-            #pragma unroll
-            for (int b = 0; b < HC; b++) {
-                float &db = step % 2 ? d[a][b] : d[b][a], &cb = step % 2 ? c[a][b] : c[b][a];
-                db = (db - along) * inverse;
-                cb *= sum;
-            }
-        }
-    }
-    #pragma unroll
-    for (int j = 0; j < HC; j++) {
-        // forward: a = p + eps, p = softmax, so dlogits = p (da - <da, p>)
-        float along = 0;
-        #pragma unroll
-        for (int k = 0; k < HC; k++) { c[j][k] -= eps; along += d[j][k] * c[j][k]; }
-        #pragma unroll
-        for (int k = 0; k < HC; k++) {
-            dm[2 * HC + j * HC + k] = c[j][k] * (d[j][k] - along) * scale[2];
-        }
+        for (int k = 0; k < 8; k++) { u[k] += p[i] * x[k]; }
     }
 }
 
-extern "C" void hc_weights_backward_gpu(real *dm, const real *dpre, const real *dpost,
-                                        const real *dcomb, const real *m, const float *base,
-                                        const float *scale, float eps, int T, int iters) {
-    if (T == 0) { return; }
-    gpuRequire(iters <= 64);
-    hc_weights_backward_kernel<<<blocks_for(T, 32), 32, 0, stream>>>(dm, dpre, dpost, dcomb, m,
-                                                                     base, scale, eps, T, iters);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void hc_head_weights_forward_kernel(real *pre, const real *m, const float *base,
-                                               const float *scale, float eps, int n) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { pre[i] = sigmoid_gpu(m[i] * scale[0] + base[i % HC]) + eps; }
-}
-
-extern "C" void hc_head_weights_forward_gpu(real *pre, const real *m, const float *base,
-                                            const float *scale, float eps, int T) {
-    if (T == 0) { return; }
-    hc_head_weights_forward_kernel<<<blocks_for(T * HC, 256), 256, 0, stream>>>(pre, m, base, scale,
-                                                                                eps, T * HC);
-    cudaCheck(cudaGetLastError());
-}
-
-__global__ void hc_head_weights_backward_kernel(real *dm, const real *dpre, const real *m,
-                                                const float *base, const float *scale, int n) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    const float s = sigmoid_gpu(m[i] * scale[0] + base[i % HC]);
-    dm[i] = dpre[i] * s * (1 - s) * scale[0];
-}
-
-extern "C" void hc_head_weights_backward_gpu(real *dm, const real *dpre, const real *m,
-                                             const float *base, const float *scale, int T) {
-    if (T == 0) { return; }
-    hc_head_weights_backward_kernel<<<blocks_for(T * HC, 256), 256, 0, stream>>>(dm, dpre, m, base,
-                                                                                 scale, T * HC);
-    cudaCheck(cudaGetLastError());
-}
-
-// u = sum_i pre[i] X[i]. One block per token.
-//   bytes: 8 C read + 2 C written per token: 168 MB at T = 4,096, 39 us.
-__global__ void hc_collapse_forward_kernel(act *u, const act *X, const real *pre, int C) {
+// x = w u rstd, u = sum_i pre[i] X[i]. One block per token, which keeps u in registers (up to
+// C = 4,096; the rest it reads again).
+//   bytes: 8 C read + 2 C written per token: 40 KiB, 168 MB at T = 4,096: 39 us.
+__global__ void hc_enter_forward_kernel(act *out, real *rstd, const act *X, const real *pre,
+                                        const bf16 *w, float eps, int C) {
+    __shared__ float shared[32];
     const size_t t = blockIdx.x;
-    float p[HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) { p[i] = pre[t * HC + i]; }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float sum[8] = {0}, x[8];
+    const int first = threadIdx.x * 8, stride = blockDim.x * 8;
+    float p[HC], u[8], g[8], sum = 0;
+    load4(p, pre + t * HC);
+    X += t * HC * C;
+    for (int c = first; c < C; c += stride) {
+        collapse8(u, X, p, c, C);
+        #pragma unroll
+        for (int k = 0; k < 8; k++) { sum += u[k] * u[k]; }
+    }
+    sum = block_sum(sum, shared);
+    const float r = 1 / sqrtf(sum / C + eps);
+    if (threadIdx.x == 0) { rstd[t] = r; }
+    for (int c = first; c < C; c += stride) {
+        if (C > stride) { collapse8(u, X, p, c, C); }
+        load8(g, w + c);
+        #pragma unroll
+        for (int k = 0; k < 8; k++) { g[k] *= u[k] * r; }
+        store8(out + t * C + c, g);
+    }
+}
+
+extern "C" void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre,
+                                     const bf16 *w, float eps, int T, int C) {
+    if (T == 0) { return; }
+    hc_enter_forward_kernel<<<T, row_threads(C), 0, stream>>>(x, rstd, X, pre, w, eps, C);
+    cudaCheck(cudaGetLastError());
+}
+
+// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per token;
+// 20 sums over its threads.
+//   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
+enum { HC_SUM_THREADS = 128 };
+__global__ void __launch_bounds__(HC_SUM_THREADS)
+hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const act *o,
+                        const act *X, const real *post, int C) {
+    __shared__ float shared[HC_SUM_THREADS / 32][HC + HC * HC];
+    const size_t t = blockIdx.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float p[HC], sums[HC + HC * HC] = {0};
+    load4(p, post + t * HC);
+    for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
+        float d[HC][8], x[8], out[8] = {0};
+        load8(x, o + t * C + c);
+        #pragma unroll
+        for (int j = 0; j < HC; j++) {
+            load8(d[j], dY + (t * HC + j) * C + c);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) { sums[j] += d[j][k] * x[k]; out[k] += p[j] * d[j][k]; }
+        }
+        store8(do_ + t * C + c, out);
         #pragma unroll
         for (int i = 0; i < HC; i++) {
             load8(x, X + (t * HC + i) * C + c);
             #pragma unroll
-            for (int k = 0; k < 8; k++) { sum[k] += p[i] * x[k]; }
-        }
-        store8(u + t * C + c, sum);
-    }
-}
-
-extern "C" void hc_collapse_forward_gpu(act *u, const act *X, const real *pre, int T, int C) {
-    if (T == 0) { return; }
-    hc_collapse_forward_kernel<<<T, row_threads(C), 0, stream>>>(u, X, pre, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// dX[i] += pre[i] du, dpre[i] = <du, X[i]>. One block per token.
-//   bytes: 32 C for dX, 8 C for X, 2 C for du per token: 704 MB at T = 4,096, 165 us.
-__global__ void hc_collapse_backward_kernel(real *dX, real *dpre, const act *du, const act *X,
-                                            const real *pre, int C) {
-    __shared__ float shared[32];
-    const size_t t = blockIdx.x;
-    float p[HC], dot[HC] = {0};
-    #pragma unroll
-    for (int i = 0; i < HC; i++) { p[i] = pre[t * HC + i]; }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float d[8], x[8], g[8];
-        load8(d, du + t * C + c);
-        #pragma unroll
-        for (int i = 0; i < HC; i++) {
-            const size_t at = (t * HC + i) * C + c;
-            load8(x, X + at);
-            load8(g, dX + at);
-            #pragma unroll
-            for (int k = 0; k < 8; k++) { dot[i] += d[k] * x[k]; g[k] += p[i] * d[k]; }
-            store8(dX + at, g);
-        }
-    }
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        const float all = block_sum(dot[i], shared);
-        if (threadIdx.x == 0) { dpre[t * HC + i] = all; }
-    }
-}
-
-extern "C" void hc_collapse_backward_gpu(real *dX, real *dpre, const act *du, const act *X,
-                                         const real *pre, int T, int C) {
-    if (T == 0) { return; }
-    hc_collapse_backward_kernel<<<T, row_threads(C), 0, stream>>>(dX, dpre, du, X, pre, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// Y[j] = post[j] o + sum_i comb[i][j] X[i]. One block per token.
-//   bytes: 8 C + 2 C read, 8 C written per token: 302 MB at T = 4,096, 71 us.
-__global__ void hc_deal_forward_kernel(act *Y, const act *o, const act *X, const real *post,
-                                       const real *comb, int C) {
-    const size_t t = blockIdx.x;
-    float p[HC], mix[HC][HC];
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        p[i] = post[t * HC + i];
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { mix[i][j] = comb[(t * HC + i) * HC + j]; }
-    }
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        float x[HC][8], v[8], y[8];
-        load8(v, o + t * C + c);
-        #pragma unroll
-        for (int i = 0; i < HC; i++) { load8(x[i], X + (t * HC + i) * C + c); }
-        #pragma unroll
-        for (int j = 0; j < HC; j++) {
-            #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                y[k] = p[j] * v[k] + mix[0][j] * x[0][k] + mix[1][j] * x[1][k] +
-                       mix[2][j] * x[2][k] + mix[3][j] * x[3][k];
-            }
-            store8(Y + (t * HC + j) * C + c, y);
-        }
-    }
-}
-
-extern "C" void hc_deal_forward_gpu(act *Y, const act *o, const act *X, const real *post,
-                                    const real *comb, int T, int C) {
-    if (T == 0) { return; }
-    hc_deal_forward_kernel<<<T, row_threads(C), 0, stream>>>(Y, o, X, post, comb, C);
-    cudaCheck(cudaGetLastError());
-}
-
-// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>, and dX in place of
-// dY. One block per token; 20 sums over its threads.
-//   bytes: 32 C for dY and dX, 8 C for X, 4 C for o and do: 738 MB at T = 4,096, 173 us.
-__global__ void hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, real *dX, const act *o,
-                                        const act *X, const real *post, const real *comb, int C) {
-    __shared__ float shared[32][HC + HC * HC];
-    const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    float p[HC], mix[HC][HC], sums[HC + HC * HC] = {0};
-    #pragma unroll
-    for (int i = 0; i < HC; i++) {
-        p[i] = post[t * HC + i];
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { mix[i][j] = comb[(t * HC + i) * HC + j]; }
-    }
-    for (int c = threadIdx.x * 4; c < C; c += blockDim.x * 4) {
-        float d[HC][4], x[4], v[4], out[4];
-        load4(v, o + t * C + c);
-        #pragma unroll
-        for (int j = 0; j < HC; j++) { load4(d[j], dX + (t * HC + j) * C + c); }
-        #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            out[k] = p[0] * d[0][k] + p[1] * d[1][k] + p[2] * d[2][k] + p[3] * d[3][k];
-        }
-        store4(do_ + t * C + c, out);
-        #pragma unroll
-        for (int j = 0; j < HC; j++) {
-            #pragma unroll
-            for (int k = 0; k < 4; k++) { sums[j] += d[j][k] * v[k]; }
-        }
-        #pragma unroll
-        for (int i = 0; i < HC; i++) {
-            load4(x, X + (t * HC + i) * C + c);
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                out[k] = mix[i][0] * d[0][k] + mix[i][1] * d[1][k] + mix[i][2] * d[2][k] +
-                         mix[i][3] * d[3][k];
+            for (int j = 0; j < HC; j++) {
                 #pragma unroll
-                for (int j = 0; j < HC; j++) { sums[HC + i * HC + j] += x[k] * d[j][k]; }
+                for (int k = 0; k < 8; k++) { sums[HC + i * HC + j] += x[k] * d[j][k]; }
             }
-            store4(dX + (t * HC + i) * C + c, out);
         }
     }
     #pragma unroll
@@ -3459,18 +3896,285 @@ __global__ void hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, real
     __syncthreads();
     if (threadIdx.x >= HC + HC * HC) { return; }
     float all = 0;
-    for (int k = 0; k < warps; k++) { all += shared[k][threadIdx.x]; }
+    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
     if (threadIdx.x < HC) { dpost[t * HC + threadIdx.x] = all; }
     else { dcomb[t * HC * HC + threadIdx.x - HC] = all; }
 }
 
-extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, real *dX, const act *o,
-                                     const act *X, const real *post, const real *comb, int T,
-                                     int C) {
+extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY,
+                                     const act *o, const act *X, const real *post, int T, int C) {
     if (T == 0) { return; }
-    hc_deal_backward_kernel<<<T, row_threads(C), 0, stream>>>(do_, dpost, dcomb, dX, o, X, post,
-                                                              comb, C);
+    hc_deal_backward_kernel<<<T, HC_SUM_THREADS, 0, stream>>>(do_, dpost, dcomb, dY, o, X, post, C);
     cudaCheck(cudaGetLastError());
+}
+
+// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm says
+//     du = rstd a - kappa u,  kappa = rstd^3 <a, u> / C
+// so all that dm needs of a token's streams are eight sums, <a, X[i]> and <u, X[i]>. One block per
+// token.
+//   bytes: 8 C for X, 4 C for dx per token: 48 KiB, 201 MB at T = 4,096: 47 us.
+__global__ void __launch_bounds__(HC_SUM_THREADS)
+hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, const bf16 *w,
+                     int C) {
+    __shared__ float shared[HC_SUM_THREADS / 32][2 * HC];
+    const size_t t = blockIdx.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float p[HC], sums[2 * HC] = {0};
+    load4(p, pre + t * HC);
+    for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
+        float a[8], g[8], u[8] = {0}, x[HC][8];
+        load8(a, dx + t * C + c);
+        load8(g, w + c);
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            load8(x[i], X + (t * HC + i) * C + c);
+            #pragma unroll
+            for (int k = 0; k < 8; k++) { u[k] += p[i] * x[i][k]; }
+        }
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            #pragma unroll
+            for (int k = 0; k < 8; k++) {
+                sums[i] += a[k] * g[k] * x[i][k];
+                sums[HC + i] += u[k] * x[i][k];
+            }
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < 2 * HC; i++) {
+        const float all = warp_sum(sums[i]);
+        if (lane == 0) { shared[warp][i] = all; }
+    }
+    __syncthreads();
+    if (threadIdx.x >= 2 * HC) { return; }
+    float all = 0;
+    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
+    out[t * 2 * HC + threadIdx.x] = all;
+}
+
+// What dX needs of a token: r dm, 24 numbers, then kappa and `along`, the factors of u and X.
+enum { HC_KAPPA = HC_MIX, HC_ALONG, HC_TOKEN = 32, HC_WEIGHTS_THREADS = 64 };
+
+// dm by 16 lanes per token: the forward again with its divisors kept, then backwards through the
+// steps.
+__global__ void hc_weights_backward_kernel(float *token, const float *sums, const real *dpost,
+                                           const real *dcomb, const real *m, const real *r,
+                                           const real *pre, const real *rstd, const float *base,
+                                           const float *scale, float eps, int T, int C, int M,
+                                           int iters) {
+    extern __shared__ float divisors[];         // (2*iters-1, threads)
+    const int at = blockIdx.x * HC_WEIGHTS_THREADS + threadIdx.x, e = at % 16;
+    const size_t t = min(at / 16, T - 1);
+    const float norm = rstd[t], rms = r[t];
+    float p[HC], a[2 * HC], mean = 0, along = 0, dm = 0;
+    load4(p, pre + t * HC);
+    load8(a, sums + t * 2 * HC);
+    #pragma unroll
+    for (int i = 0; i < HC; i++) { mean += norm / C * p[i] * a[i]; }
+    const float kappa = norm * norm * mean;
+    m += t * M;
+    token += t * HC_TOKEN;
+    if (e < HC) {                               // pre = s(m scale0 + base) + eps
+        const float s = sigmoid_gpu(m[e] * scale[0] + base[e]);
+        const float dpre = norm * a[e % HC] - kappa * a[HC + e % HC];
+        dm = dpre * s * (1 - s) * scale[0];
+        along = m[e] * dm;
+        token[e] = rms * dm;
+    } else if (M > HC && e < 2 * HC) {          // post = 2 s(m scale1 + base)
+        const float s = sigmoid_gpu(m[e] * scale[1] + base[e]);
+        dm = dpost[t * HC + e - HC] * 2 * s * (1 - s) * scale[1];
+        along = m[e] * dm;
+        token[e] = rms * dm;
+    }
+    if (M > HC) {
+        float *mine = divisors + threadIdx.x;
+        float d = dcomb[t * HC * HC + e];
+        float c = m[2 * HC + e] * scale[2] + base[2 * HC + e];
+        c = sinkhorn(c, mine, HC_WEIGHTS_THREADS, iters, eps);
+        for (int step = 2 * iters - 2; step >= 0; step--) {
+            // forward: y_b = x_b / S, so dx_b = (dy_b - sum_k dy_k y_k) / S
+            const float sum = mine[step * HC_WEIGHTS_THREADS];
+            d = __fdividef(d - line_sum(d * c, step), sum);
+            c *= sum;
+        }
+        c -= eps;                               // p + eps with p a softmax: p (da - <da, p>)
+        dm = c * (d - line_sum(d * c, 1)) * scale[2];
+        along += m[2 * HC + e] * dm;
+        token[2 * HC + e] = rms * dm;
+    }
+    #pragma unroll
+    for (int k = 1; k < 16; k *= 2) { along += __shfl_xor_sync(~0u, along, k); }
+    if (e == 0) {
+        token[HC_KAPPA] = kappa;
+        token[HC_ALONG] = rms * rms / (HC * C) * along;
+    }
+}
+
+// dX[i] = sum_j comb[i][j] dY[j] + pre[i] du + (fn^T r dm)[i] - along X[i]; dX holds dY on entry
+// (NEXT; at the head there is none). fn is rounded to tf32, as is r dm: 2^-12, where dX rounds to
+// 2^-9. Tokens come last to first: of what hc_enter_sums_kernel read last, some is still in L2.
+//   bytes: 8 C for dY, 8 C for X, 4 C for dx, 8 C for dX: 112 KiB, 470 MB at T = 4,096: 110 us.
+//   operations: 2 x 24 x 16,384 per token on tensor cores, 3.2 GFLOP in tf32: 13 us.
+enum { HC_ENTER_SLICE = 128, HC_ENTER_STAGES = 2, HC_ENTER_LOADS = 2 * (2 * HC + 2) };
+template <int M> constexpr int hc_enter_parts = HC_ENTER_SLICE / HC_GROUP * HC * ((M + 7) / 8) * 64;
+template <int M, bool NEXT>
+__global__ void __launch_bounds__(HC_THREADS, 1)
+hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre, const real *comb,
+                         const real *rstd, const float *token, const float *fn, const bf16 *w, int T,
+                         int C) {
+    constexpr int KT = (M + 7) / 8;             // blocks of 8 rows of fn
+    extern __shared__ uint4 parts[];            // (groups,HC,2*KT,32)
+    uint4 *mine = parts + hc_enter_parts<M> + threadIdx.x;      // (stages,loads,threads)
+    const int first = blockIdx.x * HC_ENTER_SLICE;
+    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP, tiles = (T + HC_TILE - 1) / HC_TILE;
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
+                    (int)gridDim.y * HC_WARPS }, ahead = now;
+    auto fetch = [&](int stage) {
+        uint4 *to = mine + stage * HC_ENTER_LOADS * HC_THREADS;
+        #pragma unroll
+        for (int h = 0; h < 2 && ahead.tile < tiles; h++) {
+            const size_t t = min((tiles - 1 - ahead.tile) * HC_TILE + g + 8 * h, T - 1);
+            const int c = first + ahead.group * HC_GROUP + q * 8, at = h * HC_ENTER_LOADS / 2;
+            #pragma unroll
+            for (int i = 0; i < HC; i++) {
+                const size_t stream_i = (t * HC + i) * C + c;
+                copy16_ahead(to + (at + i) * HC_THREADS, X + stream_i);
+                if (NEXT) { copy16_ahead(to + (at + HC + i) * HC_THREADS, dX + stream_i); }
+            }
+            copy16_ahead(to + (at + 2 * HC) * HC_THREADS, dx + t * C + c);
+            copy16_ahead(to + (at + 2 * HC + 1) * HC_THREADS, dx + t * C + c + 4);
+            if (ahead.group == 0) {
+                touch(token + t * HC_TOKEN + q * 8);
+                touch(NEXT && q < 2 ? comb + t * HC * HC + q * 8 : pre + t * HC);
+                touch(rstd + t);
+            }
+        }
+        copy_commit();
+        next_round(ahead);
+    };
+    #pragma unroll
+    for (int stage = 0; stage < HC_ENTER_STAGES - 1; stage++) { fetch(stage); }
+    #pragma unroll 4
+    for (int at = threadIdx.x; at < groups * HC * KT * 64; at += HC_THREADS) {
+        const int c = at % 8 * 4, k = at / 8 % (8 * KT), j = at / (64 * KT) % HC;
+        const int group = at / (64 * KT * HC);
+        float x[4] = {0};
+        if (k < M) { load4(x, fn + ((size_t)k * HC + j) * C + first + group * HC_GROUP + c); }
+        #pragma unroll
+        for (int e = 0; e < 4; e++) {
+            // Block v of 8 columns has the channels 8 q + 2 v, 8 q + 2 v + 1 of every q.
+            const int v = (c + e) % 8 / 2, column = (c + e) / 8 * 2 + e % 2;
+            const int word = (v * KT + k / 8) * 2 + k % 8 / 4;
+            ((uint32_t *)parts)[(((group * HC + j) * 2 * KT + word / 4) * 32 + column * 4 + k % 4) * 4
+                                + word % 4] = round_tf32(x[e]);
+        }
+    }
+    __syncthreads();
+    uint32_t a[KT][4];
+    float p[2][HC], norm[2], kappa[2], along[2];
+    for (int stage = 0; now.tile < tiles; stage = (stage + 1) % HC_ENTER_STAGES) {
+        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        const size_t t[2] = { (size_t)min(t0, T - 1), (size_t)min(t0 + 8, T - 1) };
+        #pragma unroll
+        for (int h = 0; h < 2 && now.group == 0; h++) {
+            const float *of = token + t[h] * HC_TOKEN;
+            load4(p[h], pre + t[h] * HC);
+            norm[h] = rstd[t[h]];
+            kappa[h] = of[HC_KAPPA];
+            along[h] = of[HC_ALONG];
+            #pragma unroll
+            for (int k = 0; k < KT; k++) {
+                a[k][h] = 8 * k + q < M ? round_tf32(of[8 * k + q]) : 0;
+                a[k][2 + h] = 8 * k + q + 4 < M ? round_tf32(of[8 * k + q + 4]) : 0;
+            }
+        }
+        copy_wait<HC_ENTER_STAGES - 2>();
+        const uint4 *from = mine + stage * HC_ENTER_LOADS * HC_THREADS;
+        fetch((stage + HC_ENTER_STAGES - 1) % HC_ENTER_STAGES);
+        float du[2][8], weight[8], z[8];
+        load8(weight, w + c);
+        #pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const uint4 *half = from + h * HC_ENTER_LOADS / 2 * HC_THREADS;
+            load4(du[h], (const float *)(half + 2 * HC * HC_THREADS));
+            load4(du[h] + 4, (const float *)(half + (2 * HC + 1) * HC_THREADS));
+            #pragma unroll
+            for (int e = 0; e < 8; e++) { du[h][e] *= norm[h] * weight[e]; }
+            #pragma unroll
+            for (int i = 0; i < HC; i++) {
+                unpack8(z, half[i * HC_THREADS]);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) { du[h][e] -= kappa[h] * p[h][i] * z[e]; }
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < HC; i++) {
+            float sum[4][4];
+            uint4 b[2 * KT];
+            #pragma unroll
+            for (int k = 0; k < 2 * KT; k++) {
+                b[k] = parts[((now.group * HC + i) * 2 * KT + k) * 32 + lane];
+            }
+            const uint32_t *word = (const uint32_t *)b;
+            #pragma unroll
+            for (int v = 0; v < 4; v++) {
+                sum[v][0] = sum[v][1] = sum[v][2] = sum[v][3] = 0;
+                #pragma unroll
+                for (int k = 0; k < KT; k++) {
+                    mma_tf32(sum[v], a[k], word[(v * KT + k) * 2], word[(v * KT + k) * 2 + 1]);
+                }
+            }
+            #pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint4 *half = from + h * HC_ENTER_LOADS / 2 * HC_THREADS;
+                float out[8], mix[HC];
+                unpack8(z, half[i * HC_THREADS]);
+                #pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    out[e] = sum[e / 2][2 * h + e % 2] + p[h][i] * du[h][e] - along[h] * z[e];
+                }
+                if (NEXT) {
+                    load4(mix, comb + (t[h] * HC + i) * HC);
+                    #pragma unroll
+                    for (int j = 0; j < HC; j++) {
+                        unpack8(z, half[(HC + j) * HC_THREADS]);
+                        #pragma unroll
+                        for (int e = 0; e < 8; e++) { out[e] += mix[j] * z[e]; }
+                    }
+                }
+                if (t0 + 8 * h < T) { store8(dX + (t[h] * HC + i) * C + c, out); }
+            }
+        }
+        next_round(now);
+    }
+}
+
+extern "C" void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost, const real *dcomb,
+                                      const act *X, const real *m, const real *r, const real *pre,
+                                      const real *comb, const real *rstd, const float *fn,
+                                      const float *base, const float *scale, const bf16 *w,
+                                      float eps, int T, int C, int M, int iters) {
+    if (T == 0) { return; }
+    gpuRequire(C % HC_GROUP == 0 && iters <= 64 && (M == HC_MIX || M == HC));
+    const size_t mark = workspace_mark();
+    float *sums = (float *)workspace(sizeof(float) * T * 2 * HC);
+    float *token = (float *)workspace(sizeof(float) * T * HC_TOKEN);
+    hc_enter_sums_kernel<<<T, HC_SUM_THREADS, 0, stream>>>(sums, dx, X, pre, w, C);
+    cudaCheck(cudaGetLastError());
+    hc_weights_backward_kernel<<<blocks_for((size_t)T * 16, HC_WEIGHTS_THREADS), HC_WEIGHTS_THREADS,
+                                 sizeof(float) * 2 * iters * HC_WEIGHTS_THREADS, stream>>>(
+        token, sums, dpost, dcomb, m, r, pre, rstd, base, scale, eps, T, C, M, iters);
+    cudaCheck(cudaGetLastError());
+    const int bytes = 16 * ((M == HC ? hc_enter_parts<HC> : hc_enter_parts<HC_MIX>) +
+                            HC_ENTER_STAGES * HC_ENTER_LOADS * HC_THREADS);
+    auto kernel = M == HC ? hc_enter_backward_kernel<HC, false>
+                          : hc_enter_backward_kernel<HC_MIX, true>;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<hc_grid(T, C, HC_ENTER_SLICE), HC_THREADS, bytes, stream>>>(
+        dX, dx, X, pre, comb, rstd, token, fn, w, T, C);
+    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -3776,12 +4480,6 @@ __device__ inline uint32_t chunk_offset(int row, int chunk) {
     return chunk / 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-// 16 bytes to shared memory, asynchronously; zeros when there is no source.
-__device__ inline void copy16(uint32_t to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(from ? 16 : 0) : "memory");
-}
-
 // The keys that a token attends to.
 typedef struct {
     int t, window, count, first_entry;
@@ -4003,7 +4701,7 @@ __device__ inline void copy_half(uint32_t to, const act *mine, int half) {
     for (int i = 0; i < 16; i++) {
         const act *row = from_lane(mine, i);
         copy16(to + half * V3_HALF + chunk_offset(16 * warp + i, lane),
-               row ? row + half * 256 + lane * 8 : NULL);
+               row + half * 256 + lane * 8, row != NULL);
     }
 }
 
@@ -4780,7 +5478,7 @@ enum {
     AB_KEYS = 64,                       // keys of a tile
     AB_CHUNKS = 8, AB_CHUNK = 8192,     // of a tile, in bytes
     AB_TILE = AB_CHUNKS * AB_CHUNK,
-    AB_EXCHANGE = 16384,                // bytes through which the two warpgroups swap halves
+    AB_EXCHANGE = 32768,                // two buffers in turn: warpgroups swap halves
 };
 
 __device__ inline uint32_t shared_address(const void *p) {
@@ -4828,12 +5526,6 @@ __device__ inline void wgmma_rows(float (&d)[32], uint64_t a, uint64_t b, int ad
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " AB_R32
         ", %32, %33, p, 1, 1, 0, 0;\n}"
         : AB_D32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-// 16 bytes from global to shared memory without passing through registers; zeros if !valid.
-__device__ inline void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
 __device__ inline uint32_t pack2(float low, float high) {
@@ -5188,12 +5880,13 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
             softmax_backward(&s[j], &dp[j], x[j], x[j + 16], lse_j, delta_j,
                              j & 2 ? valid1 : valid0);
         }
-        // Each warpgroup reads what the other wrote; neither writes again before all slots have
-        // been refilled, hence not before both have read.
+        // Each warpgroup reads what the other wrote. The buffers take turns: who writes one again
+        // has passed the barrier in between, and so has who read it.
+        float4 *swap = exchange + phase * 1024;
         pack_half(p[0], s);
         pack_half(dl[0], dp);
-        send(p[0], exchange, group * 512 + thread);
-        send(dl[0], exchange, group * 512 + 256 + thread);
+        send(p[0], swap, group * 512 + thread);
+        send(dl[0], swap, group * 512 + 256 + thread);
 
         // dK (keys,dims) += P^T dO + dS^T Q, for own 4 chunks, two by two; own heads first.
         const uint32_t chunks = slots + group * 4 * AB_SLOT;
@@ -5202,8 +5895,8 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         wgmma_fence();
         add_heads(sum, 0, p[0], dl[0], own);
         pair_barrier();
-        receive(p[1], exchange, (1 - group) * 512 + thread);
-        receive(dl[1], exchange, (1 - group) * 512 + 256 + thread);
+        receive(p[1], swap, (1 - group) * 512 + thread);
+        receive(dl[1], swap, (1 - group) * 512 + 256 + thread);
         pin(p[1]); pin(dl[1]);
         wgmma_fence();
         add_heads(sum, 0, p[1], dl[1], other);
@@ -5363,9 +6056,9 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
             }
             // As left operand of the next product, rows g are of the first 32 heads, rows g + 8 of
             // the others: half of each fragment comes from the other warpgroup.
-            send(own, exchange, group * 256 + thread);
+            send(own, exchange + phase * 512, group * 256 + thread);
             pair_barrier();
-            receive(other, exchange, (1 - group) * 256 + thread);
+            receive(other, exchange + phase * 512, (1 - group) * 256 + thread);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 dl[2 * j] = group ? other[j] : own[j];

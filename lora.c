@@ -25,7 +25,9 @@
 //   4 the tensors that are trained: names, places, memory, first values
 //   5 the size of a gradient: norm, clipping, non-finite values
 //   6 AdamW
-//   7 the learning rate over time
+//   7 Muon
+//   8 which optimizer has which tensor
+//   9 the learning rate over time
 #ifndef LORA_C
 #define LORA_C
 #include "mxfp4.c"          // frozen_*, Frozen, widen_*, expert_tiles, tile_rows, *_rows
@@ -377,6 +379,8 @@ typedef struct {
     size_t n_dense, n_expert;   // elements of the two blocks
     real *p, *g, *m, *v;        // (n_dense + n_expert) masters, gradients, moments
     size_t cursor_dense, cursor_expert;     // how far registration has come
+    int muon;                   // 0: AdamW; NS_GRAM or NS_STANDARD: Muon, which has no v
+    size_t *slices_h;           // (n,3) place, rows, columns of each tensor; Muon only
 } Adapters;
 
 // Begins a pass. Before the very first, the struct is zero but for R, alpha and targets.
@@ -458,7 +462,7 @@ void adapters_alloc(Adapters *s, int training) {
     s->p = MEM(real, MEM_ADAPTERS, n);
     s->g = training ? MEM(real, MEM_ADAPTERS, n) : NULL;
     s->m = training ? MEM(real, MEM_OPTIMIZER, n) : NULL;
-    s->v = training ? MEM(real, MEM_OPTIMIZER, n) : NULL;
+    s->v = training && !s->muon ? MEM(real, MEM_OPTIMIZER, n) : NULL;
 }
 
 // First values, as PEFT's: A uniform in +-1/sqrt(in), B zero. An element depends on the seed, the
@@ -607,7 +611,237 @@ void adamw_update(real *p, real *m, real *v, const real *g, size_t n, double gra
 TWIN(adamw_update)
 
 // -------------------------------------------------------------------------------------------------
-// 7 The learning rate over time
+// 7 Muon
+//
+// A gradient of a matrix is mostly its few largest directions. Muon follows all of them alike: it
+// replaces the running mean of the gradient by a matrix with the same singular vectors, and
+// singular values near 1. With G the gradient of one factor of one expert, and M its one moment:
+//
+//     M <- beta M + (1 - beta) G        U = (1 - beta) G + beta M      Nesterov: one step ahead
+//     O  = NS(U)                        the singular vectors of U, values in 0.68 .. 1.21
+//     p <- p (1 - lr decay) - lr 0.2 sqrt(max(rows, columns)) O
+//
+// The last factor gives an update the size of AdamW's, so that its learning rates can be used. The
+// polynomial f(x) = a x + b x^3 + c x^5, five times over, takes any x from 0.0017 to 1 to that
+// range, and a polynomial in X X^T does to each singular value what f does to a number. So with
+// X = U / |U|, turned if need be so that it has no more rows than columns, five times:
+//
+//     R = X X^T       Z = b R + c R^2       X <- a X + Z X
+//
+// Gram Newton-Schulz leaves X alone and works on R: all of R, Z and Q are polynomials in the first
+// R, so they commute, and with P = a R + Z R the next round's R is a P + Z P:
+//
+//     Q <- a Q + Z Q       R <- a P + Z P                 and at the end X <- Q X
+//
+// But R's smallest eigenvalues drown in rounding: X of nearly rank one, an adapter's usual
+// gradient, comes out wrong. A restart, X <- Q X, R = X X^T, Q = I, puts that right. One before the
+// third round is enough in fp32; a restart before every round is the standard method.
+//
+// Others add 1e-7 to |U|. Here a slice's whole gradient may be that small, and its step would
+// depend on how small: nothing is added, and a U of zero stays zero. An expert without tokens has
+// gradient 0 but a moment, which NS would scale up to a full step, again and again for some 180
+// steps: so a slice whose gradient is all zero is left as it is. Since a step's size does not
+// depend on the gradient's, Muon hides wrong scales: compare gradients, not what it makes of them.
+// Sources: Jordan et al. 2024, "Muon"; Liu et al. 2025, "Muon is scalable", 2.2, for the scale;
+// Dao-AILab, gram-newton-schulz, for the restart.
+
+enum { NS_ROUNDS = 5, NS_GRAM = 1 << 2, NS_STANDARD = 0x1E };    // bit t: restart before round t
+static const double ns_a = 3.4445, ns_b = -4.7750, ns_c = 2.0315;
+
+// Sums are taken in double, so an element of X, R, Z or Q is rounded once, when it is stored: here.
+// test_lora.c rounds to fp16 instead, which shows what the restart is there for.
+#ifndef ns_round
+#define ns_round(x) (x)
+#endif
+
+// A matrix with n rows, m >= n columns; element (i,j) lies at x[i * down + j * right].
+typedef struct {
+    real *x;
+    size_t n, m, down, right;
+} NsMatrix;
+
+// r (n,n) = x x^T.
+static inline void ns_gram(real *r, NsMatrix x) {
+    for (size_t i = 0; i < x.n; i++) {
+        for (size_t k = i; k < x.n; k++) {
+            const real *x_i = x.x + i * x.down, *x_k = x.x + k * x.down;
+            double sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (size_t j = 0; j < x.m; j++) { sum += (double)x_i[j * x.right] * x_k[j * x.right]; }
+            r[i * x.n + k] = r[k * x.n + i] = ns_round((real)sum);
+        }
+    }
+}
+
+// out (n,n) = s x + t y x. out is neither of them.
+static inline void ns_polynomial(real *out, double s, const real *x, double t, const real *y,
+                                 size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        for (size_t k = 0; k < n; k++) {
+            double sum = 0;
+            for (size_t j = 0; j < n; j++) { sum += (double)y[i * n + j] * x[j * n + k]; }
+            out[i * n + k] = ns_round((real)(s * x[i * n + k] + t * sum));
+        }
+    }
+}
+
+// x <- q x with q (n,n), a column at a time.
+static inline void ns_apply(NsMatrix x, const real *q) {
+    for (size_t j = 0; j < x.m; j++) {
+        real column[x.n];
+        for (size_t i = 0; i < x.n; i++) { column[i] = x.x[i * x.down + j * x.right]; }
+        for (size_t i = 0; i < x.n; i++) {
+            double sum = 0;
+            for (size_t k = 0; k < x.n; k++) { sum += (double)q[i * x.n + k] * column[k]; }
+            x.x[i * x.down + j * x.right] = ns_round((real)sum);
+        }
+    }
+}
+
+static inline void ns_identity(real *q, size_t n) {
+    for (size_t i = 0; i < n * n; i++) { q[i] = i % (n + 1) == 0; }
+}
+
+static inline void ns_swap(real **a, real **b) { real *keep = *a; *a = *b; *b = keep; }
+
+// u (rows,cols) <- NS(u), in place. restarts: NS_GRAM or NS_STANDARD.
+static inline void newton_schulz(real *u, size_t rows, size_t cols, int restarts) {
+    const int wide = rows <= cols;
+    NsMatrix x = { u, wide ? rows : cols, wide ? cols : rows, wide ? cols : 1, wide ? 1 : cols };
+    const size_t n = x.n;
+    const double norm = sqrt(sum_squares(u, rows * cols));
+    if (norm == 0) { return; }
+    for (size_t i = 0; i < rows * cols; i++) { u[i] = ns_round((real)(u[i] / norm)); }
+
+    real *room = (real *)host_alloc(4 * n * n * sizeof *room);
+    real *r = room, *q = room + n * n, *z = room + 2 * n * n, *next = room + 3 * n * n;
+    ns_gram(r, x);
+    ns_identity(q, n);
+    for (int t = 0; t < NS_ROUNDS; t++) {
+        if (t > 0 && restarts >> t & 1) {
+            ns_apply(x, q);
+            ns_gram(r, x);
+            ns_identity(q, n);
+        }
+        ns_polynomial(z, ns_b, r, ns_c, r, n);
+        ns_polynomial(next, ns_a, q, 1, z, n);
+        ns_swap(&q, &next);
+        if (t + 1 == NS_ROUNDS || restarts >> (t + 1) & 1) { continue; }    // nobody wants this R
+        ns_polynomial(next, ns_a, r, 1, z, n);
+        ns_polynomial(r, ns_a, next, 1, z, n);
+    }
+    ns_apply(x, q);
+    free(room);
+}
+
+// Updates n slices: slices_h (n,3) holds for each its first element in p, m and g, its rows and its
+// columns. g * grad_scale is the gradient; g is the room that X needs, and holds no gradient
+// afterwards. A slice whose gradient is all zero, or not finite, keeps p and m to the bit. Slices
+// are worked off alone, so the result of one depends neither on the others nor on their order.
+void muon_update(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
+                 double lr, double beta, double weight_decay, int restarts) {
+    GPU(muon_update_gpu(p, m, g, slices_h, n, grad_scale, lr, beta, weight_decay, restarts))
+    const real scale = (real)grad_scale, old = (real)beta, new = (real)(1 - beta);
+    const real keep = (real)(1 - lr * weight_decay);
+    #pragma omp parallel for schedule(dynamic)
+    for (int k = 0; k < n; k++) {
+        const size_t at = slices_h[3 * k], rows = slices_h[3 * k + 1], cols = slices_h[3 * k + 2];
+        real *p_k = p + at, *m_k = m + at, *g_k = g + at;
+        const double size = sum_squares(g_k, rows * cols);
+        if (size == 0 || !isfinite(size)) { continue; }
+        for (size_t i = 0; i < rows * cols; i++) {
+            const real g_i = g_k[i] * scale;
+            m_k[i] = old * m_k[i] + new * g_i;
+            g_k[i] = new * g_i + old * m_k[i];
+        }
+        newton_schulz(g_k, rows, cols, restarts);
+        const real rate = (real)(lr * 0.2 * sqrt((double)(rows > cols ? rows : cols)));
+        for (size_t i = 0; i < rows * cols; i++) { p_k[i] = keep * p_k[i] - rate * g_k[i]; }
+    }
+}
+TWIN(muon_update)
+
+// -------------------------------------------------------------------------------------------------
+// 8 Which optimizer has which tensor
+//
+// All adapters are matrices, so one optimizer has them all: AdamW with two moments per element, or
+// Muon with one. For Muon they are a list of slices, largest first: a large one begun last would
+// keep everyone waiting. Once per step, when the gradients are complete and known to be finite.
+
+static inline int slice_order(const void *a, const void *b) {
+    const size_t *x = (const size_t *)a, *y = (const size_t *)b;
+    const size_t size_x = x[1] * x[2], size_y = y[1] * y[2];
+    return size_x != size_y ? (size_x < size_y ? 1 : -1) : (x[0] > y[0]) - (x[0] < y[0]);
+}
+
+// Makes the list from the tensors.
+static inline void adapters_slices(Adapters *s) {
+    free(s->slices_h);
+    s->slices_h = (size_t *)malloc(((size_t)s->n * 3 + 1) * sizeof *s->slices_h);
+    if (s->slices_h == NULL) { die(EXIT_FIT, "no memory for a list of %d slices", s->n); }
+    for (int k = 0; k < s->n; k++) {
+        const AdapterTensor *t = &s->tensors[k];
+        const size_t slice[3] = { t->at, (size_t)t->rows, (size_t)t->cols };
+        memcpy(s->slices_h + 3 * (size_t)k, slice, sizeof slice);
+    }
+    qsort(s->slices_h, (size_t)s->n, 3 * sizeof *s->slices_h, slice_order);
+}
+
+// One update of everything that is trained. step counts from 1; beta1 is Muon's beta.
+void adapters_update(Adapters *s, double grad_scale, double lr, double beta1, double beta2,
+                     double eps, double weight_decay, int step) {
+    if (s->muon) {
+        if (s->slices_h == NULL) { adapters_slices(s); }
+        muon_update(s->p, s->m, s->g, s->slices_h, s->n, grad_scale, lr, beta1, weight_decay,
+                    s->muon);
+        return;
+    }
+    adamw_update(s->p, s->m, s->v, s->g, s->n_dense + s->n_expert, grad_scale, lr, beta1, beta2,
+                 eps, weight_decay, step);
+}
+
+// "layers.3.ffn.experts.17.w1.lora_A" -> "ffn.experts.w1": the kind of matrix that a factor is of.
+static inline void adapter_kind(char *kind, size_t size, const char *name) {
+    const char *end = strstr(name, ".lora_");
+    size_t used = 0;
+    for (const char *part = name; part < end; part += strcspn(part, ".") + 1) {
+        int length = (int)strcspn(part, "."), number = *part >= '0' && *part <= '9';
+        if (number || strncmp(part, "layers.", 7) == 0) { continue; }
+        used += (size_t)snprintf(kind + used, size - used, "%s%.*s", used ? "." : "", length, part);
+    }
+}
+
+// Prints what this rank trains by which optimizer, a line for each kind of matrix, and the state
+// that it keeps: "plan   muon        ffn.experts.w1           344 x A (8,4096), B (2048,8)".
+void adapters_ledger(const Adapters *s) {
+    enum { MOST = 2 * TARGETS };
+    const char *name = s->muon ? "muon" : "adamw";
+    const size_t bytes = (s->n_dense + s->n_expert) * sizeof(real) * (s->muon ? 1 : 2);
+    char kind[MOST][sizeof s->tensors->name], text[64] = "";
+    int count[MOST] = { 0 }, first[MOST], kinds = 0;
+    for (int k = 0; k < s->n; k += 2) {         // a module's A and B follow each other
+        int j = 0;
+        require(kinds < MOST);
+        adapter_kind(kind[kinds], sizeof kind[0], s->tensors[k].name);
+        while (strcmp(kind[j], kind[kinds]) != 0) { j++; }
+        if (j == kinds) { first[kinds++] = k; }
+        count[j]++;
+    }
+    for (int j = 0; j < kinds; j++) {
+        const AdapterTensor *t = &s->tensors[first[j]];
+        printf("plan   %-11s %-21s %5d x A (%d,%d), B (%d,%d)\n", name, kind[j], count[j],
+               t[0].rows, t[0].cols, t[1].rows, t[1].cols);
+    }
+    if (s->muon) {
+        snprintf(text, sizeof text, " | %d Newton-Schulz (%s) a step", s->n,
+                 s->muon == NS_GRAM ? "gram" : "standard");
+    }
+    printf("plan   %-11s %.1f MiB of state, %d moment%s%s\n", name, (double)bytes / 1048576.0,
+           s->muon ? 1 : 2, s->muon ? "" : "s", text);
+}
+
+// -------------------------------------------------------------------------------------------------
+// 9 The learning rate over time
 //
 // A linear warm-up, because the first moments are noise, then half a cosine down to a fraction of
 // the peak, or a constant.

@@ -18,32 +18,21 @@
 // What it refuses to do: drop tokens, train the router, add an auxiliary loss.
 //
 // Contents
-//   1 ranks: launch and supervisor        5 routers
+//   1 ranks (launch: dev/launcher.c)      5 routers
 //   2 ranks: meeting in shared memory     6 the trip: which row goes where, in which round
 //   3 collectives                         7 the experts of this rank, the shared expert, combine
 //   4 sizes and buffers of a layer        8 the layer: forward and backward
 #ifndef MOE_C
 #define MOE_C
 #include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
-#include "dev/launcher.c"   // Place, launcher_place, launcher_tell
+#include "dev/launcher.c"   // Comm comm, Page: comm_launch, comm_join, launcher_tell
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <sys/types.h>
-#include <sys/wait.h>
 #include <tgmath.h>
-#include <unistd.h>
-#ifdef __linux__
-#include <sys/prctl.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 // -------------------------------------------------------------------------------------------------
-// 1 Ranks: launch and supervisor
+// 1 Ranks
 //
 // A rank is a process, with a GPU of its own where there are any. The first process forks one child
 // per rank and from then on only watches: if a child dies it ends the others, who would otherwise
@@ -53,165 +42,10 @@
 // group g: together they own one set of experts. A rank's replicas are the ranks at the same place
 // of the other groups, who own the same experts.
 
-enum { COMM_BOX = 1 << 18 };        // bytes a rank can show the others in one step
-
-typedef struct {                    // what a rank shows the others in one step
-    char what[96];                  // "collective (phase)": equal on all ranks, or someone is lost
-    size_t bytes[COMM_RANKS_MAX];   // all-to-all: for whom how much
-    _Alignas(64) unsigned char data[COMM_BOX];
-} Box;
-
-typedef struct {                    // one rank's part of the page; untouched memory costs nothing
-    struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
-    _Atomic uint64_t begun;         // collectives that this rank has come to
-    char doing[96];                 // the last of them: "collective (phase)"
-    Box box[COMMS][2];              // for odd and even steps
-} Desk;
-
-typedef struct {
-    int error_printed;              // see die_at: one error is one line
-    _Alignas(64) Desk desk[];       // (ranks)
-} Page;
-
-typedef struct {
-    int rank, ranks, ep;
-    double timeout_s;               // a wait longer than this is an error; 0: no limit
-    uint64_t step[COMMS];           // how often this rank has met the others
-    int forked;                     // the page is shared; else it is this rank's own, and boxes
-                                    // travel over the network
-    Place place;                    // of a rank that a launcher started
-    Page *page;                     // NULL with one rank
-} Comm;
-
-static Comm comm = { .ranks = 1, .ep = 1 };
-
 int comm_rank(void) { return comm.rank; }
 int comm_ranks(void) { return comm.ranks; }
 int comm_ep(void) { return comm.ep; }
 int comm_ep_rank(void) { return comm.rank % comm.ep; }
-
-// Sends sig to every child that still runs.
-static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
-    for (int r = 0; r < ranks; r++) {
-        if (pid[r] > 0) { kill(pid[r], sig); }
-    }
-}
-
-// One line about a rank that ended without a word of its own.
-static inline void comm_report(int rank, int status) {
-    const char *doing = comm.page->desk[rank].doing;
-    if (__sync_lock_test_and_set(&comm.page->error_printed, 1)) { return; }
-    fprintf(stderr, "error  rank %d: ", rank);
-    if (WIFSIGNALED(status)) {
-        fprintf(stderr, "killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
-    } else {
-        fprintf(stderr, "ended with exit code %d", WEXITSTATUS(status));
-    }
-    fprintf(stderr, ", last seen in %s\n", *doing ? doing : "its start");
-}
-
-// Waits until all children are gone, then exits with the first failure's code. After a failure the
-// others get half a second, because one of them may be printing the error line, and are killed.
-// SIGINT and SIGTERM are passed on, each once, and the ranks left to finish: they agree on the step
-// to stop at, save, and exit with EXIT_INTERRUPTED, which is no reason to kill those still writing.
-__attribute__((noreturn))
-static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
-    int code = EXIT_OK, running = ranks;
-    double deadline = 0;            // of the ranks that outlive a failure
-    while (running > 0) {
-        const struct timespec pause = { 0, deadline > 0 ? 20000000 : 500000000 };
-        int sig = sigtimedwait(signals, NULL, &pause);
-        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, sig); }
-        for (int r = 0; r < ranks; r++) {
-            int status;
-            if (pid[r] == 0 || waitpid(pid[r], &status, WNOHANG) != pid[r]) { continue; }
-            int ended = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-            pid[r] = 0;
-            running--;
-            if (ended == EXIT_OK || deadline > 0) { continue; }
-            if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
-            if (ended == EXIT_INTERRUPTED) { continue; }
-            comm_report(r, status);
-            deadline = clock_seconds() + 0.5;
-        }
-        if (deadline > 0 && clock_seconds() > deadline) { comm_kill(pid, ranks, SIGKILL); }
-    }
-    exit(code);
-}
-
-static inline void comm_share_cores(int ranks) {
-    (void)ranks;
-#ifdef _OPENMP
-    omp_set_num_threads(omp_get_max_threads() > ranks ? omp_get_max_threads() / ranks : 1);
-#endif
-}
-
-// The first things a new rank does.
-static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
-    comm.rank = this_rank = rank;
-#ifdef __linux__
-    prctl(PR_SET_PDEATHSIG, SIGKILL);       // a killed supervisor takes its ranks with it,
-#endif
-    if (getppid() != parent) { _exit(EXIT_COMM); }      // also if it was quicker than prctl
-    // Ctrl-C reaches every process of the terminal's foreground group. In a group of its own a rank
-    // gets it from the supervisor only, so one Ctrl-C is one signal.
-    setpgid(0, 0);
-    sigprocmask(SIG_SETMASK, mask, NULL);
-    comm_share_cores(comm.ranks);
-}
-
-// What all ranks have in common, and the page where they meet: of this process, or for its children.
-static inline void comm_open_page(int ranks, int ep, double timeout_s, int forked) {
-    if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
-        die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
-            ranks, ep, COMM_RANKS_MAX);
-    }
-    require(comm.page == NULL);
-    comm.ranks = ranks;
-    comm.ep = ep;
-    comm.timeout_s = timeout_s;
-    comm.forked = forked;
-    if (ranks == 1) { return; }
-    size_t bytes = sizeof(Page) + ranks * sizeof(Desk);
-    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (page == MAP_FAILED) { die(EXIT_FIT, "cannot share %zu bytes between ranks", bytes); }
-    comm.page = (Page *)page;
-    error_printed = &comm.page->error_printed;
-}
-
-// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
-// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
-int comm_launch(int ranks, int ep, double timeout_s) {
-    comm_open_page(ranks, ep, timeout_s, 1);
-    if (ranks == 1) { return 0; }
-    sigset_t signals, mask;         // the supervisor takes these one by one, with sigtimedwait
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGCHLD);
-    signal(SIGCHLD, SIG_DFL);       // an inherited SIG_IGN would throw exit codes away
-    sigprocmask(SIG_BLOCK, &signals, &mask);
-    fflush(NULL);                   // else each child would print what is still in the buffers
-    pid_t pid[COMM_RANKS_MAX] = {0}, parent = getpid();
-    for (int r = 0; r < ranks; r++) {
-        pid[r] = fork();
-        if (pid[r] == 0) { comm_become(r, parent, &mask); return r; }
-        if (pid[r] < 0) {
-            comm_kill(pid, r, SIGKILL);
-            die(EXIT_COMM, "cannot start rank %d of %d HINT: fewer --ranks", r, ranks);
-        }
-    }
-    comm_supervise(pid, ranks, &signals);
-}
-
-// Becomes the rank that a launcher made of this process.
-void comm_join(Place p, int ep, double timeout_s) {
-    comm_open_page(p.ranks, ep, timeout_s, 0);
-    comm.place = p;
-    comm.rank = this_rank = p.rank;
-    comm_share_cores(p.locals);
-}
 
 // -------------------------------------------------------------------------------------------------
 // 2 Ranks: meeting in shared memory
@@ -525,6 +359,7 @@ typedef struct {                // sizes of one MoE layer
     int first, local;           // this rank owns experts first .. first+local-1
     float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
     int norm_topk;              // divide by the sum of the selected scores
+    Routing how;                // the scores, and what is chosen by
     float lora_scale;
 } MoeDims;
 
@@ -662,18 +497,43 @@ void moe_alloc_scratch(MoeScratch *s, const MoeDims *d, int T, int training) {
 // 5 Routers
 //
 // A router is a choice (ids) and a weighting. Two choices exist: a table by token id in the first
-// layers, and the K largest of score + bias. The bias was tuned in pre-training to spread the load;
-// it must never reach the weights.
+// layers, and the K best by score. Which score, and best of what, config.json says:
+//
+//     scoring_func   sqrtsoftplus  s = sqrt(log(1 + e^v))       DeepSeek-V4
+//                    sigmoid       s = 1 / (1 + e^-v)           V3
+//                    softmax       s = e^(v - log sum e^v)      V2
+//     topk_method    noaux_tc      the largest s + bias; a group is as good as its two best
+//                    greedy        the largest s
+//                    group_limited_greedy      the same; a group is as good as its best
+//
+// With n_group > 1 only the experts of the topk_group best groups can be chosen: the others' choice
+// is -inf, not 0, which would beat a negative one. The bias was tuned in pre-training to spread the
+// load, in fp32; it must never reach the weights, and nothing trains or decays it.
 
-// s = sqrt(softplus(v)). log1p keeps what exp(v) would lose next to 1; below -20 the root of
+// From a logit to its score. log1p keeps what exp(v) would lose next to 1; below -20 the root of
 // softplus is exp(v/2) to 1e-9, and stays above zero long after softplus has underflowed in fp32.
-static inline real route_score_of(real v) {
+// Of softmax, v is the logit after route_shift.
+static inline real route_score_of(int score, real v) {
+    if (score == SCORE_SIGMOID) { return 1 / (1 + exp(-v)); }
+    if (score == SCORE_SOFTMAX) { return exp(v); }
     return v < -20 ? exp(v / 2) : sqrt((v > 0 ? v : 0) + log1p(exp(-fabs(v))));
 }
 
-// ds/dv = sigmoid(v) / (2 s); its limit below -20, where the quotient becomes 0/0, is s/2.
-static inline real route_slope(real v, real s) {
+// ds/dv: sigmoid' = s (1 - s); of the root sigmoid(v) / (2 s), whose limit below -20, where the
+// quotient becomes 0/0, is s/2; of e^v itself, the rest of softmax is in route_backward.
+static inline real route_slope(int score, real v, real s) {
+    if (score == SCORE_SIGMOID) { return s * (1 - s); }
+    if (score == SCORE_SOFTMAX) { return s; }
     return v < -20 ? s / 2 : 1 / ((1 + exp(-v)) * 2 * s);
+}
+
+// What is taken off the logits first: log sum e^v for softmax, nothing for the others.
+static inline real route_shift(int score, const real *all, int E) {
+    real most = all[0], sum = 0;
+    if (score != SCORE_SOFTMAX) { return 0; }
+    for (int e = 1; e < E; e++) { most = all[e] > most ? all[e] : most; }
+    for (int e = 0; e < E; e++) { sum += exp(all[e] - most); }
+    return most + log(sum);
 }
 
 // ids (K) = the experts with the largest choice (E), best first; equal ones: the smaller id first.
@@ -688,60 +548,102 @@ static inline void route_topk(int *ids, const real *choice, int E, int K) {
     }
 }
 
-// ids, weights, logits (T,K) from all (T,E), the router's logits. tid2eid (V,K) and tokens (T):
-// hash-routed; else NULL, and bias (E) is added for the choice. norm: weights are divided by their
-// sum.
+// Closes all but the best groups: their experts' choice (E) becomes -inf.
+static inline void route_groups(real *choice, Routing how, int E) {
+    int size = E / how.groups, open[how.kept];
+    real rating[how.groups];
+    for (int g = 0; g < how.groups; g++) {
+        real first = -INFINITY, second = -INFINITY;
+        for (int e = g * size; e < (g + 1) * size; e++) {
+            if (choice[e] > first) { second = first; first = choice[e]; }
+            else if (choice[e] > second) { second = choice[e]; }
+        }
+        rating[g] = how.greedy ? first : first + second;
+    }
+    route_topk(open, rating, how.groups, how.kept);
+    for (int g = 0; g < how.groups; g++) {
+        int is_open = 0;
+        for (int k = 0; k < how.kept; k++) { is_open |= open[k] == g; }
+        for (int e = g * size; e < (g + 1) * size && !is_open; e++) { choice[e] = -INFINITY; }
+    }
+}
+
+// ids, weights, logits (T,K) from all (T,E), the router's logits; the kept ones are shifted.
+// tid2eid (V,K) and tokens (T): hash-routed; else NULL, and bias (E), if there is one, is added for
+// the choice. norm: weights are divided by their sum.
 void route_forward(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                   const int *tid2eid, const int *tokens, float scale, int norm, int T, int E,
-                   int K) {
-    GPU(route_forward_gpu(ids, weights, logits, all, bias, tid2eid, tokens, scale, norm, T, E, K))
+                   const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
+                   int T, int E, int K) {
+    GPU(route_forward_gpu(ids, weights, logits, all, bias, tid2eid, tokens, how, scale, norm, T, E,
+                          K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
-        const real *all_t = all + (size_t)t * E;
+        const real *all_t = all + (size_t)t * E, shift = route_shift(how.score, all_t, E);
         real *logits_t = logits + (size_t)t * K, *weights_t = weights + (size_t)t * K;
         int *ids_t = ids + (size_t)t * K;
         if (tid2eid) {
             memcpy(ids_t, tid2eid + (size_t)tokens[t] * K, K * sizeof(int));
         } else {
             real choice[E];
-            for (int e = 0; e < E; e++) { choice[e] = route_score_of(all_t[e]) + bias[e]; }
+            for (int e = 0; e < E; e++) {
+                choice[e] = route_score_of(how.score, all_t[e] - shift) + (bias ? bias[e] : 0);
+            }
+            if (how.groups > 1) { route_groups(choice, how, E); }
             route_topk(ids_t, choice, E, K);
         }
         real sum = (real)1e-20;
         for (int k = 0; k < K; k++) {
-            logits_t[k] = all_t[ids_t[k]];
-            sum += weights_t[k] = route_score_of(logits_t[k]);
+            logits_t[k] = all_t[ids_t[k]] - shift;
+            sum += weights_t[k] = route_score_of(how.score, logits_t[k]);
         }
         for (int k = 0; k < K; k++) { weights_t[k] = scale * weights_t[k] / (norm ? sum : 1); }
     }
 }
 TWIN(route_forward)
 
+// Whether the backward needs the logits of all experts: a softmax passes gradients to those that
+// were not chosen too, unless the weights are divided by their sum, which does not change when all
+// scores change by one factor.
+static inline int route_needs_all(Routing how, int norm) {
+    return how.score == SCORE_SOFTMAX && !norm;
+}
+
 // dinp (T,C) += what the routing weights pass back to the router's input. dweights: gradient of
-// each travelling row's weight; slot_row (T*K) says which row is whose. Only selected experts get a
-// gradient: computing it for all of them is what makes NaN in implementations by autograd.
+// each travelling row's weight; slot_row (T*K) says which row is whose; all (T,E): see above, or
+// NULL. Otherwise only selected experts get a gradient: computing it for all of them is what makes
+// NaN in implementations by autograd.
 void route_backward(real *dinp, const real *dweights, const int *slot_row, const int *ids,
-                    const real *weights, const real *logits, const bf16 *gate, float scale,
-                    int norm, int T, int C, int K) {
-    GPU(route_backward_gpu(dinp, dweights, slot_row, ids, weights, logits, gate, scale, norm, T, C,
-                           K))
+                    const real *weights, const real *logits, const real *all, const bf16 *gate,
+                    Routing how, float scale, int norm, int T, int C, int E, int K) {
+    GPU(route_backward_gpu(dinp, dweights, slot_row, ids, weights, logits, all, gate, how, scale,
+                           norm, T, C, E, K))
     #pragma omp parallel for schedule(static)
     for (int t = 0; t < T; t++) {
         const int *row_t = slot_row + (size_t)t * K;
         const real *w_t = weights + (size_t)t * K, *logits_t = logits + (size_t)t * K;
+        const real *all_t = all ? all + (size_t)t * E : NULL;
+        const real shift = all ? route_shift(how.score, all_t, E) : 0;
         real sum = (real)1e-20, dot = 0;
         for (int k = 0; k < K; k++) {
-            sum += route_score_of(logits_t[k]);
+            sum += route_score_of(how.score, logits_t[k]);
             dot += dweights[row_t[k]] * w_t[k];
         }
-        for (int k = 0; k < K; k++) {
-            // forward: w_k = scale s_k / S with S = sum_j s_j, so
-            // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division ds_k = scale dw_k
-            real ds = scale * dweights[row_t[k]];
-            if (norm) { ds = (ds - dot) / sum; }
-            // forward: s = sqrt(softplus(v)), v = gate[e] . x
-            real dv = ds * route_slope(logits_t[k], route_score_of(logits_t[k]));
-            const bf16 *gate_e = gate + (size_t)ids[(size_t)t * K + k] * C;
+        for (int i = 0; i < K + (all ? E : 0); i++) {
+            int e = i - K;
+            // forward, softmax: s_e = e^(v_e - log sum e^v); so dv_e = s_e ds_e - s_e sum_k s_k
+            // ds_k, and sum_k s_k ds_k = sum_k w_k dw_k: here the second term, of all experts
+            real dv = i < K ? 0 : -dot * exp(all_t[e] - shift);
+            if (i < K) {
+                // forward: w_k = scale s_k / S with S = sum_j s_j, so
+                // ds_k = (scale dw_k - sum_j dw_j w_j) / S; without the division scale dw_k
+                real ds = scale * dweights[row_t[i]];
+                if (norm) { ds = (ds - dot) / sum; }
+                // forward: s = score(v), v = gate[e] . x
+                dv = ds * route_slope(how.score, logits_t[i],
+                                      route_score_of(how.score, logits_t[i]));
+                e = ids[(size_t)t * K + i];
+            }
+            const bf16 *gate_e = gate + (size_t)e * C;
             real *dinp_t = dinp + (size_t)t * C;
             #pragma omp simd
             for (int c = 0; c < C; c++) { dinp_t[c] += dv * (real)float_from_bf16(gate_e[c]); }
@@ -1122,7 +1024,7 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
     phase(PHASE_ROUTE);
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
-                  d->route_scale, d->norm_topk, T, d->E, d->K);
+                  d->how, d->route_scale, d->norm_topk, T, d->E, d->K);
     phase(PHASE_EXCHANGE);
     trip_begin(x, d, s, T, 0);
     const int *mine = s->counts_h + (size_t)comm_ep_rank() * d->E;
@@ -1192,8 +1094,10 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
         trip_back(home_y, dy, row, home_dw, dweight, x, "moe dx");      // in place of dy it sent
     }
     phase(PHASE_ROUTE);
-    route_backward(dinp, x->home_dw, s->slot_row, s->ids, s->weights, s->logits, w->gate,
-                   d->route_scale, d->norm_topk, T, C, d->K);
+    const real *all = route_needs_all(d->how, d->norm_topk) ? x->logits : NULL;
+    if (all) { linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E); }
+    route_backward(dinp, x->home_dw, s->slot_row, s->ids, s->weights, s->logits, all, w->gate,
+                   d->how, d->route_scale, d->norm_topk, T, C, d->E, d->K);
     dispatch_backward(dinp, x->home_y, s->slot_row, T, d->K, C);
 }
 #endif // MOE_C

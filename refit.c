@@ -90,7 +90,7 @@ static const char *const file_names[FILES] = {
     "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json" };
 
 // The tensors of FILE_ADAPTER, or of FILE_OPTIMIZER: the moments, under the adapter tensors' names
-// with .m and .v, in pairs. Both are stored by name. The list has all ranks' tensors and is small,
+// with .m and .v, in pairs; Muon has no .v. Both are stored by name. The list has all ranks' tensors and is small,
 // 4 bytes for each, since a save during training must not allocate more than 1 MiB.
 typedef struct {
     const Adapters *s;
@@ -109,8 +109,9 @@ typedef struct {                // one of them
 
 // Tensor i of the file.
 static inline Item roster_item(const Roster *f, size_t i) {
-    const int moment = f->file == FILE_OPTIMIZER ? 1 + (int)(i % 2) : 0;
-    const uint32_t code = f->code[moment ? i / 2 : i], E = (uint32_t)f->E;
+    const size_t moments = f->s->muon ? 1 : 2;
+    const int moment = f->file == FILE_OPTIMIZER ? 1 + (int)(i % moments) : 0;
+    const uint32_t code = f->code[moment ? i / moments : i], E = (uint32_t)f->E;
     const AdapterTensor *t = &f->s->tensors[code / E];
     const char *suffix = moment == 0 ? ".weight" : moment == 1 ? ".weight.m" : ".weight.v", *rest;
     Item it = { .dim = { (size_t)t->rows, (size_t)t->cols }, .t = t, .expert = (int)(code % E),
@@ -339,7 +340,7 @@ static inline size_t roster_header(FILE *out, const Roster *f, size_t tensors, s
 // Collective. Writes the file of the list.
 static inline void roster_write(Save *v, const Roster *f) {
     static const char start[] = "{\"__metadata__\":{\"format\":\"pt\"}";
-    const size_t tensors = f->file == FILE_OPTIMIZER ? 2 * f->n : f->n;
+    const size_t tensors = f->file == FILE_OPTIMIZER && !f->s->muon ? 2 * f->n : f->n;
     size_t data = 0, n = sizeof start + roster_header(NULL, f, tensors, &data);
     size_t padded = (n + 7) / 8 * 8;        // blanks align the data, as the format's library does
     double begin = clock_seconds(), last = begin;
@@ -370,7 +371,7 @@ static inline void roster_write(Save *v, const Roster *f) {
 
 // Reads what belongs to this rank. Every tensor of the list must be in the file, and no other.
 static inline void roster_read(const char *dir, const Roster *f) {
-    const size_t tensors = f->file == FILE_OPTIMIZER ? 2 * f->n : f->n;
+    const size_t tensors = f->file == FILE_OPTIMIZER && !f->s->muon ? 2 * f->n : f->n;
     char path[PATH_SIZE], have[120];
     Safetensors st;
     safetensors_open(&st, path_make(path, dir, "/", file_names[f->file]), not_a_folder);
@@ -548,7 +549,7 @@ void adapter_load(const char *dir, Adapters *s, const Config *c) { load_adapter(
 // Bytes that a checkpoint of these adapters takes, with room for the headers.
 size_t training_bytes(const Adapters *s) {
     size_t n = s->n_dense + s->n_expert * (size_t)comm_ep();
-    return n * 3 * 4 + (size_t)s->n * (size_t)comm_ep() * 600 + 65536;
+    return n * (s->muon ? 2 : 3) * 4 + (size_t)s->n * (size_t)comm_ep() * 600 + 65536;
 }
 
 // Removes what a newer checkpoint makes superfluous: leftovers of saves that did not end, and all

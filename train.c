@@ -17,9 +17,9 @@
 // Every operation is a function on plain arrays, forward and backward, in the order in which the
 // model uses them. Here they are text; kernels.cu will hold their twins.
 //
-// What accumulates: adapter gradients, the streams' gradient dX, a sublayer's dx and the real*
-// dinp of every linear are += into buffers that the layer loop zeroed, because several callers
-// feed them. All other gradients of activations are =.
+// What accumulates: adapter gradients, a sublayer's dx and the real* dinp of every linear are += into
+// buffers that the layer loop zeroed, because several callers feed them. All other gradients of
+// activations are =; that of the streams, dX, takes its turn in one buffer, site after site.
 //
 // Sources: the DeepSeek-V4 report (sections named where used) and its released inference code; the
 // tests compare with Hugging Face transformers 5.17.
@@ -186,7 +186,7 @@ static int layer_has(const Config *c, int layer, const TensorKind *k) {
         case CSA: return c->ratio[layer] == 4;
         case POOLED: return c->ratio[layer] > 0;
         case HASHED: return layer < c->hash_layers;
-        case SCORED: return layer >= c->hash_layers;
+        case SCORED: return layer >= c->hash_layers && !c->how.greedy;
         case GLOBAL: return 0;
         default: return 1;
     }
@@ -311,16 +311,16 @@ void rmsnorm_forward(act *out, real *rstd, const act *inp, const bf16 *w, float 
 TWIN(rmsnorm_forward)
 
 // One row of it, on reals: d comes in as gradient of the output and leaves as that of the input.
-static inline void rmsnorm_row_backward(real *d, const act *inp, real rstd, const bf16 *w, int C) {
+static inline void rmsnorm_row_backward(real *d, const real *inp, real rstd, const bf16 *w, int C) {
     // forward: out = w * x with x = inp * rstd. rstd depends on every element of inp, so with
     // a = w * dout:  dinp = rstd * (a - x * mean(a * x))
     real mean = 0;
     for (int c = 0; c < C; c++) {
         d[c] *= weight_of(w, c);
-        mean += d[c] * (ld(inp + c) * rstd);
+        mean += d[c] * (inp[c] * rstd);
     }
     mean /= C;
-    for (int c = 0; c < C; c++) { d[c] = rstd * (d[c] - ld(inp + c) * rstd * mean); }
+    for (int c = 0; c < C; c++) { d[c] = rstd * (d[c] - inp[c] * rstd * mean); }
 }
 
 // dinp (T,C) from dout (T,C), and inp, rstd of the forward.
@@ -329,9 +329,10 @@ void rmsnorm_backward(act *dinp, const real *dout, const act *inp, const real *r
     GPU(rmsnorm_backward_gpu(dinp, dout, inp, rstd, w, T, C))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        real d[C];
+        real d[C], x[C];
         memcpy(d, dout + (size_t)t * C, sizeof d);
-        rmsnorm_row_backward(d, inp + (size_t)t * C, rstd[t], w, C);
+        load_rows(x, inp + (size_t)t * C, (size_t)C);
+        rmsnorm_row_backward(d, x, rstd[t], w, C);
         store_rows(dinp + (size_t)t * C, d, (size_t)C);
     }
 }
@@ -469,11 +470,12 @@ void key_norm_rope_backward(act *dinp, const real *dout, const act *inp, const r
     GPU(key_norm_rope_backward_gpu(dinp, dout, inp, rstd, w, table, position, n, D, rope))
     #pragma omp parallel for
     for (int row = 0; row < n; row++) {
-        real d[D];
+        real d[D], x[D];
         memcpy(d, dout + (size_t)row * D, sizeof d);
+        load_rows(x, inp + (size_t)row * D, (size_t)D);
         // forward: out = rotate(norm(inp)); so turn back, then the norm's backward
         rotate(d + D - rope, table + (size_t)position[row] * rope, rope, -1);
-        rmsnorm_row_backward(d, inp + (size_t)row * D, rstd[row], w, D);
+        rmsnorm_row_backward(d, x, rstd[row], w, D);
         store_rows(dinp + (size_t)row * D, d, (size_t)D);
     }
 }
@@ -493,6 +495,11 @@ TWIN(key_norm_rope_backward)
 // and columns sum to one), so that mixing can neither amplify nor lose the streams however deep the
 // stack: Sinkhorn's algorithm. All weights come from 24 numbers m per token and site, a projection
 // of the normalised streams. Source: the report's section 2.2, and the released inference code.
+//
+// The streams are four times as wide as anything else, so what a site costs is how often it walks
+// over them. Forward twice: dealing, which takes the next site's m along, and collapsing with the
+// norm. Backward three times: dY and X for do, dpost and dcomb; then, when the sublayer's own
+// gradient dx is there, dx and X for dm; then all of them for dX, written once.
 
 // m (T,M) = r * (fn X) with r (T) = 1 / rms of a token's HC*C numbers. M is HC_MIX, or HC at the
 // head. fn (M,HC*C) fp32.
@@ -507,24 +514,6 @@ void hc_logits_forward(real *m, real *r, const act *X, const float *fn, float ep
     }
 }
 TWIN(hc_logits_forward)
-
-// dX (T,HC,C) += what dm (T,M) says. dm is overwritten (scaled by r).
-void hc_logits_backward(real *dX, real *dm, const real *m, const real *r, const act *X,
-                        const float *fn, int T, int C, int M) {
-    GPU(hc_logits_backward_gpu(dX, dm, m, r, X, fn, T, C, M))
-    const int N = HC * C;
-    #pragma omp parallel for
-    for (int t = 0; t < T; t++) {
-        // forward: m = r (fn X), r = (mean X^2 + eps)^(-1/2), so dr/dX = -r^3 X / N and
-        // dX = r fn^T dm - (r^2 / N) <m, dm> X. Here the second term, below the first.
-        real *dm_t = dm + (size_t)t * M, *dX_t = dX + (size_t)t * N;
-        real along = r[t] * r[t] / N * dot(m + (size_t)t * M, dm_t, M);
-        for (int k = 0; k < N; k++) { dX_t[k] -= along * ld(X + (size_t)t * N + k); }
-        for (int i = 0; i < M; i++) { dm_t[i] *= r[t]; }
-    }
-    linear_f32_backward(dX, dm, fn, T, N, M);
-}
-TWIN(hc_logits_backward)
 
 // Sinkhorn: rows and columns take turns to be divided by their sums. The backward of one such
 // half-step needs only its result y and the sums S: x = y * S brings the input back.
@@ -586,19 +575,22 @@ static inline void sinkhorn_backward(real *dc, real *c, const real *sums, int it
     }
 }
 
-// pre (T,4), post (T,4), comb (T,4,4) from m (T,24) = [pre | post | comb row by row] logits,
-// base (24) and scale (3), both frozen.
+// pre (T,4), post (T,4), comb (T,4,4) from m (T,M), M = 24: [pre | post | comb row by row] logits,
+// base (24) and scale (3), both frozen. The head (M = 4) only collapses: post and comb are NULL.
 void hc_weights_forward(real *pre, real *post, real *comb, const real *m, const float *base,
-                        const float *scale, float eps, int T, int iters) {
-    GPU(hc_weights_forward_gpu(pre, post, comb, m, base, scale, eps, T, iters))
+                        const float *scale, float eps, int T, int M, int iters) {
+    GPU(hc_weights_forward_gpu(pre, post, comb, m, base, scale, eps, T, M, iters))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        const real *m_t = m + (size_t)t * HC_MIX;
-        real *pre_t = pre + (size_t)t * HC, *post_t = post + (size_t)t * HC;
-        real *comb_t = comb + (size_t)t * HC * HC, sums[2 * HC_MAX_ITERS * HC];
-        for (int i = 0; i < HC; i++) {
-            pre_t[i] = sigmoid(m_t[i] * scale[0] + base[i]) + (real)eps;        // never quite 0
-            post_t[i] = 2 * sigmoid(m_t[HC + i] * scale[1] + base[HC + i]);     // 1 at logit 0
+        const real *m_t = m + (size_t)t * M;
+        for (int i = 0; i < HC; i++) {      // never quite 0
+            pre[(size_t)t * HC + i] = sigmoid(m_t[i] * scale[0] + base[i]) + (real)eps;
+        }
+        if (M == HC) { continue; }
+        real *post_t = post + (size_t)t * HC, *comb_t = comb + (size_t)t * HC * HC;
+        real sums[2 * HC_MAX_ITERS * HC];
+        for (int i = 0; i < HC; i++) {      // 1 at logit 0
+            post_t[i] = 2 * sigmoid(m_t[HC + i] * scale[1] + base[HC + i]);
         }
         for (int i = 0; i < HC * HC; i++) {
             comb_t[i] = m_t[2 * HC + i] * scale[2] + base[2 * HC + i];
@@ -608,95 +600,103 @@ void hc_weights_forward(real *pre, real *post, real *comb, const real *m, const 
 }
 TWIN(hc_weights_forward)
 
-// dm (T,24) = gradient of m, from dpre (T,4), dpost (T,4), dcomb (T,4,4). The forward is run again:
+// One token of its backward: dm (M) from dpre (4), dpost (4), dcomb (4,4). The forward is run again:
 // 24 numbers per token are cheaper to keep than 39 half-steps.
-void hc_weights_backward(real *dm, const real *dpre, const real *dpost, const real *dcomb,
-                         const real *m, const float *base, const float *scale, float eps, int T,
-                         int iters) {
-    GPU(hc_weights_backward_gpu(dm, dpre, dpost, dcomb, m, base, scale, eps, T, iters))
-    #pragma omp parallel for
-    for (int t = 0; t < T; t++) {
-        const real *m_t = m + (size_t)t * HC_MIX;
-        real *dm_t = dm + (size_t)t * HC_MIX, *dlogits = dm_t + 2 * HC;
-        real c[HC * HC], sums[2 * HC_MAX_ITERS * HC];
-        for (int i = 0; i < HC; i++) {
-            // forward: pre = s(m scale0 + base) + eps, so dm = dpre s (1 - s) scale0
-            real s = sigmoid(m_t[i] * scale[0] + base[i]);
-            dm_t[i] = dpre[(size_t)t * HC + i] * s * (1 - s) * scale[0];
-            // forward: post = 2 s(m scale1 + base), so dm = dpost 2 s (1 - s) scale1
-            s = sigmoid(m_t[HC + i] * scale[1] + base[HC + i]);
-            dm_t[HC + i] = dpost[(size_t)t * HC + i] * 2 * s * (1 - s) * scale[1];
-        }
-        for (int i = 0; i < HC * HC; i++) {
-            c[i] = m_t[2 * HC + i] * scale[2] + base[2 * HC + i];
-            dlogits[i] = dcomb[(size_t)t * HC * HC + i];
-        }
-        sinkhorn_forward(c, sums, iters, eps);
-        sinkhorn_backward(dlogits, c, sums, iters, eps);
-        for (int i = 0; i < HC * HC; i++) { dlogits[i] *= scale[2]; }   // logit = m scale2 + base
-    }
-}
-TWIN(hc_weights_backward)
-
-// The head only collapses: pre (T,4) from m (T,4).
-void hc_head_weights_forward(real *pre, const real *m, const float *base, const float *scale,
-                             float eps, int T) {
-    GPU(hc_head_weights_forward_gpu(pre, m, base, scale, eps, T))
-    for (int i = 0; i < T * HC; i++) {
-        pre[i] = sigmoid(m[i] * scale[0] + base[i % HC]) + (real)eps;
-    }
-}
-TWIN(hc_head_weights_forward)
-
-void hc_head_weights_backward(real *dm, const real *dpre, const real *m, const float *base,
-                              const float *scale, int T) {
-    GPU(hc_head_weights_backward_gpu(dm, dpre, m, base, scale, T))
-    for (int i = 0; i < T * HC; i++) {
-        // forward: pre = s(m scale + base) + eps
-        real s = sigmoid(m[i] * scale[0] + base[i % HC]);
+static inline void hc_weights_row_backward(real *dm, const real *dpre, const real *dpost,
+                                           const real *dcomb, const real *m, const float *base,
+                                           const float *scale, float eps, int M, int iters) {
+    for (int i = 0; i < HC; i++) {
+        // forward: pre = s(m scale0 + base) + eps, so dm = dpre s (1 - s) scale0
+        real s = sigmoid(m[i] * scale[0] + base[i]);
         dm[i] = dpre[i] * s * (1 - s) * scale[0];
     }
+    if (M == HC) { return; }
+    real c[HC * HC], *dlogits = dm + 2 * HC, sums[2 * HC_MAX_ITERS * HC];
+    for (int i = 0; i < HC; i++) {
+        // forward: post = 2 s(m scale1 + base), so dm = dpost 2 s (1 - s) scale1
+        real s = sigmoid(m[HC + i] * scale[1] + base[HC + i]);
+        dm[HC + i] = dpost[i] * 2 * s * (1 - s) * scale[1];
+    }
+    for (int i = 0; i < HC * HC; i++) {
+        c[i] = m[2 * HC + i] * scale[2] + base[2 * HC + i];
+        dlogits[i] = dcomb[i];
+    }
+    sinkhorn_forward(c, sums, iters, eps);
+    sinkhorn_backward(dlogits, c, sums, iters, eps);
+    for (int i = 0; i < HC * HC; i++) { dlogits[i] *= scale[2]; }       // logit = m scale2 + base
 }
-TWIN(hc_head_weights_backward)
 
-// u (T,C) = sum_i pre[i] X[i].
-void hc_collapse_forward(act *u, const act *X, const real *pre, int T, int C) {
-    GPU(hc_collapse_forward_gpu(u, X, pre, T, C))
+// u (C) = sum_i pre[i] X[i] of one token, X (HC,C).
+static inline void hc_collapse_row(real *u, const act *X, const real *pre, int C) {
+    for (int c = 0; c < C; c++) {
+        u[c] = pre[0] * ld(X + c) + pre[1] * ld(X + C + c) + pre[2] * ld(X + 2 * C + c)
+             + pre[3] * ld(X + 3 * C + c);
+    }
+}
+
+// The sublayer's input: x (T,C) = RMSNorm(u) with u = sum_i pre[i] X[i], norm weight w (C). rstd (T)
+// = 1 / rms(u) is all that is kept of u.
+void hc_enter_forward(act *x, real *rstd, const act *X, const real *pre, const bf16 *w, float eps,
+                      int T, int C) {
+    GPU(hc_enter_forward_gpu(x, rstd, X, pre, w, eps, T, C))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        const act *X_t = X + (size_t)t * HC * C;
-        const real *p = pre + (size_t)t * HC;
+        real u[C];
+        hc_collapse_row(u, X + (size_t)t * HC * C, pre + (size_t)t * HC, C);
+        rstd[t] = 1 / sqrt(dot(u, u, C) / C + (real)eps);
         for (int c = 0; c < C; c++) {
-            st(u + (size_t)t * C + c, p[0] * ld(X_t + c) + p[1] * ld(X_t + C + c) +
-                                      p[2] * ld(X_t + 2 * C + c) + p[3] * ld(X_t + 3 * C + c));
+            st(x + (size_t)t * C + c, weight_of(w, c) * (u[c] * rstd[t]));
         }
     }
 }
-TWIN(hc_collapse_forward)
+TWIN(hc_enter_forward)
 
-// dX (T,HC,C) += and dpre (T,HC) =, from du (T,C).
-void hc_collapse_backward(real *dX, real *dpre, const act *du, const act *X, const real *pre, int T,
-                          int C) {
-    GPU(hc_collapse_backward_gpu(dX, dpre, du, X, pre, T, C))
+// dX (T,HC,C), all of it, once dx (T,C), the gradient of the sublayer's input, is there. dX holds
+// the gradient of Y, the streams after the site, on entry (four values per channel, so it needs no
+// second buffer); dpost (T,4) and dcomb (T,4,4) come from hc_deal_backward, everything else from the
+// forward. At the head no streams follow: dX is only written; dpost, dcomb, comb are NULL, M is HC.
+void hc_enter_backward(act *dX, const real *dx, const real *dpost, const real *dcomb, const act *X,
+                       const real *m, const real *r, const real *pre, const real *comb,
+                       const real *rstd, const float *fn, const float *base, const float *scale,
+                       const bf16 *w, float eps, int T, int C, int M, int iters) {
+    GPU(hc_enter_backward_gpu(dX, dx, dpost, dcomb, X, m, r, pre, comb, rstd, fn, base, scale, w,
+                              eps, T, C, M, iters))
+    const int N = HC * C;
     #pragma omp parallel for
-    for (int t = 0; t < T; t++) {
-        real d[C];
-        load_rows(d, du + (size_t)t * C, (size_t)C);
-        for (int i = 0; i < HC; i++) {
-            // forward: u = sum_i pre[i] X[i]
-            size_t stream = ((size_t)t * HC + i) * C;
-            dpre[(size_t)t * HC + i] = dot_act(d, X + stream, C);
-            real p = pre[(size_t)t * HC + i];
-            for (int c = 0; c < C; c++) { dX[stream + c] += p * d[c]; }
+    for (size_t t = 0; t < (size_t)T; t++) {
+        const act *X_t = X + t * N;
+        const real *pre_t = pre + t * HC, *m_t = m + t * M;
+        real u[C], du[C], dpre[HC], dm[HC_MIX], d[N];
+        memcpy(du, dx + t * C, sizeof du);
+        hc_collapse_row(u, X_t, pre_t, C);
+        rmsnorm_row_backward(du, u, rstd[t], w, C);
+        // forward: u = sum_i pre[i] X[i]
+        for (int i = 0; i < HC; i++) { dpre[i] = dot_act(du, X_t + (size_t)i * C, C); }
+        hc_weights_row_backward(dm, dpre, dpost ? dpost + t * HC : NULL,
+                                dcomb ? dcomb + t * HC * HC : NULL, m_t, base, scale, eps, M, iters);
+        // forward: m = r (fn X), r = (mean X^2 + eps)^(-1/2), so dr/dX = -r^3 X / N and
+        // dX = r fn^T dm - (r^2 / N) <m, dm> X. The second term here, the first below.
+        real along = r[t] * r[t] / N * dot(m_t, dm, M);
+        for (int k = 0; k < N; k++) { d[k] = pre_t[k / C] * du[k % C] - along * ld(X_t + k); }
+        // forward: Y[j] = post[j] o + sum_i comb[i][j] X[i]
+        for (int ij = 0; comb && ij < HC * HC; ij++) {
+            real mix = comb[t * HC * HC + ij], *d_i = d + (size_t)(ij / HC) * C;
+            const act *dY_j = dX + t * N + (size_t)(ij % HC) * C;
+            for (int c = 0; c < C; c++) { d_i[c] += mix * ld(dY_j + c); }
         }
+        for (int i = 0; i < M; i++) {
+            for (int k = 0; k < N; k++) { d[k] += r[t] * dm[i] * fn[(size_t)i * N + k]; }
+        }
+        store_rows(dX + t * N, d, (size_t)N);
     }
 }
-TWIN(hc_collapse_backward)
+TWIN(hc_enter_backward)
 
-// Y[j] (T,HC,C) = post[j] o + sum_i comb[i][j] X[i], o (T,C) the sublayer's output. Y may be X.
-void hc_deal_forward(act *Y, const act *o, const act *X, const real *post, const real *comb, int T,
-                     int C) {
-    GPU(hc_deal_forward_gpu(Y, o, X, post, comb, T, C))
+// Y[j] (T,HC,C) = post[j] o + sum_i comb[i][j] X[i], o (T,C) the sublayer's output; Y may be X. And
+// while Y is at hand, m (T,M) and r (T) of the site that it enters, whose projection is fn.
+void hc_deal_forward(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
+                     const real *comb, const float *fn, float eps, int T, int C, int M) {
+    GPU(hc_deal_forward_gpu(Y, m, r, o, X, post, comb, fn, eps, T, C, M))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
         const act *o_t = o + (size_t)t * C;
@@ -712,33 +712,30 @@ void hc_deal_forward(act *Y, const act *o, const act *X, const real *post, const
             }
         }
     }
+    hc_logits_forward(m, r, Y, fn, eps, T, C, M);
 }
 TWIN(hc_deal_forward)
 
-// do_ (T,C) =, dpost (T,4) =, dcomb (T,4,4) =; dX (T,HC,C) holds the gradient of Y on entry and
-// that of X, through the mixing, on return: four values per channel, so it needs no second buffer.
-void hc_deal_backward(act *do_, real *dpost, real *dcomb, real *dX, const act *o, const act *X,
-                      const real *post, const real *comb, int T, int C) {
-    GPU(hc_deal_backward_gpu(do_, dpost, dcomb, dX, o, X, post, comb, T, C))
+// do_ (T,C), dpost (T,4), dcomb (T,4,4) from dY (T,HC,C). What reaches X through the mixing is left
+// to hc_enter_backward, which reads dY once more and so need not add to dX.
+void hc_deal_backward(act *do_, real *dpost, real *dcomb, const act *dY, const act *o, const act *X,
+                      const real *post, int T, int C) {
+    GPU(hc_deal_backward_gpu(do_, dpost, dcomb, dY, o, X, post, T, C))
     #pragma omp parallel for
-    for (int t = 0; t < T; t++) {
-        real *dY = dX + (size_t)t * HC * C;
-        const real *p = post + (size_t)t * HC, *mix = comb + (size_t)t * HC * HC;
+    for (size_t t = 0; t < (size_t)T; t++) {
+        const real *p = post + t * HC;
+        real d[HC * C];
+        load_rows(d, dY + t * HC * C, (size_t)HC * C);
         for (int j = 0; j < HC; j++) {
             // forward: Y[j] = post[j] o + sum_i comb[i][j] X[i]
-            dpost[(size_t)t * HC + j] = dot_act(dY + (size_t)j * C, o + (size_t)t * C, C);
+            dpost[t * HC + j] = dot_act(d + (size_t)j * C, o + t * C, C);
             for (int i = 0; i < HC; i++) {
-                dcomb[((size_t)t * HC + i) * HC + j] =
-                    dot_act(dY + (size_t)j * C, X + ((size_t)t * HC + i) * C, C);
+                dcomb[(t * HC + i) * HC + j] = dot_act(d + (size_t)j * C, X + (t * HC + i) * C, C);
             }
         }
         for (int c = 0; c < C; c++) {
-            real d[HC] = { dY[c], dY[C + c], dY[2 * C + c], dY[3 * C + c] };
-            st(do_ + (size_t)t * C + c, p[0] * d[0] + p[1] * d[1] + p[2] * d[2] + p[3] * d[3]);
-            for (int i = 0; i < HC; i++) {
-                const real *row = mix + i * HC;
-                dY[(size_t)i * C + c] = row[0] * d[0] + row[1] * d[1] + row[2] * d[2] + row[3] * d[3];
-            }
+            st(do_ + t * C + c, p[0] * d[c] + p[1] * d[C + c] + p[2] * d[2 * C + c] +
+                                p[3] * d[3 * C + c]);
         }
     }
 }
@@ -1218,9 +1215,9 @@ TWIN(group_output_backward)
 
 // What the mixing of one site leaves for the backward. All (T, ..).
 typedef struct {
-    real *m, *r;                // (T,24), (T): hc_logits
+    real *m, *r;                // (T,24), (T): hc_logits; an attention site's are LayerSaved's
     real *pre, *post, *comb;    // (T,4), (T,4), (T,4,4)
-    act *u, *x;                 // (T,C) collapsed streams; normalised: the sublayer's input
+    act *x;                     // (T,C) the sublayer's input: streams, collapsed and normalised
     real *rstd;                 // (T)
 } Site;
 
@@ -1244,6 +1241,7 @@ typedef struct {
 // What every layer keeps from forward to backward.
 typedef struct {
     act *X;                     // (T,HC,C) the layer's input
+    real *m, *r;                // (T,24), (T) hc_logits of it, made where X was
     act *f;                     // (T,C) output of the experts: needed for dpost, dear to recompute
     MoeSaved moe;
     int *selected;              // (T,topk) the indexer's choice; NULL if all entries always fit
@@ -1251,11 +1249,10 @@ typedef struct {
 
 // Buffers of the backward pass, and of the indexer.
 typedef struct {
-    real *dX;                   // (T,HC,C) gradient of the streams, from layer to layer
+    act *dX;                    // (T,HC,C) gradient of the streams, from site to site
     act *dout;                  // (T,C) of a sublayer's output
     real *dx;                   // (T,C) of a sublayer's input, before the norm's backward
-    act *du;                    // (T,C) of the collapsed streams
-    real *dpre, *dpost, *dcomb, *dm;
+    real *dpost, *dcomb;        // (T,4), (T,4,4)
     real *dv;                   // (T,G*O)
     act *do_;                   // (T,H,D)
     real *delta;                // (T,H)
@@ -1281,6 +1278,7 @@ typedef struct {
     unsigned targets;           // bits TARGET_*
     int max_tokens;             // of a micro-batch or a sample
     int recompute;              // RECOMPUTE_*
+    int muon;                   // as in Adapters
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
     int offload;                // the inputs of so many layers wait in host memory
@@ -1306,7 +1304,7 @@ typedef struct {
     act **X_host;               // (offload) of (T,HC,C): X of the first layers, on the host
     IndexScratch index;
     Gradients grad;
-    Site head;                  // of part 7: m (T,4), r, pre, u = z (T,C), x, rstd
+    Site head;                  // of part 7: m (T,4), r, pre, x, rstd
     real *loss, *loss_h;        // (T); its copy on the host
     real *dhead;                // (T,C) gradient of the loss's sum by the head's input
     real *logits;               // (V) of one token, for sampling
@@ -1332,29 +1330,26 @@ static AttentionShape attention_shape(const Model *m, int layer) {
     };
 }
 
-// Streams -> mixing weights -> the sublayer's normalised input.
+// Streams -> mixing weights -> the sublayer's normalised input. s->m is there: whoever wrote X made
+// it.
 static void site_enter(Site *s, const act *X, HyperConnection hc, const bf16 *norm,
                        const Config *c, int T) {
     phase(PHASE_STREAMS);
-    hc_logits_forward(s->m, s->r, X, hc.fn, c->norm_eps, T, c->C, HC_MIX);
-    hc_weights_forward(s->pre, s->post, s->comb, s->m, hc.base, hc.scale, c->hc_eps, T, c->hc_iters);
-    hc_collapse_forward(s->u, X, s->pre, T, c->C);
-    rmsnorm_forward(s->x, s->rstd, s->u, norm, c->norm_eps, T, c->C);
+    hc_weights_forward(s->pre, s->post, s->comb, s->m, hc.base, hc.scale, c->hc_eps, T, HC_MIX,
+                       c->hc_iters);
+    hc_enter_forward(s->x, s->rstd, X, s->pre, norm, c->norm_eps, T, c->C);
 }
 
-// The gradient of a sublayer's input, grad->dx, back into the streams: grad->dX +=. dpost and dcomb
-// of the same site are in place already.
+// The gradient of a sublayer's input, grad->dx, back into the streams: grad->dX, gradient of the
+// streams behind the site, becomes that of those before it. dpost and dcomb are in place already.
 static void site_leave_backward(Model *m, const Site *s, const act *X, HyperConnection hc,
                                 const bf16 *norm) {
     const Config *c = &m->config;
     Gradients *g = &m->grad;
-    int T = m->documents.T;
     phase(PHASE_STREAMS);
-    rmsnorm_backward(g->du, g->dx, s->u, s->rstd, norm, T, c->C);
-    hc_collapse_backward(g->dX, g->dpre, g->du, X, s->pre, T, c->C);
-    hc_weights_backward(g->dm, g->dpre, g->dpost, g->dcomb, s->m, hc.base, hc.scale, c->hc_eps, T,
-                        c->hc_iters);
-    hc_logits_backward(g->dX, g->dm, s->m, s->r, X, hc.fn, T, c->C, HC_MIX);
+    hc_enter_backward(g->dX, g->dx, g->dpost, g->dcomb, X, s->m, s->r, s->pre, s->comb, s->rstd,
+                      hc.fn, hc.base, hc.scale, norm, c->hc_eps, m->documents.T, c->C, HC_MIX,
+                      c->hc_iters);
 }
 
 // The entries of one layer: keys pooled from x.
@@ -1444,7 +1439,8 @@ static void layer_first_half(Model *m, int i, LayerActs *a, int again) {
     site_enter(&a->attn, X, l->hc_attn, l->attn_norm, c, T);
     attention_sublayer(m, i, a, again);
     phase(PHASE_STREAMS);
-    hc_deal_forward(a->X_mid, a->a, X, a->attn.post, a->attn.comb, T, c->C);
+    hc_deal_forward(a->X_mid, a->ffn.m, a->ffn.r, a->a, X, a->attn.post, a->attn.comb, l->hc_ffn.fn,
+                    c->norm_eps, T, c->C, HC_MIX);
     site_enter(&a->ffn, a->X_mid, l->hc_ffn, l->ffn_norm, c, T);
 }
 
@@ -1455,15 +1451,20 @@ static inline act *layer_output(const Model *m, int i) {
 
 // The activations of layer i: its own, or those that all layers share.
 static inline LayerActs *layer_acts(Model *m, int i) {
-    if (m->options.recompute == RECOMPUTE_FULL) {
-        m->acts->X_mid = layer_output(m, i);
-        return m->acts;
-    }
-    return &m->acts[i];
+    int full = m->options.recompute == RECOMPUTE_FULL;
+    LayerActs *a = full ? m->acts : &m->acts[i];
+    if (full) { a->X_mid = layer_output(m, i); }
+    a->attn.m = m->saved[i].m;
+    a->attn.r = m->saved[i].r;
+    return a;
 }
 
-// layer_output(i) (T,HC,C) from saved[i].X.
+// layer_output(i) (T,HC,C) from saved[i].X and its m; and the m of the next layer, or of the head.
 static void layer_forward(Model *m, int i, const int *token) {
+    const Config *c = &m->config;
+    int last = i + 1 == c->layers;
+    HyperConnection next = last ? m->globals.hc_head : m->layer[i + 1].hc_attn;
+    real *next_m = last ? m->head.m : m->saved[i + 1].m, *next_r = last ? m->head.r : m->saved[i + 1].r;
     LayerActs *a = layer_acts(m, i);
     LayerSaved *s = &m->saved[i];
     int T = m->documents.T;
@@ -1471,7 +1472,8 @@ static void layer_forward(Model *m, int i, const int *token) {
     moe_forward(s->f, &s->moe, a->ffn.x, token, &m->layer[i].moe, &m->moe, &m->moe_scratch,
                 m->expert_count, T);
     phase(PHASE_STREAMS);
-    hc_deal_forward(layer_output(m, i), s->f, a->X_mid, a->ffn.post, a->ffn.comb, T, m->config.C);
+    hc_deal_forward(layer_output(m, i), next_m, next_r, s->f, a->X_mid, a->ffn.post, a->ffn.comb,
+                    next.fn, c->norm_eps, T, c->C, last ? HC : HC_MIX);
 }
 
 // From g->dentries to dx: the compressor's backward.
@@ -1542,14 +1544,12 @@ static void layer_backward(Model *m, int i) {
     if (m->options.recompute == RECOMPUTE_FULL) { layer_first_half(m, i, a, 1); }
 
     phase_in(PHASE_STREAMS, PASS_BACKWARD);
-    hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, s->f, a->X_mid, a->ffn.post, a->ffn.comb,
-                     T, c->C);
+    hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, s->f, a->X_mid, a->ffn.post, T, c->C);
     zero(g->dx, sizeof(real) * (size_t)T * c->C);
     moe_backward(g->dx, g->dout, &s->moe, a->ffn.x, &l->moe, &m->moe, &m->moe_scratch, T);
     site_leave_backward(m, &a->ffn, a->X_mid, l->hc_ffn, l->ffn_norm);
 
-    hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, a->a, s->X, a->attn.post, a->attn.comb,
-                     T, c->C);
+    hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, a->a, s->X, a->attn.post, T, c->C);
     zero(g->dx, sizeof(real) * (size_t)T * c->C);
     attention_sublayer_backward(m, i, a);
     site_leave_backward(m, &a->attn, s->X, l->hc_attn, l->attn_norm);
@@ -1615,10 +1615,8 @@ static void head_enter(Model *m) {
     Site *s = &m->head;
     int T = m->documents.T;
     phase(PHASE_HEAD);
-    hc_logits_forward(s->m, s->r, m->X_out, hc.fn, c->norm_eps, T, c->C, HC);
-    hc_head_weights_forward(s->pre, s->m, hc.base, hc.scale, c->hc_eps, T);
-    hc_collapse_forward(s->u, m->X_out, s->pre, T, c->C);
-    rmsnorm_forward(s->x, s->rstd, s->u, m->globals.norm, c->norm_eps, T, c->C);
+    hc_weights_forward(s->pre, NULL, NULL, s->m, hc.base, hc.scale, c->hc_eps, T, HC, 0);
+    hc_enter_forward(s->x, s->rstd, m->X_out, s->pre, m->globals.norm, c->norm_eps, T, c->C);
 }
 
 // x (n) *= scale.
@@ -1633,15 +1631,11 @@ static void head_backward(Model *m, double scale) {
     const Config *c = &m->config;
     HyperConnection hc = m->globals.hc_head;
     Site *s = &m->head;
-    Gradients *g = &m->grad;
     int T = m->documents.T;
     phase_in(PHASE_HEAD, PASS_BACKWARD);
     scale_reals(m->dhead, scale, (size_t)T * c->C);
-    zero(g->dX, sizeof(real) * (size_t)T * HC * c->C);
-    rmsnorm_backward(g->du, m->dhead, s->u, s->rstd, m->globals.norm, T, c->C);
-    hc_collapse_backward(g->dX, g->dpre, g->du, m->X_out, s->pre, T, c->C);
-    hc_head_weights_backward(g->dm, g->dpre, s->m, hc.base, hc.scale, T);
-    hc_logits_backward(g->dX, g->dm, s->m, s->r, m->X_out, hc.fn, T, c->C, HC);
+    hc_enter_backward(m->grad.dX, m->dhead, NULL, NULL, m->X_out, s->m, s->r, s->pre, NULL, s->rstd,
+                      hc.fn, hc.base, hc.scale, m->globals.norm, c->hc_eps, T, c->C, HC, 0);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1745,13 +1739,10 @@ static void adapters_place(Model *m, int i) {
     l->moe.e3 = adapter_add_experts(s, TARGET_EXPERTS_W3, experts, "w3", first, local, c->C, c->F);
 }
 
-static void site_alloc(Site *s, int class_, size_t T, int C, int M) {
-    s->m = MEM(real, class_, T * M);
-    s->r = MEM(real, class_, T);
+static void site_alloc(Site *s, int class_, size_t T, int C) {
     s->pre = MEM(real, class_, T * HC);
     s->post = MEM(real, class_, T * HC);
     s->comb = MEM(real, class_, T * HC * HC);
-    s->u = MEM(act, class_, T * C);
     s->x = MEM(act, class_, T * C);
     s->rstd = MEM(real, class_, T);
 }
@@ -1760,8 +1751,10 @@ static void site_alloc(Site *s, int class_, size_t T, int C, int M) {
 static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R, int keep) {
     int class_ = MEM_ACTIVATIONS;
     size_t N = (size_t)c->H * c->D, P = T / 4;
-    site_alloc(&a->attn, class_, T, c->C, HC_MIX);
-    site_alloc(&a->ffn, class_, T, c->C, HC_MIX);
+    site_alloc(&a->attn, class_, T, c->C);
+    site_alloc(&a->ffn, class_, T, c->C);
+    a->ffn.m = MEM(real, class_, T * HC_MIX);
+    a->ffn.r = MEM(real, class_, T);
     a->cq_raw = MEM(act, class_, T * c->Q);
     a->cq = MEM(act, class_, T * c->Q);
     a->q = MEM(act, class_, T * N);
@@ -1788,14 +1781,11 @@ static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R, int keep)
 
 // Those that live through a whole layer.
 static void gradients_alloc(Gradients *g, const Config *c, size_t T) {
-    g->dX = MEM(real, MEM_SCRATCH, T * HC * c->C);
+    g->dX = MEM(act, MEM_SCRATCH, T * HC * c->C);
     g->dout = MEM(act, MEM_SCRATCH, T * c->C);
     g->dx = MEM(real, MEM_SCRATCH, T * c->C);
-    g->du = MEM(act, MEM_SCRATCH, T * c->C);
-    g->dpre = MEM(real, MEM_SCRATCH, T * HC);
     g->dpost = MEM(real, MEM_SCRATCH, T * HC);
     g->dcomb = MEM(real, MEM_SCRATCH, T * HC * HC);
-    g->dm = MEM(real, MEM_SCRATCH, T * HC_MIX);
 }
 
 // Those that live inside the attention sublayer only.
@@ -1838,6 +1828,8 @@ static void saved_alloc(Model *m, size_t T) {
         int shares = i < offload && i >= PLACES;        // with the layer PLACES before it
         s->X = shares ? m->saved[i - PLACES].X : MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
         if (!training && i == 1) { continue; }
+        s->m = MEM(real, MEM_ACTIVATIONS, T * HC_MIX);
+        s->r = MEM(real, MEM_ACTIVATIONS, T);
         s->f = MEM(act, MEM_ACTIVATIONS, T * c->C);
         moe_alloc_saved(&s->moe, &m->moe, (int)T, m->options.recompute == RECOMPUTE_NONE);
         int selects = truncates && (c->ratio[i] == 4 || !training);
@@ -1847,6 +1839,8 @@ static void saved_alloc(Model *m, size_t T) {
     for (int i = 0; i < offload && !mem.counting && m->X_host[i] == NULL; i++) {
         m->X_host[i] = host_place(sizeof(act) * T * HC * c->C);
     }
+    m->head.m = MEM(real, MEM_ACTIVATIONS, T * HC);
+    m->head.r = MEM(real, MEM_ACTIVATIONS, T);
 }
 
 // Bytes that kernels use inside themselves: the largest of a layer's adapter factors narrowed, a
@@ -1882,6 +1876,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
         .first = comm_ep_rank() * (c->E / comm_ep()), .limit = c->swiglu_limit,
         .route_scale = c->route_scale, .norm_topk = c->norm_topk, .lora_scale = o->alpha / o->R,
+        .how = c->how,
     };
     if (m->layer == NULL) {
         m->layer = host_calloc(sizeof(Layer) * (size_t)c->layers);
@@ -1903,6 +1898,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     m->adapters.alpha = o->alpha;
     m->adapters.scale = o->alpha / o->R;
     m->adapters.targets = o->targets;
+    m->adapters.muon = o->muon;
     if (mem.counting) {                 // sizes first: dense adapters lie before the experts'
         m->adapters.p = NULL;
         adapters_begin(&m->adapters);
@@ -1923,7 +1919,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     size_t mark = mem_mark(MEM_ACTIVATIONS);
     for (int i = 0; i < (full ? 1 : c->layers); i++) { acts_alloc(&m->acts[i], c, T, o->R, !full); }
     if (full) { mem_release(MEM_ACTIVATIONS, mark); }   // the head comes after them, and before
-    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C, HC);
+    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C);
     if (o->training) { gradients_alloc(&m->grad, c, T); }
 #ifdef USE_CUDA
     if (on_gpu) {
@@ -1960,6 +1956,7 @@ void model_free(Model *m) {
     free(m->expert_count);
     free(m->tensors);
     free(m->adapters.tensors);
+    free(m->adapters.slices_h);
     memset(m, 0, sizeof *m);
 }
 
@@ -1975,6 +1972,15 @@ void model_load(Model *m, const char *dir) {
         }
     }
     check_scales(m->tensors, m->n_tensors);
+    for (int i = 0; i < c->layers; i++) {       // one NaN in a bias, and its expert is never chosen
+        const float *bias = m->layer[i].moe.bias;
+        if (bias == NULL) { continue; }
+        const float *b = host_view(bias, sizeof *b * (size_t)c->E);
+        for (int e = 0; e < c->E; e++) {
+            refuse_if(!isfinite(b[e]), "layers.%d.ffn.gate.bias: entry %d is %g", i, e, b[e]);
+        }
+        host_view_end(b, bias);
+    }
     for (int k = 0; k < 2; k++) { rope_table(m->rope[k], c, k, m->options.max_tokens); }
     adapters_init(&m->adapters, m->options.seed);
 }
@@ -2011,6 +2017,8 @@ static void model_run(Model *m, const Batch *b, int train) {
     documents_upload(&m->documents, &m->documents_h);
     upload(m->token, b->token, sizeof(int) * (size_t)b->T);
     embed_forward(m->saved[0].X, m->globals.embed, m->token, b->T, c->C);
+    hc_logits_forward(m->saved[0].m, m->saved[0].r, m->saved[0].X, m->layer[0].hc_attn.fn,
+                      c->norm_eps, b->T, c->C, HC_MIX);
     for (int i = 0; i < c->layers; i++) {
         if (train) { offload_forward(m, i); }
         layer_forward(m, i, m->token);
@@ -2130,7 +2138,7 @@ static inline void batch_fill(Batch *x, const Rows *s, int micro, int b, int ran
 // What the user asked for. Names, defaults and meaning stand in the table of part 12.
 static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
-               *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
+               *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
         sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
@@ -2250,8 +2258,8 @@ static inline void train_step(Trainer *r, Report *report) {
     report->stop = sums[1] > 0;
     report->lr = lr_at(opt.lr, r->step, r->steps, opt.warmup, opt.final_frac,
                        strcmp(opt.schedule, "cosine") == 0);
-    adamw_update(a->p, a->m, a->v, a->g, n, clip_factor(report->norm, opt.clip), report->lr,
-                 opt.beta1, opt.beta2, opt.eps, opt.decay, ++r->moments);
+    adapters_update(a, clip_factor(report->norm, opt.clip), report->lr, opt.beta1, opt.beta2,
+                    opt.eps, opt.decay, ++r->moments);
     report->tokens = r->rows.tokens;
     report->labels = r->rows.labels;
     report->epoch = r->rows.epoch;
@@ -2487,6 +2495,7 @@ static Option option_table[] = {
     // What is trained, on what, and where results go.
     {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
     {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
+    {"routing", 0, TEXT, &opt.routing, "", "LIST", MODEL, .help = "config.json's keys, key=value,.."},
     {"train", 'i', TEXT, &opt.train, "", "F", KEPT, .help = "training data; tiny: its source"},
     {"val", 'j', TEXT, &opt.val, "", "F", KEPT, .help = "validation data; tiny: the held-out tail"},
     {"out", 'o', TEXT, &opt.out, "out", "DIR", NOT_KEPT, .help = "logs, checkpoints, adapter"},
@@ -2503,10 +2512,11 @@ static Option option_table[] = {
     {"schedule", 'k', WORD, &opt.schedule, "cosine", "cosine|constant", KEPT, .help = ""},
     {"weight-decay", 'c', NUMBER, &opt.decay, "0", "F", KEPT, .help = "of A and B"},
     {"clip", 0, NUMBER, &opt.clip, "1.0", "F", KEPT, .help = "largest gradient norm; 0: any"},
-    {"beta1", 0, NUMBER, &opt.beta1, "0.9", "F", KEPT, .help = "AdamW"},
+    {"beta1", 0, NUMBER, &opt.beta1, "0.9", "F", KEPT, .help = "of the mean; Muon: 0.95"},
     {"beta2", 0, NUMBER, &opt.beta2, "0.95", "F", KEPT, .help = "AdamW"},
     {"eps", 0, NUMBER, &opt.eps, "1e-8", "F", KEPT, .help = "AdamW"},
     {"optimizer", 0, WORD, &opt.optimizer, "adamw", "adamw|muon", KEPT, .help = ""},
+    {"ns", 0, WORD, &opt.ns, "gram", "gram|standard", KEPT, .help = "Muon's Newton-Schulz"},
     // The adapters.
     {"lora-r", 0, COUNT, &opt.r, "8", "N", MODEL, .help = "rank of the adapters"},
     {"lora-alpha", 0, NUMBER, &opt.alpha, "32", "F", MODEL, .help = "their scale is alpha / r"},
@@ -2560,13 +2570,13 @@ static Option option_table[] = {
 // What the table promises and this version does not do yet. value NULL: any.
 static inline void options_refuse(void) {
     static const struct { void *field; const char *value; } later[] = {
-        {&opt.optimizer, "muon"}, {&opt.precision, "fp8"},
+        {&opt.precision, "fp8"},
         {&opt.skip_bad_rows, "1"}, {&opt.loss_on, NULL} };
     for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
         const Option *o = option_of(later[i].field);
         int asked = is_given(o->at) && (!later[i].value || strcmp(later[i].value, o->text) == 0);
-        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, with AdamW, from "
-                  ".bin and .txt data", o->name, o->text);
+        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, from .bin "
+                  "and .txt data", o->name, o->text);
     }
 }
 
@@ -2674,6 +2684,12 @@ static const Config tiny_config = {
     .original_positions = 65536, .ratio = { 0, 4, 128, 4, 0 },
 };
 
+static inline void config_tiny(Config *c) {
+    *c = tiny_config;
+    for (int k = 0; k < ROUTE_KEYS; k++) { routing_set(k, route_keys[k].tiny, "built in"); }
+    c->how = routing_resolve(&c->norm_topk, &c->route_scale, &c->swiglu_limit, c->E, c->K);
+}
+
 // --adapter-names as refit.c wants it.
 static inline int adapter_naming(void) {
     return strcmp(opt.names, "hf") == 0 ? NAMES_HF : NAMES_VLLM;
@@ -2704,6 +2720,7 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     for EACH_OPTION(o) {
         if (o->tiny && !*opt.model) { option_set(o, o->tiny, FROM_DEFAULT, ""); }
     }
+    if (*opt.optimizer == 'm') { option_set(option_of(&opt.beta1), "0.95", FROM_DEFAULT, ""); }
     if (*opt.init) { options_from_adapter(opt.init); }
     if (*opt.check_adapter) { options_from_adapter(opt.check_adapter); }
 }
@@ -2801,7 +2818,11 @@ static inline void print_settings(const Config *c) {
         if (is_off || *o->text == 0 || o->at == &opt.model) { continue; }
         printf("| %-15s | %-58s |\n", o->name, o->text);
     }
-    say("%s", rule);
+    printf("%s", rule);
+    routing_print();
+    printf("plan   routing     %d experts, %d per token, %d shared, %d hash-routed layers (%s)\n",
+           c->E, c->K, c->n_shared, c->hash_layers, *opt.model ? "config.json" : "built in");
+    fflush(stdout);
 }
 
 // Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
@@ -2832,6 +2853,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
     o.offload = o.training ? opt.offload : 0;
+    if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
@@ -2867,7 +2889,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
 }
 
 // What the run will write, against the space there is: --keep checkpoints and one that is being
-// written, each with both moments, and the final adapter.
+// written, each with its moments, and the final adapter.
 static inline void plan_disk(const Adapters *a) {
     double one = (double)training_bytes(a), need = one * (opt.keep + 1) + one / 3;
     char folder[PATH_SIZE];
@@ -3023,7 +3045,7 @@ static inline void resume(Trainer *r, const char *checkpoint) {
     adapters_host_end(&host, a, 1);
     if (opt.reset_optim) {
         zero(a->m, n * sizeof *a->m);
-        zero(a->v, n * sizeof *a->v);
+        if (a->v) { zero(a->v, n * sizeof *a->v); }
     }
     data_seek(&r->train, (size_t)r->step * (opt.per_step / opt.seq));
     say("load   %s | step %d of %d%s\n", checkpoint, r->step, r->steps,
@@ -3166,6 +3188,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     ModelOptions o = plan_memory(r);
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
+    if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect(&r->model); return EXIT_OK; }
     if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
@@ -3219,8 +3242,8 @@ int trainer(int argc, char **argv) {
     launched = launcher_place(&place);
     this_rank = place.rank;
     options_read(argc, argv, checkpoint);
-    r.config = tiny_config;
-    if (*opt.model) { config_load(&r.config, opt.model); }
+    routing_given = opt.routing;
+    if (*opt.model) { config_load(&r.config, opt.model); } else { config_tiny(&r.config); }
     device_choose();
     options_derive(&r.config);
     ranks_start();

@@ -106,7 +106,6 @@ test_refused() {
     refused 'steps' -x
     refused 'steps.*many' -x many
     refused 'fp8' "${small[@]}" --precision fp8
-    refused 'muon' "${small[@]}" --optimizer muon
     refused 'lora-r' "${small[@]}" --lora-r 0
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
@@ -189,6 +188,23 @@ test_killed_save() {
     check "the temporary is still there" same "$(echo killed/*tmp*)" 'killed/*tmp*'
 }
 
+# Muon, with either method: the second half of a run is the same after --resume, and the checkpoint
+# knows which optimizer it is of.
+test_resume_muon() {
+    local options=("${small[@]}" --optimizer muon --ns standard --ranks 2 -n 3)
+    run 0 "${options[@]}" -x 6 -o muon
+    check "no ledger" grep -qE '^plan +muon .*1 moment \|.*\(standard\) a step' log
+    cp -r muon muon2 && rm -r muon2/checkpoint-000006 && echo checkpoint-000003 > muon2/latest
+    run 0 "${small[@]}" --ranks 2 -n 3 -o muon2 --resume
+    equal_runs "muon, resumed" muon muon2
+    check "a second moment is stored" [ "$(grep -c 'weight\.v"' \
+        muon/checkpoint-000003/optimizer.safetensors)" = 0 ]
+    refused 'optimizer adamw, but .* has muon' "${small[@]}" -o muon --resume --optimizer adamw
+    refused 'ns gram, but .* has standard' "${small[@]}" -o muon --resume --ns gram
+    run 0 "${small[@]}" --optimizer muon --ranks 2 -x 6 -o gram
+    check "--ns does nothing" [ "$(value loss gram)" != "$(value loss muon)" ]
+}
+
 # children PID: the processes whose parent it is.
 children() {
     local file parent
@@ -226,6 +242,46 @@ test_ranks() {
             check "$steps steps of 1 and $ranks ranks: $(value loss ranks1) | $(value loss \
                 ranks$ranks)" close_runs $steps ranks1 ranks$ranks
         done
+    done
+    train=$root/train
+}
+
+# moments FOLDER: the numbers of its newest checkpoint's optimizer, one per line.
+moments() {
+    local file length
+    file=$1/$(cat "$1/latest")/optimizer.safetensors
+    length=$(od -An -tu8 -N8 "$file")
+    od -An -v -tf4 -w4 -j $((8 + length)) "$file"
+}
+
+# Eight rows as ranks x micro-batches x rows of each: after one step of Muon its moment is 0.05 times
+# the gradient, unclipped (Muon itself would hide a wrong scale), within 1e-5 in every 1,024 numbers
+# (a factor or a part of one; an expert's too). Ten steps of AdamW: losses within 2e-4.
+test_splits() {
+    local ranks rows split
+    train=$root/build/train_float
+    if [ ! -x "$train" ]; then skip "splits of a step: no $train"; train=$root/train; return; fi
+    local options=(--cpu -i text.txt -t 16 -d 128 -v 0 -s 0 --clip 0 -l 1e-3 -u 0)
+    run 0 "${options[@]}" -b 8 -x 3 -n 0 -o start                 # B is not zero any more
+    for split in '1 8' '1 1' '2 1' '4 1' '8 1' '2 2'; do
+        read -r ranks rows <<< "$split"
+        run 0 "${options[@]}" --init-adapter start/adapter --optimizer muon -x 1 -n 1 \
+            --ranks "$ranks" -b "$rows" -o one
+        run 0 "${options[@]}" --init-adapter start/adapter -x 10 -n 0 \
+            --ranks "$ranks" -b "$rows" -o ten
+        moments one > now
+        if [ "$split" = '1 8' ]; then mv now whole; value loss ten > losses; continue; fi
+        check "the gradient of $split: $(paste whole now | awk '
+            { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
+            NR % 1024 == 0 { if (d > worst * s) { worst = d / s } used += s > 0; d = s = 0 }
+            END { print sqrt(worst), used, NR; exit }')" awk '
+            { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
+            NR % 1024 == 0 { bad += !(d <= 1e-10 * s); used += s > 0; d = s = 0 }
+            END { exit !(NR == 337920 && NR % 1024 == 0 && used > 300 && bad == 0) }' \
+            <(paste whole now)
+        check "ten losses of $split: $(value loss ten), not $(cat losses)" awk '
+            { for (i = 1; i <= 10; i++) { d = $i - $(10 + i); bad += !(d <= 2e-4 && d >= -2e-4) } }
+            END { exit !(NF == 20 && bad == 0) }' <(echo "$(cat losses) $(value loss ten)")
     done
     train=$root/train
 }
@@ -286,6 +342,8 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_resume
     test_killed_save
     test_resume_ranks
+    test_resume_muon
+    test_splits
 fi
 test_checkpoint
 closing test_cli

@@ -335,9 +335,11 @@ static int split(char **argv, char *words) {
 // Reads the options in words and writes what all of them are.
 static void child_options(void *words) {
     char copy[1024], *argv[64], checkpoint[PATH_SIZE];
-    Config c = tiny_config;
+    Config c;
     int argc = split(argv, strcpy(copy, words));
     options_read(argc, argv, checkpoint);
+    routing_given = opt.routing;
+    config_tiny(&c);
     options_derive(&c);
     for EACH_OPTION(o) { fprintf(stderr, "%s=%s;", o->name, o->text); }
     fprintf(stderr, "ep %d B %d lr %g cut %d", opt.ep, opt.batch, opt.lr, opt.no_shuffle);
@@ -368,9 +370,16 @@ static void test_options(void) {
         {"-k constant", 0, "schedule=constant;"}, {"--eval=maybe", 1, "neither true nor false"},
         {"-u 0 -v 0 -n 0 -s 0", 0, "warmup=0;"}, {"--lora-r 0", 1, "--lora-r: '0'"},
         {"--lora-targets attn,foo", 1, "'foo' is not a target"}, {"-t 1", 1, "a row has 2 to"},
-        {"--optimizer muon", 1, "--optimizer muon is not there yet"},
-        {"--gpus x", 1, "--gpus: 'x'"},
+        {"--optimizer muon", 0, "beta1=0.95;"}, {"--optimizer sgd", 1, "none of adamw|muon"},
+        {"--optimizer muon --beta1 0.8", 0, "beta1=0.8;"}, {"--ns fp16", 1, "gram|standard"},
+        {"--optimizer muon", 0, "ns=gram;"}, {"--gpus x", 1, "--gpus: 'x'"},
         {"--precision fp8", 1, "--precision fp8"},
+        {"--routing scoring_func=sigmoid,n_group=4,topk_group=2", 0, "routing=scoring_func=sigmoid,n"},
+        {"--routing scoring=sigmoid", 1, "'scoring=sigmoid' sets nothing"},
+        {"--routing n_group", 1, "'n_group' sets nothing"}, {"--routing n_group=3", 1, "n_group is 3"},
+        {"--routing topk_group=2", 1, "topk_group is 2 (--routing)"},
+        {"--routing norm_topk_prob=yes", 1, "norm_topk_prob is yes (--routing), expected false or"},
+        {"--routing routed_scaling_factor=0", 1, "routed_scaling_factor is 0"},
         {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
         {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
         {"-d 512 --ranks 4", 1, "multiple"}, {"--ranks 2 --ep 4", 1, "HINT: --ep 2"},

@@ -130,41 +130,49 @@ static void test_heads(int T, int Hn, int Dn) {
 
 static void test_streams(int T, int C) {
     arena_used = 0;
-    size_t N = (size_t)T * HC * C;
-    act *Xs = acts(N, 1), *u = blank_act((size_t)T * C), *o = acts((size_t)T * C, 1);
-    act *Y = blank_act(N), *du = acts((size_t)T * C, 1), *do_ = blank_act((size_t)T * C);
-    real *fn = reals((size_t)HC_MIX * HC * C, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1);
-    real *m = blank((size_t)T * HC_MIX), *r = blank(T), *pre = blank(T * HC), *post = blank(T * HC);
-    real *comb = blank(T * HC * HC), *dX = reals(N, 1), *dpre = blank(T * HC), *dpost = blank(T * HC);
-    real *dcomb = blank(T * HC * HC), *dm = blank(T * HC_MIX);
-    real *hm = blank(T * HC), *hpre = blank(T * HC), *hdm = blank(T * HC), *hr = blank(T);
+    size_t N = (size_t)T * HC * C, n = (size_t)T * C, M = (size_t)HC_MIX * HC * C;
+    act *Xs = acts(N, 1), *o = acts(n, 1), *x = blank_act(n), *Y = blank_act(N), *do_ = blank_act(n);
+    act *place = acts(N, 1), *dX = acts(N, 1), *hx = blank_act(n), *hdX = blank_act(N);
+    real *fn = reals(M, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1), *dx = reals(n, 1);
+    real *next = reals(M, 0.02), *m = blank((size_t)T * HC_MIX), *r = blank(T), *rstd = blank(T);
+    real *pre = blank(T * HC), *post = blank(T * HC), *comb = blank(T * HC * HC);
+    real *dpost = blank(T * HC), *dcomb = blank(T * HC * HC), *nm = blank((size_t)T * HC_MIX);
+    real *nr = blank(T), *hm = blank(T * HC), *hr = blank(T), *hpre = blank(T * HC), *hrstd = blank(T);
     int *token = ints(T);
-    bf16 *embed = (bf16 *)acts((size_t)50 * C, 1);
+    bf16 *embed = (bf16 *)acts((size_t)50 * C, 1), *w = (bf16 *)acts(C, 1);
     act *E = blank_act(N);
     for (int t = 0; t < T; t++) { token[t] = t * 13 % 50; }
     BOTH({ hc_logits_forward(X(m), X(r), X(Xs), X(fn), 1e-6f, T, C, HC_MIX);
-           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, 20);
-           hc_collapse_forward(X(u), X(Xs), X(pre), T, C);
-           hc_deal_forward(X(Y), X(o), X(Xs), X(post), X(comb), T, C);
-           hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), X(comb), T, C);
-           hc_collapse_backward(X(dX), X(dpre), X(du), X(Xs), X(pre), T, C);
-           hc_weights_backward(X(dm), X(dpre), X(dpost), X(dcomb), X(m), X(base), X(scale), 1e-6f, T, 20);
-           hc_logits_backward(X(dX), X(dm), X(m), X(r), X(Xs), X(fn), T, C, HC_MIX);
-           hc_logits_forward(X(hm), X(hr), X(Xs), X(fn), 1e-6f, T, C, HC);
-           hc_head_weights_forward(X(hpre), X(hm), X(base), X(scale), 1e-6f, T);
-           hc_head_weights_backward(X(hdm), X(hpre), X(hm), X(base), X(scale), T);
+           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, HC_MIX, 20);
+           hc_enter_forward(X(x), X(rstd), X(Xs), X(pre), X(w), 1e-6f, T, C);
+           hc_deal_forward(X(Y), X(nm), X(nr), X(o), X(Xs), X(post), X(comb), X(next), 1e-6f, T, C, HC_MIX);
+           hc_deal_forward(X(place), X(hm), X(hr), X(o), X(place), X(post), X(comb), X(next), 1e-6f, T, C, HC);
+           hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), T, C);
+           hc_enter_backward(X(dX), X(dx), X(dpost), X(dcomb), X(Xs), X(m), X(r), X(pre), X(comb), X(rstd),
+                             X(fn), X(base), X(scale), X(w), 1e-6f, T, C, HC_MIX, 20);
+           hc_weights_forward(X(hpre), NULL, NULL, X(hm), X(base), X(scale), 1e-6f, T, HC, 0);
+           hc_enter_forward(X(hx), X(hrstd), X(place), X(hpre), X(w), 1e-6f, T, C);
+           hc_enter_backward(X(hdX), X(dx), NULL, NULL, X(place), X(hm), X(hr), X(hpre), NULL, X(hrstd),
+                             X(next), X(base), X(scale), X(w), 1e-6f, T, C, HC, 0);
            embed_forward(X(E), X(embed), X(token), T, C); });
     compare_real("hc m", m, (size_t)T * HC_MIX, FP32);
+    compare_real("hc r", r, T, FP32);
+    compare_real("hc pre", pre, T * HC, FP32);
+    compare_real("hc post", post, T * HC, FP32);
     compare_real("hc comb", comb, (size_t)T * HC * HC, 1e-4);
-    compare_act("hc u", u, (size_t)T * C, BF16);
+    compare_act("hc x", x, n, BF16);
     compare_act("hc Y", Y, N, BF16);
-    compare_act("hc do", do_, (size_t)T * C, BF16);
+    compare_real("hc m of Y", nm, (size_t)T * HC_MIX, 1e-3);    // of Y as each side rounded it
+    compare_real("hc r of Y", nr, T, 1e-4);
+    compare_act("hc Y in X's place", place, N, BF16);
+    compare_act("hc do", do_, n, BF16);
     compare_real("hc dpost", dpost, (size_t)T * HC, 1e-4);
     compare_real("hc dcomb", dcomb, (size_t)T * HC * HC, 1e-4);
-    compare_real("hc dpre", dpre, (size_t)T * HC, 1e-4);
-    compare_real("hc dX", dX, N, 1e-4);
-    compare_real("hc head pre", hpre, (size_t)T * HC, FP32);
-    compare_real("hc head dm", hdm, (size_t)T * HC, 1e-4);
+    compare_act("hc dX", dX, N, BF16);
+    compare_real("hc head m", hm, T * HC, 1e-3);
+    compare_real("hc head pre", hpre, (size_t)T * HC, 1e-4);
+    compare_act("hc head x", hx, n, BF16);
+    compare_act("hc head dX", hdX, N, BF16);
     compare_act("embed", E, N, 0);
 }
 
@@ -218,7 +226,7 @@ static void test_experts(int C, int O, int R) {
     compare_real("experts db", db, (size_t)E * O * R, BF16);
 }
 
-static void test_routing(int T, int C, int E, int K) {
+static void test_routing(int T, int C, int E, int K, Routing how, int norm) {
     arena_used = 0;
     size_t slots = (size_t)T * K;
     real *all = reals((size_t)T * E, 3), *bias = reals(E, 0.3), *weights = blank(slots);
@@ -239,11 +247,13 @@ static void test_routing(int T, int C, int E, int K) {
         row_slot[slot_row[i]] = (int)i;
     }
     if (T > 2) { all[E + 1] = all[E + 2] = all[E]; all[2 * E] = -120; }
-    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, 1.5f, 1, T, E, K);
-           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), 1.5f, 1,
-                         T, E, K);
-           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(gate), 1.5f, 1,
-                          T, C, K);
+    const real *needed = route_needs_all(how, norm) ? all : NULL;
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), how.greedy ? NULL : X(bias), NULL, NULL,
+                         how, 1.5f, norm, T, E, K);
+           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), how, 1.5f,
+                         norm, T, E, K);
+           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(needed), X(gate),
+                          how, 1.5f, norm, T, C, E, K);
            pack_rows(X(home), X(inp), X(row_slot), T * K, K, C);
            pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
            combine_forward(X(out), X(rows), X(slot_row), T, K, C);
@@ -358,6 +368,105 @@ static void test_groups_and_head(int T) {
     compare_real("adamw m", m, 5000, 1e-6);
     compare_real("adamw v", s, 5000, 1e-6);
     check_close("sum of squares, relative", 0, sum_d / sum_h, 1, 1e-12);
+}
+
+// Muon on slices of all sizes: of one block, of a cluster, too large or too crooked for shared
+// memory, of every padded rank; nearly of rank one, as an adapter's gradients are; zero, and not
+// finite, which must keep their bits. Slices one by one, backwards, give the bits of one call.
+static void test_muon(int restarts) {
+    static const size_t shapes[][2] = {
+        {8, 4096}, {4096, 8}, {32768, 8}, {8, 8192}, {2048, 8}, {16, 4096}, {4096, 16}, {64, 2048},
+        {32, 32768}, {24, 1024}, {3, 1000}, {8, 510}, {33, 129}, {5, 5}, {1, 64}, {8, 2048}, {8, 2048}};
+    enum { N = sizeof shapes / sizeof *shapes };
+    size_t slices[3 * N], size = 0;
+    arena_used = 0;
+    for (int k = 0; k < N; k++) {
+        size_t slice[3] = { size, shapes[k][0], shapes[k][1] };
+        memcpy(slices + 3 * k, slice, sizeof slice);
+        size += (slice[1] * slice[2] + 7) / 4 * 4;
+    }
+    real *p = reals(size, 0.1), *m = reals(size, 0.01), *g = reals(size, 0.1), *u = reals(1 << 16, 1);
+    for (int k = 1; k < N; k += 2) {            // every second one nearly of rank one
+        size_t at = slices[3 * k], cols = slices[3 * k + 2], n = slices[3 * k + 1] * cols;
+        for (size_t i = 0; i < n; i++) {
+            m[at + i] *= (real)1e-3;
+            g[at + i] = (real)1e-3 * g[at + i] + u[i / cols] * u[40000 + i % cols % 20000];
+        }
+    }
+    size_t zero_at = slices[3 * (N - 2)], bad_at = slices[3 * (N - 1)], n = 8 * 2048;
+    memset(g + zero_at, 0, n * sizeof *g);
+    g[bad_at + n - 1] = NAN;
+    char *start = malloc(arena_used), *one = malloc(arena_used);
+    memcpy(start, H, arena_used);
+    BOTH(muon_update(X(p), X(m), X(g), slices, N, 0.7, 0.5, 0.95, 0.1, restarts));
+    for (int k = 0; k < N; k++) {
+        size_t at = slices[3 * k], count = slices[3 * k + 1] * slices[3 * k + 2];
+        char what[64];
+        snprintf(what, sizeof what, "muon p %zu x %zu", shapes[k][0], shapes[k][1]);
+        compare_real(what, p + at, count, k % 2 ? 5e-4 : 2e-5);
+        compare_real("muon m", m + at, count, 1e-6);
+    }
+    real *p_gpu = (real *)(back + ((char *)p - H)), *m_gpu = (real *)(back + ((char *)m - H));
+    real *p0 = (real *)(start + ((char *)p - H)), *m0 = (real *)(start + ((char *)m - H));
+    check(memcmp(p_gpu + zero_at, p0 + zero_at, n * sizeof *p) == 0 &&
+          memcmp(m_gpu + zero_at, m0 + zero_at, n * sizeof *p) == 0, "a zero gradient moves");
+    check(memcmp(p_gpu + bad_at, p0 + bad_at, n * sizeof *p) == 0 &&
+          memcmp(m_gpu + bad_at, m0 + bad_at, n * sizeof *p) == 0, "a NaN moves");
+    gpu_upload(D, start, arena_used);
+    on_gpu = 1;
+    for (int k = N - 1; k >= 0; k--) {
+        muon_update(X(p), X(m), X(g), slices + 3 * k, 1, 0.7, 0.5, 0.95, 0.1, restarts);
+    }
+    gpu_download(one, D, arena_used);
+    on_gpu = 0;
+    check(memcmp(one, back, arena_used) == 0, "muon: one slice at a time, other bits");
+    free(start);
+    free(one);
+}
+
+// The time of a step of all adapters of the full model at r 8, of one rank of 8, against AdamW's.
+static void time_muon(void) {
+    enum { LAYERS = 43, EXPERTS = 32, R = 8, TIMES = 8 };
+    static const size_t dense[][2] = { {4096, 1024}, {1024, 32768}, {4096, 512}, {8192, 4096},
+                                       {4096, 2048}, {2048, 4096}, {4096, 2048} };
+    Adapters s = { .muon = NS_GRAM };
+    size_t at = 0, most = LAYERS * (14 + 6 * EXPERTS);
+    s.tensors = NEW(AdapterTensor, most);
+    #define ADD(rows_, cols_) (s.tensors[s.n++] = (AdapterTensor){ .rows = (int)(rows_), \
+        .cols = (int)(cols_), .at = at }, at += (size_t)(rows_) * (cols_))
+    for (int l = 0; l < LAYERS; l++) {
+        for (int k = 0; k < 7; k++) { ADD(R, dense[k][0]); ADD(dense[k][1], R); }
+        for (int k = 0; k < 3; k++) {
+            size_t in = k == 1 ? 2048 : 4096, out = 6144 - in;
+            for (int e = 0; e < EXPERTS; e++) { ADD(R, in); }
+            for (int e = 0; e < EXPERTS; e++) { ADD(out, R); }
+        }
+    }
+    #undef ADD
+    adapters_slices(&s);
+    s.n_expert = at;
+    real **const arrays[4] = { &s.p, &s.m, &s.v, &s.g };
+    for (int k = 0; k < 4; k++) { gpu_alloc((void **)arrays[k], at * sizeof(real)); }
+    double ms[2];
+    on_gpu = 1;
+    draw_elements_gpu(s.g, DT_F32, 1, 0, 1e-5, at);
+    for (int way = 0; way < 2; way++) {
+        double began = 0;
+        s.muon = way ? NS_GRAM : 0;
+        for (int i = -2; i < TIMES; i++) {
+            if (i == 0) { gpu_sync(); began = clock_seconds(); }
+            adapters_update(&s, 1, 1e-6, 0.95, 0.95, 1e-8, 0, 3);
+        }
+        gpu_sync();
+        ms[way] = 1e3 * (clock_seconds() - began) / TIMES;
+    }
+    on_gpu = 0;
+    printf(" %d slices, %.1f M elements: AdamW %.3f ms, Muon %.3f ms, %.2f times\n", s.n, at * 1e-6,
+           ms[0], ms[1], ms[1] / ms[0]);
+    check(ms[1] < 2 * ms[0], "Muon takes %.3f ms, AdamW %.3f", ms[1], ms[0]);
+    for (int k = 0; k < 4; k++) { gpu_free(*arrays[k]); }
+    free(s.tensors);
+    free(s.slices_h);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -480,10 +589,14 @@ int main(void) {
     printf("on %s\n", name);
     test_norms(37, 4096); test_norms(1, 128); test_norms(3, 1024);
     test_heads(37, 64, 512); test_heads(5, 4, 128);
-    test_streams(37, 4096); test_streams(5, 128); test_streams(1, 256);
+    test_streams(37, 4096); test_streams(300, 192); test_streams(5, 128); test_streams(1, 256);
     test_linears(37, 256, 384, 8); test_linears(130, 1024, 128, 3); test_linears(1, 128, 128, 16);
     test_experts(256, 128, 8); test_experts(128, 256, 3); test_experts(320, 576, 8);
-    test_routing(37, 256, 256, 6); test_routing(5, 128, 8, 2);
+    test_routing(37, 256, 256, 6, (Routing){ 0 }, 1); test_routing(5, 128, 8, 2, (Routing){ 0 }, 1);
+    test_routing(37, 256, 256, 8, (Routing){ SCORE_SIGMOID, 0, 8, 4 }, 1);
+    test_routing(37, 128, 64, 6, (Routing){ SCORE_SOFTMAX, 1, 8, 3 }, 0);
+    test_routing(37, 128, 66, 3, (Routing){ SCORE_SOFTMAX, 0, 3, 2 }, 1);
+    test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
     test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
     test_swiglu(37, 2048); test_swiglu(3, 128);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
@@ -497,6 +610,8 @@ int main(void) {
     test_attention(longer, 2, 4, 512, 128, 4, 512);
     test_attention(one, 1, 64, 512, 128, 4, 0);
     test_groups_and_head(37); test_groups_and_head(600);
+    test_muon(NS_GRAM); test_muon(NS_STANDARD);
+    time_muon();
     free(H); free(back);
     gpu_free(D);
     gpu_free(work_space);

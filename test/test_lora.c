@@ -1,5 +1,6 @@
 // Tests of lora.c: adapters against the base product, central differences and themselves in
-// parts; the list of trained tensors; AdamW and clipping against PyTorch; the schedule.
+// parts; the list of trained tensors; AdamW, Muon and clipping against PyTorch; Newton-Schulz
+// against singular vectors known in closed form, and against itself in fp16; the schedule.
 //
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_lora.c -o test_lora -lm && ./test_lora
 //   the same with -DACT=double -DREAL=double (central differences), and with sanitizers
@@ -25,9 +26,24 @@
 //     moments only where there is one; a correction dropped, of the next step, both swapped; betas
 //     swapped; eps inside the root, or before the correction; the old m; grad_scale dropped, or
 //     for m only; sign; last block lost; elements that depend on their place in a block
+//   Muon: no Nesterov; scale from the rows; decay of the step; grad_scale dropped; the restart one
+//     round late; Z and Q exchanged; 1e-7 added to the norm; a zero or non-finite slice moved; one
+//     method for both; a slice less
 //   schedule: warm-up from 0, or one step too long; cosine from step 0, or to the last step; final
 //     fraction dropped, or not taken off; constant ignored, or without warm-up; nothing after the
 //     end
+#include <math.h>
+
+// What Muon stores is narrowed on demand: to fp16, to nearest, ties to even. Done in double, so
+// that it needs no such type.
+static int narrow;
+static double fp16(double x) {
+    int exponent;
+    frexp(x, &exponent);
+    double unit = ldexp(1, (exponent < -13 ? -13 : exponent) - 11), rounded = unit * rint(x / unit);
+    return fabs(rounded) > 65504 ? copysign(INFINITY, x) : rounded;
+}
+#define ns_round(x) (narrow ? (__typeof__(x))fp16((double)(x)) : (x))
 #include "../lora.c"
 #include "check.h"
 
@@ -465,15 +481,19 @@ static void register_all(Adapters *s, Registered *r, int first, int count) {
 }
 
 // Counts, allocates, registers, as the model does.
+static void adapters_place_all(Adapters *s, Registered *r, int first, int count, int training) {
+    mem_count();
+    register_all(s, r, first, count);
+    adapters_alloc(s, training);
+    mem_open();
+    register_all(s, r, first, count);
+    adapters_alloc(s, training);
+    register_all(s, r, first, count);
+}
+
 static Adapters adapters_new(Registered *r, unsigned targets, int first, int count, int training) {
     Adapters s = {.R = 3, .alpha = 6, .targets = targets};
-    mem_count();
-    register_all(&s, r, first, count);
-    adapters_alloc(&s, training);
-    mem_open();
-    register_all(&s, r, first, count);
-    adapters_alloc(&s, training);
-    register_all(&s, r, first, count);
+    adapters_place_all(&s, r, first, count, training);
     return s;
 }
 
@@ -769,6 +789,443 @@ static void test_adamw_chunks(void) {
     adamw_update(NULL, NULL, NULL, NULL, 0, 1, 1, 0.9, 0.95, 1e-8, 0, 1);       // G9: no elements
 }
 
+// -------------------------------------------------------------------------------------------------
+// Muon
+
+static double normal(uint64_t key, uint64_t i) { return random_normal(key, i) / RANDOM_STD; }
+
+enum { GAUSSIAN, CONDITION, NEAR_RANK_ONE, KINDS };
+static const char *const kind_names[KINDS] = { "Gaussian", "condition 1e4", "rank 1 + 1e-3 noise" };
+
+// x (rows,cols) = U diag(sigma) V^T. The columns of U and V are cosines: orthonormal, and written
+// down rather than computed.
+static void with_spectrum(real *x, size_t rows, size_t cols, const double *sigma) {
+    size_t n = rows < cols ? rows : cols;
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t j = 0; j < cols; j++) {
+            double sum = 0;
+            for (size_t k = 0; k < n; k++) {
+                double u = sqrt((k ? 2.0 : 1.0) / rows) * cos(M_PI * (i + 0.5) * k / rows);
+                double v = sqrt((k ? 2.0 : 1.0) / cols) * cos(M_PI * (j + 0.5) * k / cols);
+                sum += u * sigma[k] * v;
+            }
+            x[i * cols + j] = (real)sum;
+        }
+    }
+}
+
+static real *muon_input(int kind, size_t rows, size_t cols) {
+    real *x = (real *)malloc(rows * cols * sizeof *x);
+    double sigma[64];
+    size_t n = rows < cols ? rows : cols;
+    for (size_t k = 0; k < n && kind == CONDITION; k++) {
+        sigma[k] = pow(1e-4, (double)k / (double)(n - 1));
+    }
+    if (kind == CONDITION) { with_spectrum(x, rows, cols, sigma); return x; }
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t j = 0; j < cols; j++) {
+            double noise = normal(5, i * cols + j);
+            double one = normal(6, i) * normal(7, j);
+            x[i * cols + j] = (real)(kind == GAUSSIAN ? noise : one + 1e-3 * noise);
+        }
+    }
+    return x;
+}
+
+// The method as it is usually written, in double, on X itself: o (rows,cols) from x.
+static void reference_newton_schulz(double *o, const real *x, size_t rows, size_t cols) {
+    double *r = (double *)malloc(rows * rows * sizeof *r), *next, norm = 0;
+    next = (double *)malloc(rows * cols * sizeof *next);
+    for (size_t i = 0; i < rows * cols; i++) { norm += (double)x[i] * x[i]; }
+    for (size_t i = 0; i < rows * cols; i++) { o[i] = x[i] / sqrt(norm); }
+    for (int round = 0; round < 5; round++) {
+        for (size_t pass = 0; pass < 2; pass++) {      // X <- a X + b R X + c R (R X)
+            const double *from = pass ? next : o;
+            for (size_t i = 0; i < rows && !pass; i++) {
+                for (size_t k = 0; k < rows; k++) {
+                    r[i * rows + k] = 0;
+                    for (size_t j = 0; j < cols; j++) {
+                        r[i * rows + k] += o[i * cols + j] * o[k * cols + j];
+                    }
+                }
+            }
+            for (size_t j = 0; j < cols; j++) {
+                double column[64], result[64];
+                for (size_t i = 0; i < rows; i++) { column[i] = from[i * cols + j]; }
+                for (size_t i = 0; i < rows; i++) {
+                    result[i] = 0;
+                    for (size_t k = 0; k < rows; k++) { result[i] += r[i * rows + k] * column[k]; }
+                }
+                for (size_t i = 0; i < rows; i++) {
+                    size_t at = i * cols + j;
+                    if (!pass) { next[at] = result[i]; continue; }
+                    o[at] = 3.4445 * o[at] - 4.7750 * column[i] + 2.0315 * result[i];
+                }
+            }
+        }
+    }
+    free(r);
+    free(next);
+}
+
+static double frobenius(const real *x, const double *want, size_t n) {
+    double diff = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += (x[i] - want[i]) * (x[i] - want[i]);
+        size += want[i] * want[i];
+    }
+    return sqrt(diff / size);
+}
+
+// M5, M6: both methods against the one in double; in fp32 as tight as it goes, in fp16 as bad as
+// was measured elsewhere, and useless without the restart.
+static void test_newton_schulz(void) {
+    static const struct { size_t rows, cols; } shapes[] = {
+        {8, 256}, {8, 4096}, {16, 2048}, {40, 40}, {64, 640}};
+    static const double limit[KINDS] = { 1e-5, 1e-5, 5e-4 }, limit16[KINDS] = { 1e-2, 0.1, 0.3 };
+    const double tighter = sizeof(real) == 8 ? 1e-8 : 1;
+    double worst[KINDS] = { 0 }, worst16[KINDS] = { 0 }, least_bad = INFINITY;
+    for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
+        size_t rows = shapes[k].rows, cols = shapes[k].cols, n = rows * cols;
+        double *want = (double *)malloc(n * sizeof *want);
+        for (int kind = 0; kind < KINDS; kind++) {
+            real *x = muon_input(kind, rows, cols);
+            reference_newton_schulz(want, x, rows, cols);
+            // gram, standard, and in fp16: gram, gram without its restart
+            const int restarts[4] = { NS_GRAM, NS_STANDARD, NS_GRAM, 0 };
+            for (int way = 0; way < 4; way++) {
+                real *o = (real *)copy(x, n * sizeof *x);
+                narrow = way >= 2;
+                newton_schulz(o, rows, cols, restarts[way]);
+                narrow = 0;
+                double error = frobenius(o, want, n), *at = way < 2 ? worst : worst16;
+                if (way == 1) {                         // and the two methods among each other
+                    real *gram = (real *)copy(x, n * sizeof *x);
+                    newton_schulz(gram, rows, cols, NS_GRAM);
+                    for (size_t i = 0; i < n; i++) { gram[i] = o[i] - gram[i] + (real)want[i]; }
+                    error = fmax(error, frobenius(gram, want, n));
+                    free(gram);
+                }
+                if (way < 3) { at[kind] = fmax(at[kind], error); }
+                else if (kind == NEAR_RANK_ONE) { least_bad = fmin(least_bad, error); }
+                free(o);
+            }
+            free(x);
+        }
+        free(want);
+    }
+    for (int kind = 0; kind < KINDS; kind++) {
+        printf("  %-22s error %.1e of %.0e, fp16 %.1e of %.0e\n", kind_names[kind], worst[kind],
+               tighter * limit[kind], worst16[kind], limit16[kind]);
+        check(worst[kind] <= tighter * limit[kind], "Newton-Schulz, %s: %g", kind_names[kind],
+              worst[kind]);
+        check(worst16[kind] <= limit16[kind], "in fp16, %s: %g", kind_names[kind], worst16[kind]);
+    }
+    printf("  fp16 without a restart   error %.2f, must be above 1\n", least_bad);
+    check(least_bad > 1, "fp16 without a restart is off by %g only", least_bad);
+}
+
+// M1, M2: singular vectors stay, and each value becomes f five times over of its share.
+static void test_singular_values(void) {
+    static const struct { size_t rows, cols; } shapes[] = {{8, 300}, {1, 50}, {300, 16}, {3, 4096}};
+    for (size_t k = 0; k < 2 * sizeof shapes / sizeof *shapes; k++) {
+        size_t rows = shapes[k / 2].rows, cols = shapes[k / 2].cols, n = rows < cols ? rows : cols;
+        double sigma[64], norm = 0;
+        real *x = (real *)malloc(rows * cols * sizeof *x);
+        real *want = (real *)malloc(rows * cols * sizeof *want);
+        for (size_t i = 0; i < n; i++) {
+            sigma[i] = 100 * pow(0.002, (double)i / (double)n);     // shares of 1 .. 0.0017 or more
+            norm += sigma[i] * sigma[i];
+        }
+        with_spectrum(x, rows, cols, sigma);
+        for (size_t i = 0; i < n; i++) {
+            double s = sigma[i] / sqrt(norm);
+            for (int t = 0; t < 5; t++) { s = 3.4445 * s - 4.775 * s * s * s + 2.0315 * pow(s, 5); }
+            check(s >= 0.68 && s <= 1.21, "a singular value of %g becomes %g", sigma[i], s);
+            sigma[i] = s;
+        }
+        with_spectrum(want, rows, cols, sigma);
+        newton_schulz(x, rows, cols, k % 2 ? NS_GRAM : NS_STANDARD);
+        check_tensor("O from singular vectors", x, want, rows * cols, 1e-4);
+        free(x);
+        free(want);
+    }
+}
+
+// M7, M8: of the transpose, and of any multiple. Zero stays zero, and is no NaN.
+static void test_symmetries(void) {
+    enum { ROWS = 8, COLS = 160, N = ROWS * COLS };
+    real *x = muon_input(GAUSSIAN, ROWS, COLS), *o = (real *)copy(x, N * sizeof *x);
+    real *turned = random_reals(N), *scaled = random_reals(N);
+    newton_schulz(o, ROWS, COLS, NS_GRAM);
+    for (int i = 0; i < N; i++) { turned[i % COLS * ROWS + i / COLS] = x[i]; }
+    newton_schulz(turned, COLS, ROWS, NS_GRAM);
+    for (int i = 0; i < N; i++) { scaled[i] = turned[i % COLS * ROWS + i / COLS]; }
+    check_tensor("NS of the transpose", scaled, o, N, 1e-6);
+    for (double c = 1e-18; c < 1e18; c *= 1e4) {
+        for (int i = 0; i < N; i++) { scaled[i] = (real)(c * x[i]); }
+        narrow = c > 1e-5 && c < 1e7;           // normalised before anything is narrowed
+        newton_schulz(scaled, ROWS, COLS, NS_GRAM);
+        double diff = 0, size = 0;
+        for (int i = 0; i < N; i++) {
+            diff += ((double)scaled[i] - o[i]) * ((double)scaled[i] - o[i]);
+            size += (double)o[i] * o[i];
+        }
+        check(sqrt(diff / size) <= (narrow ? 1e-2 : 1e-5), "NS of %g X is off by %g", c,
+              sqrt(diff / size));
+        narrow = 0;
+    }
+    memset(scaled, 0, N * sizeof *scaled);
+    newton_schulz(scaled, ROWS, COLS, NS_GRAM);
+    for (int i = 0; i < N; i++) { check(scaled[i] == 0, "NS of zero is %g", (double)scaled[i]); }
+    free(x);
+    free(o);
+    free(turned);
+    free(scaled);
+}
+
+// Made by dev/ref/make_muon.py: torch.optim.Muon (lr 0.01, decay 0.1, momentum 0.95, nesterov,
+// match_rms_adamw) with a singular value decomposition in float64 for Newton-Schulz. p starts at
+// cos(i), and g in step t is sin(1 + 3 t + 0.7 i + 0.13 i^2). One wide matrix, one tall one.
+static void test_muon_torch(void) {
+    enum { N = 22 };
+    static const double want[3][N] = {
+        {0.996547979666618, 0.536862202306719, -0.416400142524154, -0.986275634394445,
+         -0.651867085036957, 0.280253616440152, 0.960661849023387, 0.754090484099133,
+         -0.147660908190641, -0.907525380918715,
+         0.997309815675409, 0.536294160451568, -0.417263568907352, -0.986885817687531,
+         -0.652765925456609, 0.280492888165348, 0.960285929616255, 0.753358412494513,
+         -0.147352401116635, -0.908527556987947, -0.84040389639666, 0.00535238732101758},
+        {0.997517528801827, 0.539452664141205, -0.414473346635597, -0.987767483175228,
+         -0.653003545205533, 0.282549845249935, 0.959021399836529, 0.75176521011964,
+         -0.144939542265824, -0.909271320963264,
+         0.996960722136409, 0.538759886155763, -0.415007240051974, -0.987759085571349,
+         -0.652735889404085, 0.282895437979768, 0.958703198347765, 0.751867585155601,
+         -0.144972565191223, -0.909779277424802, -0.83688794959854, 0.00426593418032845},
+        {0.994470572474458, 0.535795875378951, -0.415451042284698, -0.984244793630703,
+         -0.65065416606302, 0.279612569932553, 0.958850058194968, 0.75250472194278,
+         -0.147345264768728, -0.905693379685598,
+         0.995203299356049, 0.535113416366853, -0.416376164161197, -0.984899966735144,
+         -0.651483455325827, 0.279874402172296, 0.958430541554729, 0.751800332716555,
+         -0.147053498365127, -0.906824076390988, -0.838718106845343, 0.00534240731277354}};
+    static const double want_m[12] = {
+        0.0348725895982692, 0.046431334502567, 0.0172238466688464, -0.0385587935647388,
+        -0.0247756564156429, 0.045105493321591, -0.0137448372496778, -0.0204168693178334,
+        0.0378131726128969, -0.0430853691030985, 0.0425579099138501, -0.0353464031159119};
+    const size_t slices[6] = { 0, 2, 5, 10, 4, 3 };
+    const double tol = sizeof(real) == 8 ? 1e-12 : 1e-6;
+    for (int way = 0; way < 2; way++) {
+        real p[N], m[N] = { 0 }, g[N];
+        for (int i = 0; i < N; i++) { p[i] = (real)cos(i < 10 ? i : i - 10); }
+        for (int step = 0; step < 3; step++) {
+            for (int i = 0; i < N; i++) {       // twice too large, which grad_scale puts right
+                int j = i < 10 ? i : i - 10;
+                g[i] = (real)(2 * sin(1 + 3 * step + 0.7 * j + 0.13 * j * j));
+            }
+            muon_update(p, m, g, slices, 2, 0.5, 0.01, 0.95, 0.1, way ? NS_GRAM : NS_STANDARD);
+            for (int i = 0; i < N; i++) { check_close("muon p", i, p[i], want[step][i], tol); }
+        }
+        for (int i = 0; i < N; i++) {
+            check_close("muon m", i, m[i], want_m[i < 10 ? i : i - 10], tol);
+        }
+    }
+}
+
+// Slices of several shapes in one array, with gaps between them; the moments are not zero.
+enum { MUON_SLICES = 7, MUON_SIZE = 20000 };
+static const size_t muon_slices[3 * MUON_SLICES] = {
+    3, 8, 500, 4010, 600, 8, 9000, 8, 500, 13001, 1, 40, 13100, 500, 8, 17200, 5, 5, 17300, 8, 300};
+
+typedef struct { real *p, *m, *g; } MuonState;
+
+static MuonState muon_state(void) {
+    size_t bytes = MUON_SIZE * sizeof(real);
+    MuonState s = { (real *)malloc(bytes), (real *)malloc(bytes), (real *)malloc(bytes) };
+    for (size_t i = 0; i < MUON_SIZE; i++) {
+        s.p[i] = (real)normal(1, i);
+        s.m[i] = (real)(0.01 * normal(2, i));
+        s.g[i] = (real)(0.1 * normal(3, i));
+    }
+    return s;
+}
+
+static void muon_state_free(MuonState *s) {
+    free(s->p);
+    free(s->m);
+    free(s->g);
+}
+
+static void muon_step(MuonState *s, const size_t *slices, int n, double grad_scale, int restarts) {
+    muon_update(s->p, s->m, s->g, slices, n, grad_scale, 0.02, 0.95, 0.1, restarts);
+}
+
+// M3, M4: one call, one slice at a time, backwards, by one thread or three: the same bits; and what
+// belongs to no slice is not touched.
+static void test_muon_batch(void) {
+    MuonState one = muon_state(), start = muon_state();
+    use_threads(1);
+    muon_step(&one, muon_slices, MUON_SLICES, 0.7, NS_GRAM);
+    for (int way = 0; way < 3; way++) {
+        MuonState s = muon_state();
+        use_threads(way == 0 ? 3 : 1);
+        if (way == 0) { muon_step(&s, muon_slices, MUON_SLICES, 0.7, NS_GRAM); }
+        for (int k = 0; way && k < MUON_SLICES; k++) {
+            int at = way == 1 ? k : MUON_SLICES - 1 - k;
+            muon_step(&s, muon_slices + 3 * at, 1, 0.7, NS_GRAM);
+        }
+        check(memcmp(s.p, one.p, MUON_SIZE * sizeof(real)) == 0 &&
+              memcmp(s.m, one.m, MUON_SIZE * sizeof(real)) == 0, "muon, batched way %d", way);
+        muon_state_free(&s);
+    }
+    char owned[MUON_SIZE] = { 0 };
+    for (int k = 0; k < MUON_SLICES; k++) {
+        memset(owned + muon_slices[3 * k], 1, muon_slices[3 * k + 1] * muon_slices[3 * k + 2]);
+    }
+    for (int i = 0; i < MUON_SIZE; i++) {
+        check((one.p[i] != start.p[i]) == owned[i], "element %d of a slice or not", i);
+    }
+    use_threads(2);
+    muon_state_free(&one);
+    muon_state_free(&start);
+    muon_update(NULL, NULL, NULL, NULL, 0, 1, 1, 0.95, 0, NS_GRAM);         // G9: no slices
+}
+
+// M9: a slice whose gradient is zero, or not finite, keeps its bits, moments too, and its
+// neighbours do not notice.
+static void test_muon_skips(void) {
+    MuonState all = muon_state(), start = muon_state();
+    muon_step(&all, muon_slices, MUON_SLICES, 1, NS_GRAM);
+    const real bad[3] = { 0, NAN, -INFINITY };
+    for (int kind = 0; kind < 3; kind++) {
+        MuonState s = muon_state();
+        const size_t at = muon_slices[6], n = muon_slices[7] * muon_slices[8];
+        for (size_t i = 0; i < n && kind == 0; i++) { s.g[at + i] = 0; }
+        if (kind > 0) { s.g[at + n - 1] = bad[kind]; }
+        muon_step(&s, muon_slices, MUON_SLICES, 1, NS_GRAM);
+        check(memcmp(s.p + at, start.p + at, n * sizeof(real)) == 0 &&
+              memcmp(s.m + at, start.m + at, n * sizeof(real)) == 0, "a slice of %g has moved",
+              (double)bad[kind]);
+        memcpy(s.p + at, all.p + at, n * sizeof(real));
+        memcpy(s.m + at, all.m + at, n * sizeof(real));
+        check(memcmp(s.p, all.p, MUON_SIZE * sizeof(real)) == 0 &&
+              memcmp(s.m, all.m, MUON_SIZE * sizeof(real)) == 0, "a slice's neighbours moved by %g",
+              (double)bad[kind]);
+        muon_state_free(&s);
+    }
+    // One element of 1e-30 is a gradient, and its slice takes a whole step.
+    MuonState s = muon_state();
+    for (int i = 0; i < MUON_SIZE; i++) { s.g[i] = s.m[i] = 0; }
+    s.g[9007] = (real)1e-30;
+    muon_step(&s, muon_slices, MUON_SLICES, 1, NS_GRAM);
+    check(fabs(s.p[9007] - start.p[9007]) > 0.01 && s.p[4100] == start.p[4100], "a tiny gradient");
+    muon_state_free(&s);
+    muon_state_free(&all);
+    muon_state_free(&start);
+}
+
+// M10, M12, G7: the size of a step; another way to keep the moment; clipping before it all.
+static void test_muon_size(void) {
+    MuonState s = muon_state(), start = muon_state(), clipped = muon_state();
+    memset(s.m, 0, MUON_SIZE * sizeof(real));
+    memset(clipped.m, 0, MUON_SIZE * sizeof(real));
+    muon_update(s.p, s.m, s.g, muon_slices, MUON_SLICES, 1, 0.02, 0.95, 0, NS_GRAM);
+    muon_update(clipped.p, clipped.m, clipped.g, muon_slices, MUON_SLICES, 1e-9, 0.02, 0.95, 0,
+                NS_GRAM);
+    for (int k = 0; k < MUON_SLICES; k++) {
+        size_t at = muon_slices[3 * k], n = muon_slices[3 * k + 1] * muon_slices[3 * k + 2];
+        double sum = 0, diff = 0;
+        for (size_t i = at; i < at + n; i++) {
+            sum += pow(s.p[i] - start.p[i], 2);
+            diff += pow(s.p[i] - clipped.p[i], 2);
+        }
+        double rms = sqrt(sum / n) / 0.02, wide = muon_slices[3 * k + 1] < muon_slices[3 * k + 2];
+        check(rms > 0.13 && rms < 0.25, "slice %d: an update of RMS %g, wide %g", k, rms, wide);
+        check(sqrt(diff / sum) < 1e-4, "slice %d: clipping changes the step by %g", k,
+              sqrt(diff / sum));
+    }
+    muon_state_free(&s);
+    muon_state_free(&start);
+    muon_state_free(&clipped);
+
+    enum { N = 8 * 50 };
+    const size_t slice[3] = { 0, 8, 50 };
+    real p[N] = { 0 }, m[N] = { 0 }, g[N], sum[N] = { 0 }, u[N], o[N];
+    for (int step = 0; step < 4; step++) {
+        for (int i = 0; i < N; i++) {
+            g[i] = (real)normal(20 + step, i);
+            sum[i] = (real)0.95 * sum[i] + g[i];
+            u[i] = g[i] + (real)0.95 * sum[i];
+        }
+        newton_schulz(u, 8, 50, NS_STANDARD);
+        memset(p, 0, sizeof p);
+        muon_update(p, m, g, slice, 1, 1, 1, 0.95, 0, NS_STANDARD);
+        for (int i = 0; i < N; i++) { o[i] = -p[i] / (real)(0.2 * sqrt(50.0)); }
+        check_tensor("a mean or a sum as the moment", o, u, N, 1e-5);
+    }
+}
+
+// M11: the method asked for is what a dense factor and an expert's get; one moment, no second; and
+// the ledger says all that.
+static void test_muon_adapters(void) {
+    for (int method = 0; method < 3; method++) {
+        const int restarts[3] = { 0, NS_GRAM, NS_STANDARD };
+        Registered r = {0};
+        Adapters s = {.R = 3, .alpha = 6, .targets = targets_parse("attn,experts"),
+                      .muon = restarts[method]};
+        adapters_place_all(&s, &r, 4, 2, 1);
+        size_t n = s.n_dense + s.n_expert, block = (n * sizeof(real) + 255) / 256 * 256;
+        check(mem.arena[MEM_OPTIMIZER].used == (method ? 1 : 2) * block, "method %d: %zu bytes of "
+              "state", method, mem.arena[MEM_OPTIMIZER].used);
+        check(s.m != NULL && (s.v == NULL) == (method > 0), "method %d: moments", method);
+        for (size_t i = 0; i < n; i++) { s.g[i] = (real)normal(9, i); }
+        real *g = (real *)copy(s.g, n * sizeof(real));
+        memset(s.p, 0, n * sizeof(real));
+        adapters_update(&s, 1, 0.01, 0.95, 0.95, 1e-8, 0, 1);
+        int other[2] = { 0 };               // dense, expert factors that the other method changes
+        for (int k = 0; k < s.n && method; k++) {
+            const AdapterTensor *t = &s.tensors[k];
+            size_t size = (size_t)t->rows * t->cols;
+            const size_t slice[3] = { 0, (size_t)t->rows, (size_t)t->cols };
+            for (int way = 1; way < 3; way++) {
+                real *p = (real *)calloc(size, sizeof *p), *m = (real *)calloc(size, sizeof *m);
+                real *u = (real *)copy(g + t->at, size * sizeof *g);
+                muon_update(p, m, u, slice, 1, 1, 0.01, 0.95, 0, restarts[way]);
+                int same = memcmp(p, s.p + t->at, size * sizeof *p) == 0;
+                check(same || way != method, "%s by method %d", t->name, method);
+                other[t->expert >= 0] += !same;
+                free(p);
+                free(m);
+                free(u);
+            }
+        }
+        check(!method || (other[0] > 0 && other[1] > 0), "both methods give the same bits");
+        char text[2048] = "";
+        int keep = dup(1);
+        FILE *file = tmpfile();
+        fflush(stdout);
+        dup2(fileno(file), 1);
+        adapters_ledger(&s);
+        fflush(stdout);
+        dup2(keep, 1);
+        close(keep);
+        rewind(file);
+        text[fread(text, 1, sizeof text - 1, file)] = 0;
+        fclose(file);
+        static const char *const lines[3] = {
+            "plan   adamw       0.0 MiB of state, 2 moments\n",
+            "plan   muon        0.0 MiB of state, 1 moment | 12 Newton-Schulz (gram) a step\n",
+            "plan   muon        0.0 MiB of state, 1 moment | 12 Newton-Schulz (standard) a step\n"};
+        check(strstr(text, lines[method]) &&
+              strstr(text, "experts.w2                2 x A (3,6), B (5,3)\n") &&
+              strstr(text, "wkv                       1 x A (3,4), B (8,3)\n"),
+              "the ledger of method %d:\n%s", method, text);
+        free(g);
+        free(s.tensors);
+        free(s.slices_h);
+        mem_free();
+    }
+}
+
 static void test_schedule(void) {
     static const struct { int step, steps, warmup; double last; int cosine; double want; } at[] = {
         {0, 10, 4, 0.1, 1, 0.5},        // lr = 2 everywhere: 2 * 1/4
@@ -803,6 +1260,14 @@ int main(void) {
     test_nonfinite();
     test_adamw_torch();
     test_adamw_chunks();
+    test_newton_schulz();
+    test_singular_values();
+    test_symmetries();
+    test_muon_torch();
+    test_muon_batch();
+    test_muon_skips();
+    test_muon_size();
+    test_muon_adapters();
     test_schedule();
     return finish("test_lora");
 }

@@ -776,7 +776,7 @@ static void router_case(const char *name, const double *logits, const float *bia
     st(&x[0], 1);
     st(&x[1], 0);
     linear_bf16_forward(all, x, gate, 1, C, E);
-    route_forward(ids, weights, kept, all, bias, table, &token, 1.5f, 1, 1, E, K);
+    route_forward(ids, weights, kept, all, bias, table, &token, (Routing){0}, 1.5f, 1, 1, E, K);
     double sum = 1e-20, dot = 0, want[C] = { 1, 2 }, score[16];
     for (int k = 0; k < K; k++) {
         check(ids[k] == want_ids[k], "%s: expert %d is %d, want %d", name, k, ids[k], want_ids[k]);
@@ -789,7 +789,8 @@ static void router_case(const char *name, const double *logits, const float *bia
         dw[rows[k]] = 0.5 - k;
         dot += (0.5 - k) * want_weights[k];
     }
-    route_backward(dinp, dw, rows, ids, weights, kept, gate, 1.5f, 1, 1, C, K);
+    route_backward(dinp, dw, rows, ids, weights, kept, NULL, gate, (Routing){0}, 1.5f, 1, 1, C, E,
+                   K);
     for (int k = 0; k < K; k++) {
         double v = logits[ids[k]];
         double slope = v < -20 ? score[k] / 2 : 1 / (1 + exp(-v)) / (2 * score[k]);
@@ -837,12 +838,60 @@ static void test_router(void) {
     int ids[4];
     route_topk(ids, choice, 4, 4);
     for (int k = 0; k < 4; k++) { check(ids[k] >= 0 && ids[k] < 4, "NaN scores: id %d", ids[k]); }
-    check(isnan(route_score_of(NAN)), "the score of NaN");
+    check(isnan(route_score_of(0, NAN)), "the score of NaN");
     for (real v = -60; v < 60; v += (real)0.37) {           // one smooth function, across -20
         double want = sqrt(log1p(exp((double)v))), slope = 1 / (1 + exp(-(double)v)) / (2 * want);
-        check(fabs(route_score_of(v) - want) <= 3e-7 * want, "score(%g)", (double)v);
-        check(fabs(route_slope(v, (real)want) - slope) <= 5e-7 * slope, "slope(%g)", (double)v);
+        check(fabs(route_score_of(0, v) - want) <= 3e-7 * want, "score(%g)", (double)v);
+        check(fabs(route_slope(0, v, (real)want) - slope) <= 5e-7 * slope, "slope(%g)", (double)v);
     }
+}
+
+// test/vectors/routes.bin, made by dev/ref/make_routes.py: the routers of DeepSeek-V2, V3 and V4 in
+// transformers 5.17. The gate is the identity, so dinp is the gradient of the logits.
+static void test_router_vectors(void) {
+    enum { MOST = 24 };
+    struct { int32_t score, greedy, groups, kept, norm, T, E, K; float scale; } h;
+    char path[1024];
+    const char *slash = strrchr(__FILE__, '/');
+    snprintf(path, sizeof path, "%.*s/vectors/routes.bin", slash ? (int)(slash - __FILE__) : 1,
+             slash ? __FILE__ : ".");
+    FILE *f = fopen(path, "rb");
+    int cases = 0;
+    if (!check(f != NULL, "cannot open %s", path)) { return; }
+    for (; fread(&h, sizeof h, 1, f) == 1; cases++) {
+        const int T = h.T, E = h.E, K = h.K;
+        float bias[MOST], file[4][MOST * MOST];     // logits, upstream, weights, gradient: (T,E)
+        real all[MOST * MOST], weights[MOST * MOST], kept[MOST * MOST], dw[MOST * MOST],
+             dinp[MOST * MOST], dense[MOST * MOST];
+        bf16 gate[MOST * MOST];
+        int ids[MOST * MOST], rows[MOST * MOST];
+        Routing how = { h.score, h.greedy, h.groups, h.kept };
+        char what[64];
+        require(T <= MOST && E <= MOST);
+        size_t got = fread(bias, sizeof *bias, (size_t)E, f);
+        for (int k = 0; k < 4; k++) { got += fread(file[k], sizeof **file, (size_t)T * E, f); }
+        check(got == (size_t)(E + 4 * T * E), "%s ends too early", path);
+        for (int i = 0; i < E * E; i++) { gate[i] = bf16_from_float(i % (E + 1) == 0); }
+        for (int i = 0; i < T * E; i++) { all[i] = file[0][i]; dinp[i] = 0; dense[i] = 0; }
+        route_forward(ids, weights, kept, all, h.greedy ? NULL : bias, NULL, NULL, how, h.scale,
+                      h.norm, T, E, K);
+        for (int i = 0; i < T * K; i++) {
+            int at = i / K * E + ids[i];
+            check(dense[at] == 0 && file[2][at] != 0, "case %d: token %d chose expert %d", cases,
+                  i / K, ids[i]);
+            dense[at] = weights[i];
+            rows[i] = T * K - 1 - i;
+            dw[rows[i]] = file[1][at];
+        }
+        route_backward(dinp, dw, rows, ids, weights, kept, route_needs_all(how, h.norm) ? all : NULL,
+                       gate, how, h.scale, h.norm, T, E, E, K);
+        snprintf(what, sizeof what, "router %d: weights", cases);
+        check_tensor(what, dense, file[2], T * E, 1e-6);
+        snprintf(what, sizeof what, "router %d: gradient", cases);
+        check_tensor(what, dinp, file[3], T * E, 1e-5);
+    }
+    check(cases == 7, "%d routers in %s", cases, path);
+    fclose(f);
 }
 
 // The sum over slots has one order, wherever the rows are: (big + 1) - big is not big - big + 1.
@@ -1104,6 +1153,7 @@ int main(void) {
     test_ranks();
     // From here on this process may use OpenMP, and forks no more.
     test_router();
+    test_router_vectors();
     test_combine();
     for (int i = 0; i < 4; i++) { test_forward(i & 1, i >> 1, 0); }
     test_forward(0, 1, 1 << 1 | 1 << 3);    // w2 and the shared w1 are no targets

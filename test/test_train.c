@@ -4,7 +4,8 @@
 // PyTorch.
 //
 // Seen to fail on broken copies of train.c: comb transposed in hc_deal_forward; columns and rows
-// swapped in Sinkhorn; `along` dropped in hc_logits_backward; the sink left out of the softmax;
+// swapped in Sinkhorn; `along` dropped or comb transposed in hc_enter_backward, its du without the
+// norm, dm without r; the sink left out of the softmax;
 // lse without the sink; delta dropped; dkv without its value part; window one too long; entries
 // visible one token early; A and B halves of the compressor swapped; the first entry of a document
 // reading the tokens before it; ape dropped; o not turned back; norm's mean term dropped; topk in
@@ -32,26 +33,32 @@ static void test_hc_vectors(void) {
         double logit = i < HC ? 0.5 : i < 2 * HC ? -1 : logits[i - 2 * HC];
         m[i] = (real)((logit - base[i]) / scale[i < HC ? 0 : i < 2 * HC ? 1 : 2]);
     }
-    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, 20);
+    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, HC_MIX, 20);
     for (int i = 0; i < HC; i++) {
         check_close("pre", i, pre[i], 0.6224593312018546 + 1e-6, 1e-6);     // sigmoid(0.5) + eps
         check_close("post", i, post[i], 2 * 0.2689414213699951, 1e-6);      // 2 sigmoid(-1)
     }
     for (int i = 0; i < 16; i++) { check_close("comb", i, comb[i], want[i], 1.5e-6); }
     dcomb[1] = 1;
-    hc_weights_backward(dm, dpre, dpost, dcomb, m, base, scale, 1e-6f, 1, 20);
+    hc_weights_row_backward(dm, dpre, dpost, dcomb, m, base, scale, 1e-6f, HC_MIX, 20);
     for (int i = 0; i < 16; i++) {
         check_close("dcomb[0][1]/dlogit", i, dm[2 * HC + i] / 0.5, slope[i], 1.5e-6);
     }
     act X[HC], o, Y[HC];
-    real weights[HC] = {0.5, 1, 1.5, 2};
+    real weights[HC] = {0.5, 1, 1.5, 2}, next[HC], r, mean_square = 0;
+    const float fn[HC * HC] = {1, 0, 0, 0, 0, -2, 0, 0, 0, 0, 3, 0, 0, 0, 0, -4};
     for (int i = 0; i < HC; i++) { st(&X[i], i + 1); }
     st(&o, 10);
-    hc_deal_forward(Y, &o, X, weights, comb, 1, 1);
+    hc_deal_forward(Y, next, &r, &o, X, weights, comb, fn, 0.5f, 1, 1, HC);
     for (int j = 0; j < HC; j++) {
         check_close("mixed stream", j, ld(&Y[j]), y_want[j], sizeof(act) == 2 ? 0.06 : 1e-5);
+        mean_square += ld(&Y[j]) * ld(&Y[j]) / HC;
     }
-    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, 1);       // one round tells
+    check_close("r of the next site", 0, r, 1 / sqrt(mean_square + 0.5), 1e-6);
+    for (int j = 0; j < HC; j++) {      // of the streams as they are stored
+        check_close("m of the next site", j, next[j], fn[5 * j] * ld(&Y[j]) * r, 1e-5);
+    }
+    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, HC_MIX, 1);       // one round tells
     double worst_row = 0;
     for (int a = 0; a < HC; a++) {
         double row = 0, column = 0;
@@ -413,16 +420,9 @@ static double loss_norm_rope(void *w) {
     norm_rope_forward(G.out, G.rstd, G.raw, w, G.rope, G.docs.position, 1e-2f, gT, w ? 1 : gH, gD, 4);
     return against_direction(G.out, gT * (w ? 1 : gH) * gD);
 }
-static double loss_logits(void *unused) {
-    (void)unused;
-    hc_logits_forward(G.m, G.r, G.X, G.fn, 1e-2f, gT, gC, HC_MIX);
-    double sum = 0;
-    for (int i = 0; i < gT * HC_MIX; i++) { sum += (double)(G.m[i] * G.direction[i]); }
-    return sum;
-}
 static double loss_weights(void *unused) {
     (void)unused;
-    hc_weights_forward(G.pre, G.post, G.comb, G.m, G.base, G.scale, 1e-6f, gT, 20);
+    hc_weights_forward(G.pre, G.post, G.comb, G.m, G.base, G.scale, 1e-6f, gT, HC_MIX, 20);
     double sum = 0;
     for (int i = 0; i < gT * HC; i++) {
         sum += (double)(G.pre[i] * G.direction[i] + G.post[i] * G.direction[100 + i]);
@@ -430,22 +430,26 @@ static double loss_weights(void *unused) {
     for (int i = 0; i < gT * HC * HC; i++) { sum += (double)(G.comb[i] * G.direction[200 + i]); }
     return sum;
 }
-static double loss_head_weights(void *unused) {
-    (void)unused;
-    hc_head_weights_forward(G.pre, G.m, G.base, G.scale, 1e-6f, gT);
-    double sum = 0;
-    for (int i = 0; i < gT * HC; i++) { sum += (double)(G.pre[i] * G.direction[i]); }
-    return sum;
-}
-static double loss_collapse(void *unused) {
-    (void)unused;
-    hc_collapse_forward(G.out, G.X, G.pre, gT, gC);
-    return against_direction(G.out, gT * gC);
-}
 static double loss_deal(void *unused) {
     (void)unused;
-    hc_deal_forward(G.out, G.o, G.X, G.post, G.comb, gT, gC);
+    hc_deal_forward(G.out, G.m, G.r, G.o, G.X, G.post, G.comb, G.fn, 1e-2f, gT, gC, HC_MIX);
     return against_direction(G.out, gT * HC * gC);
+}
+// A whole site, whose sublayer is the rest of the loss: <x, direction> + <Y, direction + 600>, with
+// o a constant. *M is HC at the head, where no Y follows.
+static double loss_site(void *M) {
+    int sites = *(int *)M;
+    hc_logits_forward(G.m, G.r, G.X, G.fn, 1e-2f, gT, gC, sites);
+    hc_weights_forward(G.pre, G.post, G.comb, G.m, G.base, G.scale, 1e-6f, gT, sites, 20);
+    hc_enter_forward(G.raw, G.rstd, G.X, G.pre, G.w, 1e-2f, gT, gC);
+    double sum = against_direction(G.raw, gT * gC);
+    if (sites == HC) { return sum; }
+    real m[gT * HC_MIX], r[gT];
+    hc_deal_forward(G.out, m, r, G.o, G.X, G.post, G.comb, G.fn, 1e-2f, gT, gC, HC_MIX);
+    for (int i = 0; i < gT * HC * gC; i++) {
+        sum += (double)ld(G.out + i) * (double)G.direction[600 + i];
+    }
+    return sum;
 }
 static double loss_pool(void *unused) {
     (void)unused;
@@ -459,7 +463,6 @@ static double loss_attention(void *unused) {
 }
 
 static void test_norm_gradients(void) {
-    static real dx[gT * gC];
     static act d[gT * gH * gD], dout[gT * gH * gD];
     loss_rmsnorm(NULL);
     rmsnorm_backward(d, G.direction, G.X, G.rstd, G.w, gT, gC);
@@ -471,38 +474,40 @@ static void test_norm_gradients(void) {
     loss_norm_rope(G.w);
     key_norm_rope_backward(d, G.direction, G.raw, G.rstd, G.w, G.rope, G.docs.position, gT, gD, 4);
     check_gradient("norm + rope, keys", loss_norm_rope, G.w, G.raw, d, gT * gD);
-    (void)dx;
 }
 
 static void test_hc_gradients(void) {
-    static real dX[gT * HC * gC], dm[gT * HC_MIX], dpre[gT * HC], dpost[gT * HC], dcomb[gT * HC * HC];
-    static act d[gT * gC];
-    loss_logits(NULL);
-    memset(dX, 0, sizeof dX);
-    memcpy(dm, G.direction, sizeof dm);
-    hc_logits_backward(dX, dm, G.m, G.r, G.X, G.fn, gT, gC, HC_MIX);
-    check_gradient("hc logits", loss_logits, NULL, G.X, dX, gT * HC * gC);
-    fill(G.m, gT * HC_MIX, 2);
+    static act dX[gT * HC * gC], d[gT * gC];
+    static real dm[gT * HC_MIX], dpost[gT * HC], dcomb[gT * HC * HC];
+    int mix = HC_MIX, head = HC;
     for (int i = 0; i < gT * HC_MIX; i++) { dm[i] = NAN; }      // every element must be written
-    hc_weights_backward(dm, G.direction, G.direction + 100, G.direction + 200, G.m, G.base, G.scale,
-                        1e-6f, gT, 20);
+    for (int t = 0; t < gT; t++) {
+        const real *at = G.direction;
+        hc_weights_row_backward(dm + t * HC_MIX, at + t * HC, at + 100 + t * HC,
+                                at + 200 + t * HC * HC, G.m + t * HC_MIX, G.base, G.scale, 1e-6f,
+                                HC_MIX, 20);
+    }
     check_gradient("hc weights", loss_weights, NULL, G.m, dm, gT * HC_MIX);
-    hc_head_weights_backward(dm, G.direction, G.m, G.base, G.scale, gT);
-    check_gradient("hc head weights", loss_head_weights, NULL, G.m, dm, gT * HC);
-    fill(G.pre, gT * HC, 1);
     fill(G.post, gT * HC, 1);
     fill(G.comb, gT * HC * HC, 1);
-    memset(dX, 0, sizeof dX);
-    for (int i = 0; i < gT * gC; i++) { st(d + i, G.direction[i]); }
-    hc_collapse_backward(dX, dpre, d, G.X, G.pre, gT, gC);
-    check_gradient("collapse, dX", loss_collapse, NULL, G.X, dX, gT * HC * gC);
-    check_gradient("collapse, dpre", loss_collapse, NULL, G.pre, dpre, gT * HC);
-    memcpy(dX, G.direction, sizeof dX);
-    hc_deal_backward(d, dpost, dcomb, dX, G.o, G.X, G.post, G.comb, gT, gC);
+    for (int i = 0; i < gT * HC * gC; i++) { st(dX + i, G.direction[i]); }
+    hc_deal_backward(d, dpost, dcomb, dX, G.o, G.X, G.post, gT, gC);
     check_gradient("deal, do", loss_deal, NULL, G.o, d, gT * gC);
-    check_gradient("deal, dX", loss_deal, NULL, G.X, dX, gT * HC * gC);
     check_gradient("deal, dpost", loss_deal, NULL, G.post, dpost, gT * HC);
     check_gradient("deal, dcomb", loss_deal, NULL, G.comb, dcomb, gT * HC * HC);
+
+    loss_site(&mix);
+    for (int i = 0; i < gT * HC * gC; i++) { st(dX + i, G.direction[600 + i]); }
+    hc_deal_backward(d, dpost, dcomb, dX, G.o, G.X, G.post, gT, gC);
+    hc_enter_backward(dX, G.direction, dpost, dcomb, G.X, G.m, G.r, G.pre, G.comb, G.rstd, G.fn,
+                      G.base, G.scale, G.w, 1e-6f, gT, gC, HC_MIX, 20);
+    check_gradient("site, do", loss_site, &mix, G.o, d, gT * gC);
+    check_gradient("site, dX", loss_site, &mix, G.X, dX, gT * HC * gC);
+    loss_site(&head);
+    for (int i = 0; i < gT * HC * gC; i++) { st(dX + i, NAN); }     // only written
+    hc_enter_backward(dX, G.direction, NULL, NULL, G.X, G.m, G.r, G.pre, NULL, G.rstd, G.fn, G.base,
+                      G.scale, G.w, 1e-6f, gT, gC, HC, 0);
+    check_gradient("head, dX", loss_site, &head, G.X, dX, gT * HC * gC);
 }
 
 static void test_attention_gradients(void) {

@@ -324,7 +324,7 @@ enum {
     AB_KEYS = 64,                       // keys of a tile
     AB_CHUNKS = 8, AB_CHUNK = 8192,     // of a tile, in bytes
     AB_TILE = AB_CHUNKS * AB_CHUNK,
-    AB_EXCHANGE = 16384,                // bytes through which the two warpgroups swap halves
+    AB_EXCHANGE = 32768,                // two buffers in turn: warpgroups swap halves
 };
 
 __device__ inline uint32_t shared_address(const void *p) {
@@ -1004,12 +1004,13 @@ attention_backward_key_3_kernel(float *part, const __grid_constant__ CUtensorMap
             softmax_backward(&s[j], &dp[j], x[j], x[j + 16], lse_j, delta_j,
                              j & 2 ? valid1 : valid0);
         }
-        // Each warpgroup reads what the other wrote; neither writes again before all slots have
-        // been refilled, hence not before both have read.
+        // Each warpgroup reads what the other wrote. The buffers take turns: who writes one again
+        // has passed the barrier in between, and so has who read it.
+        float4 *swap = exchange + phase * 1024;
         pack_half(p[0], s);
         pack_half(dl[0], dp);
-        send(p[0], exchange, group * 512 + thread);
-        send(dl[0], exchange, group * 512 + 256 + thread);
+        send(p[0], swap, group * 512 + thread);
+        send(dl[0], swap, group * 512 + 256 + thread);
 
         // dK (keys,dims) += P^T dO + dS^T Q, for own 4 chunks, two by two; own heads first.
         const uint32_t chunks = slots + group * 4 * AB_SLOT;
@@ -1018,8 +1019,8 @@ attention_backward_key_3_kernel(float *part, const __grid_constant__ CUtensorMap
         wgmma_fence();
         add_heads(sum, 0, p[0], dl[0], own);
         pair_barrier();
-        receive(p[1], exchange, (1 - group) * 512 + thread);
-        receive(dl[1], exchange, (1 - group) * 512 + 256 + thread);
+        receive(p[1], swap, (1 - group) * 512 + thread);
+        receive(dl[1], swap, (1 - group) * 512 + 256 + thread);
         pin(p[1]); pin(dl[1]);
         wgmma_fence();
         add_heads(sum, 0, p[1], dl[1], other);
@@ -1179,9 +1180,9 @@ attention_backward_query_3_kernel(act *dq, const __grid_constant__ CUtensorMap q
             }
             // As left operand of the next product, rows g are of the first 32 heads, rows g + 8 of
             // the others: half of each fragment comes from the other warpgroup.
-            send(own, exchange, group * 256 + thread);
+            send(own, exchange + phase * 512, group * 256 + thread);
             pair_barrier();
-            receive(other, exchange, (1 - group) * 256 + thread);
+            receive(other, exchange + phase * 512, (1 - group) * 256 + thread);
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 dl[2 * j] = group ? other[j] : own[j];

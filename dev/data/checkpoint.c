@@ -417,17 +417,114 @@ static inline const Entry *safetensors_find(const Safetensors *s, const char *na
 //
 // Every number the model is built from must be there and make sense: a default for a missing key
 // would train another model than the one on the disk, and nothing would tell. Keys of choices that
-// the code does not offer (another router, tied embeddings) must have the one value it implements.
+// the code does not offer (tied embeddings, biases) must have the one value it implements.
 
 typedef struct {                // config.json, or the built-in tiny model's
     char model_type[32];
     int V, C, layers, H, D, rope_dim, Q, G, O;      // Q: q_lora_rank, G: o_groups, O: o_lora_rank
     int E, K, F, n_shared, hash_layers, window, index_heads, index_dim, index_topk, hc_iters;
     int max_positions, bos, eos, norm_topk;
+    Routing how;
     float route_scale, swiglu_limit, norm_eps, hc_eps;
     double rope_theta, compress_theta, yarn_factor, beta_fast, beta_slow, original_positions;
     int ratio[128];             // per layer: 0 window only, 4 CSA, 128 HCA
 } Config;
+
+// How the router chooses (moe.c, section 5) is not guessed either. A key's value is what --routing
+// says, else config.json, else a default if it has one; all else ends the process with its name.
+
+enum { ROUTE_SCORE, ROUTE_METHOD, ROUTE_NORM, ROUTE_SCALE, ROUTE_LIMIT, ROUTE_GROUPS, ROUTE_KEPT,
+       ROUTE_KEYS };
+static const struct { const char *key, *normal, *tiny, *expected; } route_keys[ROUTE_KEYS] = {
+    {"scoring_func", NULL, "sqrtsoftplus", "sqrtsoftplus, sigmoid or softmax"},
+    {"topk_method", NULL, "noaux_tc", "noaux_tc, greedy or group_limited_greedy"},
+    {"norm_topk_prob", NULL, "true", "false or true"},
+    {"routed_scaling_factor", NULL, "1.5", "a number above 0"},
+    {"swiglu_limit", NULL, "10", "a number above 0"},
+    {"n_group", "1", NULL, "a divisor of n_routed_experts, groups of 2 or more; 1 if greedy"},
+    {"topk_group", "1", NULL, "at most n_group, with num_experts_per_tok experts or more"},
+};
+static const char *routing_given = "";      // --routing: "key=value,key=value"
+static struct { char text[40]; const char *from; } routing[ROUTE_KEYS];
+
+// The key that a word of --routing sets; ROUTE_KEYS if there is none.
+static inline int routing_key(const char *word) {
+    int k = 0;
+    for (; k < ROUTE_KEYS; k++) {
+        size_t n = strlen(route_keys[k].key);
+        if (strncmp(word, route_keys[k].key, n) == 0 && word[n] == '=') { break; }
+    }
+    return k;
+}
+
+// Settles key k. found: where its value begins in `from`, NULL if it is not there.
+static inline void routing_set(int k, const char *found, const char *from) {
+    if (found == NULL || strncmp(found, "null", 4) == 0) {
+        found = route_keys[k].normal;
+        from = "default";
+    }
+    for (const char *word = routing_given, *end; *word; word = end + (*end == ',')) {
+        end = word + strcspn(word, ",");
+        int key = routing_key(word);
+        if (key == ROUTE_KEYS) {
+            die(EXIT_USAGE, "--routing: '%s' sets nothing HINT: key=value,.. with config.json's "
+                "keys: scoring_func, topk_method, norm_topk_prob, routed_scaling_factor, "
+                "swiglu_limit, n_group, topk_group", word);
+        }
+        if (key != k) { continue; }
+        found = strchr(word, '=') + 1;
+        from = "--routing";
+    }
+    if (found == NULL) { die(EXIT_USAGE, "config.json: %s is missing", route_keys[k].key); }
+    snprintf(routing[k].text, sizeof routing[k].text, "%.*s", (int)strcspn(found, ",}\" \t\r\n"),
+             found);
+    routing[k].from = from;
+}
+
+__attribute__((noreturn)) static inline void routing_refuse(int k) {
+    die(EXIT_USAGE, "%s is %s (%s), expected %s", route_keys[k].key, routing[k].text,
+        routing[k].from, route_keys[k].expected);
+}
+
+static inline double routing_number(int k, double low) {
+    char *end;
+    double value = strtod(routing[k].text, &end);
+    if (*end || end == routing[k].text || !(value >= low && value <= 1e9)) { routing_refuse(k); }
+    return value;
+}
+
+// The place of key k's value among three words.
+static inline int routing_word(int k, const char *first, const char *second, const char *third) {
+    const char *words[3] = { first, second, third };
+    for (int i = 0; i < 3; i++) { if (strcmp(routing[k].text, words[i]) == 0) { return i; } }
+    routing_refuse(k);
+}
+
+// What the settled keys mean together, for E experts of which K are chosen.
+Routing routing_resolve(int *norm, float *scale, float *limit, int E, int K) {
+    int method = routing_word(ROUTE_METHOD, "noaux_tc", "greedy", "group_limited_greedy");
+    double groups = routing_number(ROUTE_GROUPS, 1), kept = routing_number(ROUTE_KEPT, 1);
+    *norm = routing_word(ROUTE_NORM, "false", "true", "true");
+    *scale = (float)routing_number(ROUTE_SCALE, 1e-30);
+    *limit = (float)routing_number(ROUTE_LIMIT, 1e-30);
+    int crooked = fmod(E, groups) != 0 || groups != floor(groups);
+    if (crooked || (groups > 1 && (method == 1 || E / groups < 2))) {
+        routing_refuse(ROUTE_GROUPS);
+    }
+    if (kept != floor(kept) || kept > groups || kept * (E / groups) < K) {
+        routing_refuse(ROUTE_KEPT);
+    }
+    return (Routing){ .score = routing_word(ROUTE_SCORE, "sqrtsoftplus", "sigmoid", "softmax"),
+                      .greedy = method > 0, .groups = (int)groups, .kept = (int)kept };
+}
+
+// Prints every setting and whose it is.
+static inline void routing_print(void) {
+    for (int k = 0; k < ROUTE_KEYS; k++) {
+        printf("plan   routing     %-21s %-20s %s\n", route_keys[k].key, routing[k].text,
+               routing[k].from);
+    }
+}
 
 // A number from low to high; a multiple of `multiple`, if not 0 (fp8 matrices have blocks of 128).
 static inline double config_number(const Json *j, int object, const char *key, double low,
@@ -479,10 +576,13 @@ void config_load(Config *c, const char *dir) {
     INT(hc_sinkhorn_iters, hc_iters, 1, 64, 1)
     INT(max_position_embeddings, max_positions, 1, 1 << 30, 1)
     INT(bos_token_id, bos, 0, c->V - 1, 1)          INT(eos_token_id, eos, 0, c->V - 1, 1)
-    NUMBER(routed_scaling_factor, route_scale)       NUMBER(swiglu_limit, swiglu_limit)
     NUMBER(rms_norm_eps, norm_eps)                   NUMBER(hc_eps, hc_eps)
     NUMBER(rope_theta, rope_theta)                   NUMBER(compress_rope_theta, compress_theta)
-    c->norm_topk = *json_text(&j, json_get(&j, 0, "norm_topk_prob", 't')) == 't';
+    for (int k = 0, i; k < ROUTE_KEYS; k++) {
+        i = json_find(&j, 0, route_keys[k].key);
+        routing_set(k, i < 0 ? NULL : json_text(&j, i), "config.json");
+    }
+    c->how = routing_resolve(&c->norm_topk, &c->route_scale, &c->swiglu_limit, c->E, c->K);
     int yarn = json_get(&j, 0, "rope_scaling", '{');
     c->yarn_factor = config_number(&j, yarn, "factor", 1, 1e9, 0);
     c->beta_slow = config_number(&j, yarn, "beta_slow", 1e-30, 1e9, 0);
@@ -490,8 +590,7 @@ void config_load(Config *c, const char *dir) {
     c->original_positions = config_number(&j, yarn, "original_max_position_embeddings", 1, 1e9, 1);
     config_fixed(&j, yarn, "type", "yarn");         config_fixed(&j, 0, "hc_mult", "4");
     config_fixed(&j, 0, "num_key_value_heads", "1");
-    config_fixed(&j, 0, "scoring_func", "sqrtsoftplus");
-    config_fixed(&j, 0, "topk_method", "noaux_tc"); config_fixed(&j, -1, "hidden_act", "silu");
+    config_fixed(&j, -1, "hidden_act", "silu");
     config_fixed(&j, -1, "tie_word_embeddings", "false");
     config_fixed(&j, -1, "attention_bias", "false");
     int quantization = json_get(&j, 0, "quantization_config", '{');
