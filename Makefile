@@ -60,15 +60,17 @@ NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; 
     mkdir -p build; echo '__global__ void probe(void) { }' > build/probe.cu; $(NVCC) $(GENCODE) \
     -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && echo yes || echo broken)
 # ./train gets the kernels where nvcc works, unless another flavour is asked for: they store bf16.
+# Several GPUs need NCCL: beside CUDA, in the system, or in NCCL=DIR.
+CUDA_HOME = $(realpath $(dir $(shell command -v $(NVCC)))..)
+NCCL_LINK = $(NCCL:%=-L%/lib -Xlinker -rpath=%/lib) -l:libnccl.so.2
 ifneq ($(NEEDS_CC),)
   CUDA ?= $(if $(ACT)$(REAL)$(filter 1,$(SAN)),0,$(if $(filter yes,$(NVCC_WORKS)),1,0))
   CUDA := $(CUDA)
-endif
-
-# The recorded flags are rewritten, and so everything is rebuilt, only when they differ.
-SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) $(NVCC) $(CUDA_ARCH) cuda=$(CUDA) \
-    jsmn=$(JSMN) stb=$(STB))
-ifneq ($(NEEDS_CC),)
+  HAS_NCCL := $(if $(filter 1,$(CUDA)),$(call probe,'$(HASH)include <nccl.h>' 'int n(void) { \
+      return ncclGroupEnd(); }',$(NCCL:%=-I%/include) $(CUDA_HOME:%=-I%/include -L%/lib64) $(NCCL_LINK)))
+  # The recorded flags are rewritten, and so everything is rebuilt, only when they differ.
+  SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) $(NVCC) $(CUDA_ARCH) cuda=$(CUDA) \
+      jsmn=$(JSMN) stb=$(STB) nccl=$(HAS_NCCL)$(NCCL))
   ifneq ($(shell cat build/flags 2>/dev/null),$(SIGNATURE))
     build/flags: FORCE
   endif
@@ -86,7 +88,8 @@ train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.
 	    "$(if $(OPENMP),✓ OpenMP found,✗ OpenMP not found -> one thread; clang needs libomp-dev)" \
 	    "$(if $(JSMN),✓ jsmn.h found,✗ jsmn.h not found -> no -m and no --resume; make deps)" \
 	    "$(if $(STB),✓ stb headers found,✗ stb headers not found -> no loss.png; make deps)" \
-	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc, or ACT or SAN -> CPU only)"
+	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc, or ACT or SAN -> CPU only)" \
+	    "$(if $(HAS_NCCL),✓ NCCL found,✗ NCCL not found -> at most one GPU; libnccl-dev or NCCL=DIR)"
 	@rm -f $@
 ifeq ($(CUDA),1)
 	$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF build/train.d -MT $@ -c train.c -o build/train.o
@@ -97,10 +100,9 @@ endif
 
 # 177: a helper of the contract that only C files use.
 NVCCFLAGS := -O3 -std=c++17 $(GENCODE) -Xcompiler -Wall,-Wextra -Werror all-warnings \
-    -diag-suppress 177
-NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) \
-    -Xlinker -rpath=$(realpath $(dir $(shell command -v $(NVCC)))../lib64)
-CUDA_LIBS := -lcublas $(LIBS)
+    -diag-suppress 177 $(if $(HAS_NCCL),-DUSE_NCCL $(NCCL:%=-I%/include))
+NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) -Xlinker -rpath=$(CUDA_HOME)/lib64
+CUDA_LIBS = -lcublas $(if $(HAS_NCCL),$(NCCL_LINK)) $(LIBS)
 build/kernels.o: kernels.cu build/flags
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
@@ -112,8 +114,7 @@ kernels.o cuda-check:
 
 # --------------------------------------------------------------------------------------------------
 # Packages: two Debian packages of headers are unpacked into .deps, which needs no root. Where the
-# system's package lists are empty (containers) or stale, lists of our own are fetched, used and
-# removed.
+# system's package lists are empty (containers) or stale, lists of our own are fetched for it.
 
 APT := apt-get -qq -oAPT::Sandbox::User=root -oAcquire::Retries=3
 OWN_LISTS := -oDir::State::Lists=$(CURDIR)/.deps/get/lists -oDir::Cache=$(CURDIR)/.deps/get/cache \
@@ -156,15 +157,15 @@ COMPILE_TEST = @echo "cc $(@F)"; rm -f $@; $(CC) $(BASE) -MMD -MP -MF $@.d $< -o
 
 test:
 	-@$(MAKE) -k CUDA=$(CUDA) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc)) \
-	    train build/train_float $(TESTS) $(GPU_TESTS)
+	    train build/train_float $(TESTS) $(filter build/%,$(GPU_TESTS))
 	@bash test/run.sh $(TESTS) $(GPU_TESTS) test/test_cli.sh test/test_house.sh
 
-# The twins against the C text. Without nvcc, build/test_kernels of the list above says skipped.
-build/test_kernels_gpu: test/test_kernels.c build/kernels.o build/flags
+# The twins against the C text. Without nvcc, those of the list above say skipped.
+build/%_gpu: test/%.c build/kernels.o build/flags
 	@echo "cc $(@F)"; rm -f $@
 	@$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF $@.d -MT $@ -c $< -o $@.o
 	@$(NVCC_LINK) $@.o build/kernels.o -o $@ $(CUDA_LIBS)
-test-gpu: GPU_TESTS = $(if $(filter yes,$(NVCC_WORKS)),build/test_kernels_gpu)
+test-gpu: GPU_TESTS = $(if $(CUDA:0=),$(addprefix build/test_,kernels_gpu gpus_gpu) test/test_ranks.sh)
 test-gpu: test
 
 # --------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ clean:
 	rm -rf build train
 
 help:
-	@echo "make              ./train; ACT=float, SAN=1; CC, CFLAGS, CPPFLAGS, NVCC, CUDA_ARCH"
+	@echo "make              ./train; ACT=float, SAN=1; CC, CFLAGS, CPPFLAGS, NVCC, CUDA_ARCH, NCCL=DIR"
 	@echo "make deps         jsmn.h and stb into .deps (Debian, no root): -m, --resume, loss.png"
 	@echo "make test         every test that needs no GPU; logs in build/*.log"
 	@echo "make test-gpu     the same, and every kernel against its C text"

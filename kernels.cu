@@ -119,6 +119,7 @@ enum {
     HC_MIX = 2 * HC + HC * HC,          // mixing numbers per token and site: 4 pre, 4 post, 16 comb
     FP8_BLOCK = 128,                    // one e8m0 scale per 128 x 128 codes of a dense matrix
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
+    PLACES = 3,                         // layers' inputs on the device, if they wait on the host
 };
 
 // How a router chooses (moe.c, section 5); zero is DeepSeek-V4's way.
@@ -141,6 +142,16 @@ typedef struct {
     const int *first_entry;     // (T) first entry of its document
     const int *token;           // (P) first token of the run that the entry is of
 } AttentionShape;
+
+// Runs of rows that change places: run i is the count[i] rows from from[i] on, which go to to[i] and
+// on (moe.c, section 6). In a kernel's arguments they need no copy to the device.
+enum { RUNS_MAX = 512, BY_EXPERT = 0, BY_SOURCE = 1 };
+typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
+
+// The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
+enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMMS, COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
+// Work beside the main stream: begins, ends, has to be done from here on.
+enum { ASIDE_BEGIN, ASIDE_END, ASIDE_JOIN };
 
 // -------------------------------------------------------------------------------------------------
 // 1.2 Errors
@@ -186,6 +197,15 @@ static inline void die_at(const char *file, int line, int code, const char *form
     die(EXIT_USAGE, "internal: %s does not hold", #condition); } } while (0)
 // An input that cannot be used: one line, exit code 1.
 #define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
+#endif
+
+// Device code reports its errors the same way; the C half of the program has the words.
+#ifdef __CUDACC__
+extern "C" __attribute__((noreturn)) void gpu_failed(int line, int code, const char *what);
+#elif defined(USE_CUDA)
+__attribute__((noreturn)) void gpu_failed(int line, int code, const char *what) {
+    die_at("kernels.cu", line, code, "%s", what);
+}
 #endif
 
 // -------------------------------------------------------------------------------------------------
@@ -234,6 +254,20 @@ void gpu_sync(void);
 void gpu_memory(size_t *used_h, size_t *total_h);
 void gpu_mark(int i);
 void gpu_marks(double *at_h, int n);
+void gpu_aside(int step);
+void gpu_host_alloc(void **p, size_t bytes);
+void gpu_host_free(void *p);
+void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
+void gpu_copy_end(int place);
+// Ranks (moe.c, section 3): which is COMM_WORLD, COMM_EP or COMM_REPLICA
+void gpu_make_id(void *id_h);
+void gpu_connect(const void *id_h, int rank, int ranks, int ep);
+void gpu_waiting(double *seconds_h, char *error_h, size_t size);
+void gpu_batch(int begin);
+void gpu_sum_real(int which, real *values, size_t n);
+void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
+                    const size_t *send_bytes_h);
+void gpu_trade(void **boxes_h, int which, size_t bytes);
 void scale_reals_gpu(real *x, double scale, size_t n);
 void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);
 // Numbers and dense products (fp8.c)
@@ -281,6 +315,10 @@ void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, c
 void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
                         real *weights, const real *logits, const real *all, const bf16 *gate,
                         Routing how, float scale, int norm, int T, int C, int E, int K);
+void trip_count_gpu(int *counts, int *index, const int *ids, int slots, int E);
+void trip_sort_gpu(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs, int
+                   slots);
+void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order, size_t row_bytes);
 void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
 void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
 void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
@@ -392,6 +430,31 @@ static inline void download(void *to_h, const void *from, size_t bytes) {
 static inline void zero(void *p, size_t bytes) {
     GPU(gpu_zero(p, bytes))
     if (bytes) { memset(p, 0, bytes); }
+}
+
+// Host memory that a GPU copies to and from beside its kernels. place: of PLACES; copies are done in
+// order, and what follows copy_end(place) comes after that place's last one.
+static inline void *host_place(size_t bytes) {
+    void *p = NULL;
+#ifdef USE_CUDA
+    if (on_gpu) { gpu_host_alloc(&p, bytes); }
+#endif
+    if (!ON_GPU) { p = malloc(bytes); }
+    if (p == NULL) { die(EXIT_FIT, "no %zu bytes on the host HINT: a smaller --offload", bytes); }
+    return p;
+}
+static inline void host_place_end(void *p) {
+    GPU(gpu_host_free(p))
+    free(p);
+}
+static inline void copy_begin(int place, void *to, const void *from, size_t bytes) {
+    GPU(gpu_copy_begin(place, to, from, bytes))
+    (void)place;
+    memcpy(to, from, bytes);
+}
+static inline void copy_end(int place) {
+    GPU(gpu_copy_end(place))
+    (void)place;
 }
 
 // What lies at p in an arena, for the host to read; host_view_end gives it back. Not for hot paths.
@@ -587,6 +650,9 @@ static inline void phase_in(int p, int pass) {
 #include <cuda_fp8.h>
 #include <limits.h>
 #include <type_traits>
+#ifdef USE_NCCL
+#include <nccl.h>
+#endif
 
 // -------------------------------------------------------------------------------------------------
 // 2 Helpers: loads, stores, reductions
@@ -595,15 +661,24 @@ static inline void phase_in(int p, int pass) {
 // activations, 4 reals); rows are multiples of 64 elements, so no tail needs care.
 
 #define cudaCheck(call) do { cudaError_t e_ = (call); if (e_ != cudaSuccess) { \
-    fprintf(stderr, "error  %s (kernels.cu:%d, exit %d)\n", cudaGetErrorString(e_), __LINE__, \
-            EXIT_COMM); exit(EXIT_COMM); } } while (0)
+    gpu_failed(__LINE__, EXIT_COMM, cudaGetErrorString(e_)); } } while (0)
 
 // A shape that a kernel was not written for.
 #define gpuRequire(condition) do { if (!(condition)) { \
-    fprintf(stderr, "error  no kernel for this shape: %s (kernels.cu:%d, exit %d)\n", #condition, \
-            __LINE__, EXIT_USAGE); exit(EXIT_USAGE); } } while (0)
+    gpu_failed(__LINE__, EXIT_USAGE, "no kernel for this shape: " #condition); } } while (0)
 
-static cudaStream_t stream;         // all kernels run on it, in order
+// All kernels run on `stream`, in order: the main one, or in between the one aside.
+static cudaStream_t stream, main_stream, side_stream;
+static cudaEvent_t side_from, side_done;
+static int side_sms;                        // SMs that the work aside takes at present
+static volatile double waiting_since;       // a collective was begun, and not seen to end; 0: none
+
+// SMs that products leave to NCCL, numbers that ranks add up at a time, ranks.
+enum { NET_SMS = 16, SUM_PIECE = 1 << 23 };
+static int net_ranks = 1;
+
+// The host waits until the device has done all that it was given.
+#define streamWait() do { cudaCheck(cudaStreamSynchronize(stream)); waiting_since = 0; } while (0)
 
 static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
 
@@ -732,9 +807,10 @@ static void *workspace(size_t bytes) {
     work.used += (bytes + 255) / 256 * 256;
     if (work.used > work.peak) { work.peak = work.used; }
     if (work.used > work.size) {
-        fprintf(stderr, "error  internal: a kernel needs %zu bytes of workspace, the plan has %zu "
-                "(kernels.cu, exit %d)\n", work.used, work.size, EXIT_FIT);
-        exit(EXIT_FIT);
+        char text[128];
+        snprintf(text, sizeof text, "internal: a kernel needs %zu bytes of workspace, the plan has "
+                 "%zu", work.used, work.size);
+        gpu_failed(__LINE__, EXIT_FIT, text);
     }
     return p;
 }
@@ -743,8 +819,7 @@ static void *workspace(size_t bytes) {
 // cuBLAS, counting columns first, sees as their transposes.
 static cublasHandle_t blas;
 #define blasCheck(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) { \
-    fprintf(stderr, "error  cuBLAS status %d (kernels.cu:%d, exit %d)\n", (int)s_, __LINE__, \
-            EXIT_COMM); exit(EXIT_COMM); } } while (0)
+    gpu_failed(__LINE__, EXIT_COMM, cublasGetStatusString(s_)); } } while (0)
 
 // y (T,O) = beta y + x (T,C) W^T, W (O,C). type: of y.
 static void product(void *y, cudaDataType type, const bf16 *x, const bf16 *w, int T, int C, int O,
@@ -773,8 +848,12 @@ static void product_transposed(void *dx, cudaDataType type, const bf16 *dy, cons
 
 int on_gpu;                         // 1: the program's operations jump to their kernels
 
+// GPUs that this program can use: without NCCL, one.
 extern "C" void gpu_count(int *n_h) {
     if (cudaGetDeviceCount(n_h) != cudaSuccess) { *n_h = 0; }
+#ifndef USE_NCCL
+    if (*n_h > 1) { *n_h = 1; }
+#endif
 }
 
 // Takes the device and makes the C text jump. name_h: room for its name.
@@ -784,7 +863,13 @@ extern "C" void gpu_start(int device, char *name_h, size_t size) {
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     gpuRequire(properties.major == 9);          // built for sm_90a
     snprintf(name_h, size, "%s", properties.name);
-    cudaCheck(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    int least, most;
+    cudaCheck(cudaDeviceGetStreamPriorityRange(&least, &most));
+    cudaCheck(cudaStreamCreateWithPriority(&main_stream, cudaStreamNonBlocking, least));
+    cudaCheck(cudaStreamCreateWithPriority(&side_stream, cudaStreamNonBlocking, most));
+    cudaCheck(cudaEventCreateWithFlags(&side_from, cudaEventDisableTiming));
+    cudaCheck(cudaEventCreateWithFlags(&side_done, cudaEventDisableTiming));
+    stream = main_stream;
     blasCheck(cublasCreate(&blas));
     blasCheck(cublasSetStream(blas, stream));
     on_gpu = 1;
@@ -799,7 +884,7 @@ extern "C" void gpu_alloc(void **p, size_t bytes) {
 }
 
 extern "C" void gpu_free(void *p) {
-    cudaCheck(cudaStreamSynchronize(stream));
+    streamWait();
     cudaCheck(cudaFree(p));
 }
 
@@ -817,15 +902,64 @@ extern "C" void gpu_zero(void *p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0
 
 extern "C" void gpu_upload(void *to, const void *from_h, size_t bytes) {
     cudaCheck(cudaMemcpyAsync(to, from_h, bytes, cudaMemcpyHostToDevice, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
+    streamWait();
 }
 
 extern "C" void gpu_download(void *to_h, const void *from, size_t bytes) {
     cudaCheck(cudaMemcpyAsync(to_h, from, bytes, cudaMemcpyDeviceToHost, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
+    streamWait();
 }
 
-extern "C" void gpu_sync(void) { cudaCheck(cudaStreamSynchronize(stream)); }
+extern "C" void gpu_sync(void) { streamWait(); }
+
+// Between ASIDE_BEGIN and ASIDE_END kernels go to the side stream, after all that came before on the
+// main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace. Products
+// leave NCCL its SMs meanwhile: they share their work out in advance, so that the part of an SM that
+// is taken would only begin when all others have ended.
+extern "C" void gpu_aside(int step) {
+    if (step == ASIDE_BEGIN) {
+        cudaCheck(cudaEventRecord(side_from, main_stream));
+        cudaCheck(cudaStreamWaitEvent(side_stream, side_from, 0));
+        stream = side_stream;
+    } else if (step == ASIDE_END) {
+        cudaCheck(cudaEventRecord(side_done, side_stream));
+        stream = main_stream;
+        side_sms = net_ranks > 1 ? NET_SMS : 0;
+    } else {
+        cudaCheck(cudaStreamWaitEvent(main_stream, side_done, 0));
+        side_sms = 0;
+    }
+}
+
+// Copies beside the kernels, on a stream of their own: pinned memory, or they would not be.
+static cudaStream_t copy_stream;
+static cudaEvent_t copy_from, copied[PLACES];
+
+extern "C" void gpu_host_alloc(void **p, size_t bytes) {
+    if (cudaHostAlloc(p, bytes, cudaHostAllocDefault) == cudaSuccess) { return; }
+    (void)cudaGetLastError();
+    *p = NULL;
+}
+
+extern "C" void gpu_host_free(void *p) { cudaCheck(cudaFreeHost(p)); }
+
+extern "C" void gpu_copy_begin(int place, void *to, const void *from, size_t bytes) {
+    if (copy_stream == NULL) {
+        cudaCheck(cudaStreamCreateWithFlags(&copy_stream, cudaStreamNonBlocking));
+        cudaCheck(cudaEventCreateWithFlags(&copy_from, cudaEventDisableTiming));
+    }
+    if (copied[place] == NULL) {
+        cudaCheck(cudaEventCreateWithFlags(&copied[place], cudaEventDisableTiming));
+    }
+    cudaCheck(cudaEventRecord(copy_from, main_stream));
+    cudaCheck(cudaStreamWaitEvent(copy_stream, copy_from, 0));
+    cudaCheck(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, copy_stream));
+    cudaCheck(cudaEventRecord(copied[place], copy_stream));
+}
+
+extern "C" void gpu_copy_end(int place) {
+    if (copied[place]) { cudaCheck(cudaStreamWaitEvent(main_stream, copied[place], 0)); }
+}
 
 // Bytes of the card in use by everyone, and in all.
 extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
@@ -838,11 +972,12 @@ extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
 static cudaEvent_t marks[PHASE_MARKS + 1];
 extern "C" void gpu_mark(int i) {
     if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
-    cudaCheck(cudaEventRecord(marks[i], stream));
+    cudaCheck(cudaEventRecord(marks[i], main_stream));
 }
 
 extern "C" void gpu_marks(double *at_h, int n) {
     cudaCheck(cudaEventSynchronize(marks[n - 1]));
+    waiting_since = 0;
     for (int i = 0; i < n; i++) {
         float ms;
         cudaCheck(cudaEventElapsedTime(&ms, marks[0], marks[i]));
@@ -1758,7 +1893,7 @@ static void grouped_product(const Product &p) {
         cudaCheck(cudaGetDevice(&device));
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
-    int ctas = p.ctas ? p.ctas : sms;
+    int ctas = p.ctas ? p.ctas : sms - side_sms;
     int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
@@ -2647,7 +2782,7 @@ extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_
 }
 
 // -------------------------------------------------------------------------------------------------
-// 6 Routing, permutation, combine (moe.c)
+// 6 Routing, permutation, combine; NCCL (moe.c)
 
 // A score and its derivative, as in moe.c: sqrt(softplus(v)) is its limit exp(v/2) below -20.
 __device__ inline float route_score(int score, float v) {
@@ -2804,6 +2939,287 @@ extern "C" void route_backward_gpu(real *dinp, const real *dweights, const int *
                                                  all, gate, how, scale, norm, C, E, K);
     cudaCheck(cudaGetLastError());
 }
+
+// ---- the trip of the rows, and NCCL
+//
+// A kernel that numbered rows as they come, with atomics, would number them differently every time.
+
+// One block per expert. Each thread looks at a run of slots: first it counts its expert's, then,
+// knowing how many the threads before it have, numbers them.
+//   bytes: E blocks read all ids, from L2: 256 x 98 KB at 4,096 tokens of 6 experts.
+enum { COUNT_THREADS = 512 };
+__global__ void trip_count_kernel(int *counts, int *index, const int *ids, int slots) {
+    __shared__ int shared[COUNT_THREADS / 32];
+    const int e = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int run = (slots + COUNT_THREADS - 1) / COUNT_THREADS;
+    const int first = threadIdx.x * run, last = min(first + run, slots);
+    int mine = 0;
+    for (int i = first; i < last; i++) { mine += ids[i] == e; }
+    int sum = mine;                         // of the lanes up to this one
+    #pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) { sum += other; }
+    }
+    if (lane == 31) { shared[warp] = sum; }
+    __syncthreads();
+    int next = sum - mine;
+    for (int w = 0; w < warp; w++) { next += shared[w]; }
+    for (int i = first; i < last; i++) {
+        if (ids[i] == e) { index[i] = next++; }
+    }
+    if (threadIdx.x == COUNT_THREADS - 1) { counts[e] = next; }
+}
+
+extern "C" void trip_count_gpu(int *counts, int *index, const int *ids, int slots, int E) {
+    trip_count_kernel<<<E, COUNT_THREADS, 0, stream>>>(counts, index, ids, slots);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void trip_sort_kernel(int *row_slot, int *slot_row, const int *ids, const int *index,
+                                 const __grid_constant__ Runs runs, int slots) {
+    const int slot = blockIdx.x * blockDim.x + threadIdx.x;
+    if (slot >= slots) { return; }
+    const int e = ids[slot], i = index[slot] - runs.from[e];
+    if (i < 0 || i >= runs.count[e]) { return; }
+    row_slot[runs.to[e] + i] = slot;
+    slot_row[slot] = runs.to[e] + i;
+}
+
+extern "C" void trip_sort_gpu(int *row_slot, int *slot_row, const int *ids, const int *index,
+                              Runs runs, int slots) {
+    if (slots == 0) { return; }
+    trip_sort_kernel<<<blocks_for(slots, 256), 256, 0, stream>>>(row_slot, slot_row, ids, index,
+                                                                 runs, slots);
+    cudaCheck(cudaGetLastError());
+}
+
+// One warp per row, in the order of arrival, which is that of the runs. Word: what a lane copies.
+//   bytes: 4 C per row; 24,576 rows of 4,096: 403 MB, 94 us.
+template <typename Word>
+__global__ void regroup_kernel(Word *out, const Word *inp, const __grid_constant__ Runs runs,
+                               int by_source, int rows, int words) {
+    const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) { return; }
+    int low = 0, high = runs.n;             // the last run that begins at or before the row: an empty
+    while (high - low > 1) {                // one begins where the next does
+        const int middle = (low + high) / 2;
+        if (runs.from[middle] <= row) { low = middle; } else { high = middle; }
+    }
+    const int place = runs.to[low] + row - runs.from[low];
+    out += (size_t)(by_source ? row : place) * words;
+    inp += (size_t)(by_source ? place : row) * words;
+    for (int i = lane; i < words; i += 32) { out[i] = inp[i]; }
+}
+
+extern "C" void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order,
+                                 size_t row_bytes) {
+    const int rows = runs.n ? runs.from[runs.n - 1] + runs.count[runs.n - 1] : 0;
+    const int wide = row_bytes % 16 == 0, words = (int)(row_bytes / (wide ? 16 : 4));
+    gpuRequire(row_bytes % 4 == 0);
+    if (rows == 0) { return; }
+    if (wide) {
+        regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
+            (uint4 *)out, (const uint4 *)inp, runs, order == BY_SOURCE, rows, words);
+    } else {
+        regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
+            (uint32_t *)out, (const uint32_t *)inp, runs, order == BY_SOURCE, rows, words);
+    }
+    cudaCheck(cudaGetLastError());
+}
+
+#ifdef USE_NCCL
+static void nccl_check(ncclResult_t result, int line) {
+    char text[512];
+    if (result == ncclSuccess) { return; }
+    snprintf(text, sizeof text, "NCCL: %s: %s", ncclGetErrorString(result), ncclGetLastError(NULL));
+    gpu_failed(line, EXIT_COMM, text);
+}
+#define ncclCheck(call) nccl_check(call, __LINE__)
+
+// Everything is made of sends and receives on the communicator of all ranks. NCCL's own sums would
+// need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.
+static struct {
+    ncclComm_t world;
+    int rank, ep;
+    unsigned char *box;             // of gpu_trade
+} net;
+
+static int net_size(int which) {
+    return which == COMM_WORLD ? net_ranks : which == COMM_EP ? net.ep : net_ranks / net.ep;
+}
+static int net_member(int which, int i) {       // moe.c: comm_member
+    return which == COMM_WORLD ? i : which == COMM_EP ? net.rank - net.rank % net.ep + i
+                                                      : net.rank % net.ep + i * net.ep;
+}
+
+static double net_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+extern "C" void gpu_make_id(void *id_h) {
+    ncclUniqueId id;
+    static_assert(sizeof id == GPU_ID_BYTES, "NCCL's id has another size");
+    ncclCheck(ncclGetUniqueId(&id));
+    memcpy(id_h, &id, sizeof id);
+}
+
+// How long the device has been at collectives whose end the host has not seen, 0: it is not at any.
+// error_h: what NCCL says went wrong, or "".
+extern "C" void gpu_waiting(double *seconds_h, char *error_h, size_t size) {
+    const double since = waiting_since;
+    ncclResult_t state = ncclSuccess;
+    *seconds_h = since > 0 ? net_clock() - since : 0;
+    if (net.world && ncclCommGetAsyncError(net.world, &state) != ncclSuccess) { return; }
+    if (state == ncclSuccess || state == ncclInProgress) { return; }
+    snprintf(error_h, size, "%s", ncclGetErrorString(state));
+}
+
+extern "C" void gpu_batch(int begin) {
+    if (begin) { ncclCheck(ncclGroupStart()); } else { ncclCheck(ncclGroupEnd()); }
+}
+
+extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
+                               const size_t *send_bytes_h) {
+    const unsigned char *from = (const unsigned char *)send;
+    unsigned char *to = (unsigned char *)recv;
+    waiting_since = net_clock();
+    ncclCheck(ncclGroupStart());
+    for (int i = 0; i < net_size(which); i++) {
+        const int peer = net_member(which, i);
+        const size_t out = send_bytes_h[i], in = recv_bytes_h[i];
+        if (peer == net.rank) {
+            cudaCheck(cudaMemcpyAsync(to, from, out, cudaMemcpyDeviceToDevice, stream));
+        } else {
+            if (out) { ncclCheck(ncclSend(from, out, ncclInt8, peer, net.world, stream)); }
+            if (in) { ncclCheck(ncclRecv(to, in, ncclInt8, peer, net.world, stream)); }
+        }
+        from += out;
+        to += in;
+    }
+    ncclCheck(ncclGroupEnd());
+}
+
+// own (n) = the sum of what all members have there, in their order. Member i's is row i of others
+// (members,m), but this rank's own.
+__global__ void sum_rows_kernel(real *own, const real *others, int members, int me, size_t m,
+                                size_t n) {
+    const size_t j = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (j >= n) { return; }
+    float sum = 0;
+    for (int i = 0; i < members; i++) { sum += i == me ? own[j] : others[i * m + j]; }
+    own[j] = sum;
+}
+
+// values (n): replaced by the sum over all members, added in their order as moe.c does it, so that
+// all have the same bits. Piece by piece: every member gets one slice of it from all the others,
+// adds it up, and sends it to them.
+//   bytes: 2 (ranks-1)/ranks of the values leave a GPU, as much as in a ring.
+extern "C" void gpu_sum_real(int which, real *values, size_t n) {
+    const int members = net_size(which);
+    const size_t mark = workspace_mark(), slice = SUM_PIECE / members;
+    real *others = (real *)workspace(SUM_PIECE * sizeof(real));
+    int me = 0;
+    while (net_member(which, me) != net.rank) { me++; }
+    waiting_since = net_clock();
+    for (size_t at = 0; at < n; at += slice * members) {
+        const size_t piece = n - at < slice * members ? n - at : slice * members;
+        const size_t m = (piece + members - 1) / members;
+        auto first = [&](int i) { return i * m < piece ? i * m : piece; };
+        auto count = [&](int i) { return first(i + 1) - first(i); };
+        real *v = values + at, *own = v + first(me);
+        for (int home = 0; home < 2; home++) {
+            ncclCheck(ncclGroupStart());
+            for (int i = 0; i < members; i++) {
+                const int peer = net_member(which, i);
+                const size_t out = count(home ? me : i), in = count(home ? i : me);
+                if (i == me) { continue; }
+                if (out) {
+                    ncclCheck(ncclSend(home ? own : v + first(i), out, ncclFloat32, peer, net.world,
+                                       stream));
+                }
+                if (in) {
+                    ncclCheck(ncclRecv(home ? v + first(i) : others + i * m, in, ncclFloat32, peer,
+                                       net.world, stream));
+                }
+            }
+            ncclCheck(ncclGroupEnd());
+            if (home || count(me) == 0) { continue; }
+            sum_rows_kernel<<<blocks_for(count(me), 256), 256, 0, stream>>>(own, others, members, me,
+                                                                            m, count(me));
+            cudaCheck(cudaGetLastError());
+        }
+    }
+    workspace_release(mark);
+}
+
+// boxes_h (members): the first bytes of this rank's own go to all, and theirs into the others.
+extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
+    const size_t room = 1 << 19;
+    gpuRequire(bytes <= room);
+    if (net.box == NULL) { cudaCheck(cudaMalloc(&net.box, net_ranks * room)); }
+    waiting_since = net_clock();
+    unsigned char *own = net.box + net.rank * room;
+    for (int i = 0; i < net_size(which); i++) {
+        if (net_member(which, i) != net.rank) { continue; }
+        cudaCheck(cudaMemcpyAsync(own, boxes_h[i], bytes, cudaMemcpyHostToDevice, stream));
+    }
+    ncclCheck(ncclGroupStart());
+    for (int i = 0; i < net_size(which); i++) {
+        const int peer = net_member(which, i);
+        if (peer == net.rank) { continue; }
+        ncclCheck(ncclSend(own, bytes, ncclInt8, peer, net.world, stream));
+        ncclCheck(ncclRecv(net.box + peer * room, bytes, ncclInt8, peer, net.world, stream));
+    }
+    ncclCheck(ncclGroupEnd());
+    for (int i = 0; i < net_size(which); i++) {
+        const int peer = net_member(which, i);
+        if (peer == net.rank) { continue; }
+        cudaCheck(cudaMemcpyAsync(boxes_h[i], net.box + peer * room, bytes, cudaMemcpyDeviceToHost,
+                                  stream));
+    }
+    streamWait();
+}
+
+// Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
+// buffers are there before the memory that is left is counted.
+extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
+    ncclUniqueId id;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    memcpy(&id, id_h, sizeof id);
+    net.rank = rank;
+    net_ranks = ranks;
+    net.ep = ep;
+    waiting_since = net_clock();
+    ncclCheck(ncclCommInitRankConfig(&net.world, ranks, id, rank, &config));
+    size_t each[COMM_RANKS_MAX];
+    int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
+    for (int i = 0; i < ranks; i++) {
+        each[i] = sizeof(int);
+        sent[i] = rank * ranks + i;
+    }
+    cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
+    gpu_upload(probe, sent, sizeof sent);
+    gpu_all_to_all(COMM_WORLD, probe + COMM_RANKS_MAX, each, probe, each);
+    gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
+    cudaCheck(cudaFree(probe));
+    for (int i = 0; i < ranks; i++) { gpuRequire(got[i] == i * ranks + rank); }
+}
+#else
+static void no_nccl(void) { gpu_failed(__LINE__, EXIT_USAGE, "built without NCCL: one GPU is the "
+                                       "most HINT: install NCCL's headers and library, and make"); }
+extern "C" void gpu_make_id(void *) { no_nccl(); }
+extern "C" void gpu_connect(const void *, int, int, int) { no_nccl(); }
+extern "C" void gpu_waiting(double *, char *, size_t) { no_nccl(); }
+extern "C" void gpu_batch(int) { no_nccl(); }
+extern "C" void gpu_sum_real(int, real *, size_t) { no_nccl(); }
+extern "C" void gpu_all_to_all(int, void *, const size_t *, const void *, const size_t *) {
+    no_nccl();
+}
+extern "C" void gpu_trade(void **, int, size_t) { no_nccl(); }
+#endif
 
 // home[row] = inp[row_slot[row] / K]: one block per travelling row.
 //   bytes: 4 C per row; 24,576 rows of 4,096: 403 MB, 94 us.

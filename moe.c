@@ -18,176 +18,34 @@
 // What it refuses to do: drop tokens, train the router, add an auxiliary loss.
 //
 // Contents
-//   1 ranks: launch and supervisor        5 routers
+//   1 ranks (launch: dev/launcher.c)      5 routers
 //   2 ranks: meeting in shared memory     6 the trip: which row goes where, in which round
 //   3 collectives                         7 the experts of this rank, the shared expert, combine
 //   4 sizes and buffers of a layer        8 the layer: forward and backward
 #ifndef MOE_C
 #define MOE_C
 #include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
+#include "dev/launcher.c"   // Comm comm, Page: comm_launch, comm_join, launcher_tell
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <sys/types.h>
-#include <sys/wait.h>
 #include <tgmath.h>
-#include <unistd.h>
-#ifdef __linux__
-#include <sys/prctl.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 // -------------------------------------------------------------------------------------------------
-// 1 Ranks: launch and supervisor
+// 1 Ranks
 //
-// A rank is a process. The first process forks one child per rank and from then on only watches: if
-// a child dies it ends the others, who would otherwise wait for it, and its exit code tells the
-// first cause. It forks before anyone has used OpenMP, whose threads do not survive a fork. Ranks
-// [g*ep, (g+1)*ep) form expert group g: together they own one set of experts. A rank's replicas are
-// the ranks at the same place of the other groups, who own the same experts.
-
-enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMMS };
-enum {
-    COMM_RANKS_MAX = 64,    // processes that share memory
-    COMM_BOX = 1 << 18,     // bytes a rank can show the others in one step
-};
-
-typedef struct {                    // what a rank shows the others in one step
-    char what[96];                  // "collective (phase)": equal on all ranks, or someone is lost
-    size_t bytes[COMM_RANKS_MAX];   // all-to-all: for whom how much
-    _Alignas(64) unsigned char data[COMM_BOX];
-} Box;
-
-typedef struct {                    // one rank's part of the page; untouched memory costs nothing
-    struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
-    Box box[COMMS][2];              // for odd and even steps
-} Desk;
-
-typedef struct {
-    int error_printed;              // see die_at: one error is one line
-    _Alignas(64) Desk desk[];       // (ranks)
-} Page;
-
-typedef struct {
-    int rank, ranks, ep;
-    double timeout_s;               // a wait longer than this is an error; 0: no limit
-    uint64_t step[COMMS];           // how often this rank has met the others
-    Page *page;                     // NULL with one rank
-} Comm;
-
-static Comm comm = { .ranks = 1, .ep = 1 };
+// A rank is a process, with a GPU of its own where there are any. The first process forks one child
+// per rank and from then on only watches: if a child dies it ends the others, who would otherwise
+// wait for it, and its exit code tells the first cause. It forks before anyone has used OpenMP or
+// CUDA, which do not survive a fork. Under torchrun, srun or mpirun, on one node or several, the
+// ranks are there already, and share nothing but the network. Ranks [g*ep, (g+1)*ep) form expert
+// group g: together they own one set of experts. A rank's replicas are the ranks at the same place
+// of the other groups, who own the same experts.
 
 int comm_rank(void) { return comm.rank; }
 int comm_ranks(void) { return comm.ranks; }
 int comm_ep(void) { return comm.ep; }
 int comm_ep_rank(void) { return comm.rank % comm.ep; }
-
-// Sends sig to every child that still runs.
-static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
-    for (int r = 0; r < ranks; r++) {
-        if (pid[r] > 0) { kill(pid[r], sig); }
-    }
-}
-
-// One line about a rank that ended without a word of its own.
-static inline void comm_report(int rank, int status) {
-    if (__sync_lock_test_and_set(&comm.page->error_printed, 1)) { return; }
-    if (WIFSIGNALED(status)) {
-        fprintf(stderr, "error  rank %d: killed by signal %d (%s)\n", rank, WTERMSIG(status),
-                strsignal(WTERMSIG(status)));
-    } else {
-        fprintf(stderr, "error  rank %d: ended with exit code %d\n", rank, WEXITSTATUS(status));
-    }
-}
-
-// Waits until all children are gone, then exits with the first failure's code. After a failure the
-// others get half a second, because one of them may be printing the error line, and are killed.
-// SIGINT and SIGTERM are passed on, each once, and the ranks left to finish: they agree on the step
-// to stop at, save, and exit with EXIT_INTERRUPTED, which is no reason to kill those still writing.
-__attribute__((noreturn))
-static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
-    int code = EXIT_OK, running = ranks;
-    double deadline = 0;            // of the ranks that outlive a failure
-    while (running > 0) {
-        const struct timespec pause = { 0, deadline > 0 ? 20000000 : 500000000 };
-        int sig = sigtimedwait(signals, NULL, &pause);
-        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, sig); }
-        for (int r = 0; r < ranks; r++) {
-            int status;
-            if (pid[r] == 0 || waitpid(pid[r], &status, WNOHANG) != pid[r]) { continue; }
-            int ended = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-            pid[r] = 0;
-            running--;
-            if (ended == EXIT_OK || deadline > 0) { continue; }
-            if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
-            if (ended == EXIT_INTERRUPTED) { continue; }
-            comm_report(r, status);
-            deadline = clock_seconds() + 0.5;
-        }
-        if (deadline > 0 && clock_seconds() > deadline) { comm_kill(pid, ranks, SIGKILL); }
-    }
-    exit(code);
-}
-
-// The first things a new rank does.
-static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
-    comm.rank = this_rank = rank;
-#ifdef __linux__
-    prctl(PR_SET_PDEATHSIG, SIGKILL);       // a killed supervisor takes its ranks with it,
-#endif
-    if (getppid() != parent) { _exit(EXIT_COMM); }      // also if it was quicker than prctl
-    // Ctrl-C reaches every process of the terminal's foreground group. In a group of its own a rank
-    // gets it from the supervisor only, so one Ctrl-C is one signal.
-    setpgid(0, 0);
-    sigprocmask(SIG_SETMASK, mask, NULL);
-#ifdef _OPENMP
-    int threads = omp_get_max_threads() / comm.ranks;
-    omp_set_num_threads(threads > 1 ? threads : 1);
-#endif
-}
-
-// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
-// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
-int comm_launch(int ranks, int ep, double timeout_s) {
-    if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
-        die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
-            ranks, ep, COMM_RANKS_MAX);
-    }
-    require(comm.page == NULL);
-    comm.ranks = ranks;
-    comm.ep = ep;
-    comm.timeout_s = timeout_s;
-    if (ranks == 1) { return 0; }
-
-    size_t bytes = sizeof(Page) + ranks * sizeof(Desk);
-    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (page == MAP_FAILED) { die(EXIT_FIT, "cannot share %zu bytes between ranks", bytes); }
-    comm.page = (Page *)page;
-    error_printed = &comm.page->error_printed;
-
-    sigset_t signals, mask;         // the supervisor takes these one by one, with sigtimedwait
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGCHLD);
-    signal(SIGCHLD, SIG_DFL);       // an inherited SIG_IGN would throw exit codes away
-    sigprocmask(SIG_BLOCK, &signals, &mask);
-    fflush(NULL);                   // else each child would print what is still in the buffers
-    pid_t pid[COMM_RANKS_MAX] = {0}, parent = getpid();
-    for (int r = 0; r < ranks; r++) {
-        pid[r] = fork();
-        if (pid[r] == 0) { comm_become(r, parent, &mask); return r; }
-        if (pid[r] < 0) {
-            comm_kill(pid, r, SIGKILL);
-            die(EXIT_COMM, "cannot start rank %d of %d HINT: fewer --ranks", r, ranks);
-        }
-    }
-    comm_supervise(pid, ranks, &signals);
-}
 
 // -------------------------------------------------------------------------------------------------
 // 2 Ranks: meeting in shared memory
@@ -195,7 +53,8 @@ int comm_launch(int ranks, int ep, double timeout_s) {
 // Everything ranks tell each other goes through one kind of meeting. In step n of a communicator
 // each member fills its box, says "n", and waits until all others have said "n"; then it reads
 // their boxes. One meeting per step is enough because there are two boxes: a member that fills the
-// box of step n has met everyone in step n - 1, and they came there after reading step n - 2.
+// box of step n has met everyone in step n - 1, and they came there after reading step n - 2. Ranks
+// that share no page send each other what is in the boxes.
 
 static inline int comm_size(int which) {
     return which == COMM_WORLD ? comm.ranks : which == COMM_EP ? comm.ep : comm.ranks / comm.ep;
@@ -224,6 +83,13 @@ static inline Box *comm_open(int which) {
     return comm_box(which, comm_index(which));
 }
 
+// Leaves word of the collective that this rank comes to, for whoever has to report on it.
+static inline void comm_note(const char *collective, const char *phase) {
+    Desk *mine = &comm.page->desk[comm.rank];
+    snprintf(mine->doing, sizeof mine->doing, "%s (%s)", collective, phase);
+    atomic_fetch_add_explicit(&mine->begun, 1, memory_order_relaxed);
+}
+
 // Waits for member i to arrive. There may be more ranks than cores: the one we wait for may need
 // ours, so after a short spin the processor is handed on, and later we sleep.
 static inline void comm_wait(int which, int i, const char *collective, const char *phase) {
@@ -244,16 +110,30 @@ static inline void comm_wait(int which, int i, const char *collective, const cha
     }
 }
 
-// Shows this rank's box and waits for the boxes of all members. Members that meet in different
-// collectives would read nonsense, so that is an error.
-static inline void comm_meet(int which, const char *collective, const char *phase) {
-    Box *mine = comm_box(which, comm_index(which));
-    snprintf(mine->what, sizeof mine->what, "%s (%s)", collective, phase);
-    atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
-                          memory_order_release);
+// Fills the boxes of all members (of `which`) but this rank's own with the first bytes of theirs.
+static inline void comm_trade(void **boxes, int which, size_t bytes) {
+    GPU(gpu_trade(boxes, which, bytes))
+    (void)boxes, (void)which, (void)bytes;
+    die(EXIT_USAGE, "ranks that a launcher started meet through their GPUs HINT: ./train --cpu "
+        "--ranks N starts ranks of its own");
+}
+
+// Shows this rank's box, with so many bytes of data, and waits for the boxes of all members. Members
+// that meet in different collectives would read nonsense, so that is an error.
+static inline void comm_meet(int which, size_t bytes, const char *collective, const char *phase) {
+    Box *mine = comm_box(which, comm_index(which)), *boxes[COMM_RANKS_MAX];
+    comm_note(collective, phase);
+    strcpy(mine->what, comm.page->desk[comm.rank].doing);
+    for (int i = 0; i < comm_size(which); i++) { boxes[i] = comm_box(which, i); }
+    if (comm.forked) {
+        atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
+                              memory_order_release);
+        for (int i = 0; i < comm_size(which); i++) { comm_wait(which, i, collective, phase); }
+    } else {
+        comm_trade((void **)boxes, which, offsetof(Box, data) + bytes);
+    }
     for (int i = 0; i < comm_size(which); i++) {
-        comm_wait(which, i, collective, phase);
-        const char *theirs = comm_box(which, i)->what;
+        const char *theirs = boxes[i]->what;
         if (strcmp(mine->what, theirs) != 0) {
             die(EXIT_COMM, "%s met rank %d in %s HINT: the ranks took different paths through the "
                 "program", mine->what, comm_member(which, i), theirs);
@@ -271,7 +151,20 @@ static inline void comm_meet(int which, const char *collective, const char *phas
 void comm_barrier(int which, const char *phase) {
     if (comm_size(which) == 1) { return; }
     comm_open(which);
-    comm_meet(which, "barrier", phase);
+    comm_meet(which, 0, "barrier", phase);
+}
+
+// Collectives on rows between comm_batch(1) and comm_batch(0) are one launch, and done after it.
+static inline void comm_batch(int begin) {
+    GPU(gpu_batch(begin))
+    (void)begin;
+}
+
+// What comes between aside(ASIDE_BEGIN) and aside(ASIDE_END) may run beside what follows, up to
+// aside(ASIDE_JOIN), on a GPU. Neither may touch what the other writes.
+static inline void aside(int step) {
+    GPU(gpu_aside(step))
+    (void)step;
 }
 
 // values_h (n): replaced by the sum over all members.
@@ -281,7 +174,7 @@ void comm_sum_double(int which, double *values_h, int n, const char *phase) {
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, "sum_double", phase);
+        comm_meet(which, part * sizeof(double), "sum_double", phase);
         for (int j = 0; j < part; j++) {
             double sum = 0;
             for (int i = 0; i < comm_size(which); i++) {
@@ -299,7 +192,7 @@ void comm_max_double(int which, double *values_h, int n, const char *phase) {
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, "max_double", phase);
+        comm_meet(which, part * sizeof(double), "max_double", phase);
         for (int j = 0; j < part; j++) {
             double max = -INFINITY;
             for (int i = 0; i < comm_size(which); i++) {
@@ -315,11 +208,12 @@ void comm_max_double(int which, double *values_h, int n, const char *phase) {
 void comm_sum_real(int which, real *values, size_t n, const char *phase) {
     const size_t most = COMM_BOX / sizeof(real);
     if (comm_size(which) == 1) { return; }
-    CPU_ONLY();
+    comm_note("sum_real", phase);
+    GPU(gpu_sum_real(which, values, n))
     for (size_t at = 0; at < n; at += most) {
         size_t part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values + at, part * sizeof(real));
-        comm_meet(which, "sum_real", phase);
+        comm_meet(which, part * sizeof(real), "sum_real", phase);
         memset(values + at, 0, part * sizeof(real));
         for (int i = 0; i < comm_size(which); i++) {
             const real *theirs = (const real *)comm_box(which, i)->data;
@@ -335,7 +229,7 @@ void comm_gather_int(int which, int *all_h, const int *mine_h, int n, const char
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, mine_h + at, part * sizeof(int));
-        comm_meet(which, "gather_int", phase);
+        comm_meet(which, part * sizeof(int), "gather_int", phase);
         for (int i = 0; i < comm_size(which); i++) {
             memcpy(all_h + (size_t)i * n + at, comm_box(which, i)->data, part * sizeof(int));
         }
@@ -347,9 +241,10 @@ void comm_gather_int(int which, int *all_h, const int *mine_h, int n, const char
 // part that is its own; there are as many steps as the longest buffer of all members needs.
 void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
                      const size_t *send_bytes_h, const char *phase) {
-    CPU_ONLY();
     const int members = comm_size(which), me = comm_index(which);
-    if (members == 1) { memmove(recv, send, send_bytes_h[0]); return; }
+    if (members == 1) { CPU_ONLY(); memmove(recv, send, send_bytes_h[0]); return; }
+    comm_note("all_to_all", phase);
+    GPU(gpu_all_to_all(which, recv, recv_bytes_h, send, send_bytes_h))
     size_t longest = 1, total = 0;
     for (int i = 0; i < members; i++) { total += send_bytes_h[i]; }
     for (size_t at = 0; at < longest; at += COMM_BOX) {
@@ -359,7 +254,7 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
             memcpy(mine->data, (const unsigned char *)send + at,
                    total - at < COMM_BOX ? total - at : COMM_BOX);
         }
-        comm_meet(which, "all_to_all", phase);
+        comm_meet(which, COMM_BOX, "all_to_all", phase);
 
         unsigned char *out = (unsigned char *)recv;
         for (int i = 0; i < members; i++) {
@@ -390,7 +285,7 @@ void comm_broadcast(int which, void *data, size_t bytes, int root, const char *p
         Box *box = comm_open(which), *theirs = comm_box(which, root);
         box->bytes[0] = bytes;
         if (mine) { memcpy(box->data, (unsigned char *)data + at, part); }
-        comm_meet(which, "broadcast", phase);
+        comm_meet(which, part, "broadcast", phase);
         if (theirs->bytes[0] != bytes) {
             die(EXIT_COMM, "broadcast (%s): rank %d sends %zu bytes, %zu are expected", phase,
                 comm_member(which, root), theirs->bytes[0], bytes);
@@ -398,6 +293,58 @@ void comm_broadcast(int which, void *data, size_t bytes, int root, const char *p
         if (!mine) { memcpy((unsigned char *)data + at, theirs->data, part); }
     }
 }
+
+// ---- 3.1 GPUs
+//
+// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones find
+// it in the page, others hear it from rank 0 (dev/launcher.c).
+
+#ifdef USE_CUDA
+// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has been
+// begun and not seen to end for longer than the limit waits for the rank that has come least far.
+static void *comm_watch(void *unused) {
+    const struct timespec nap = { 0, 100000000 };
+    const Desk *desk = comm.page->desk;
+    for (;; nanosleep(&nap, NULL)) {
+        double waited;
+        char text[256] = "", other[160] = "the other ranks";
+        gpu_waiting(&waited, text, sizeof text);
+        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[comm.rank].doing, text); }
+        if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
+        for (int r = 0, least = comm.rank; comm.forked && r < comm.ranks; r++) {
+            if (desk[r].begun >= desk[least].begun) { continue; }
+            least = r;
+            snprintf(other, sizeof other, "rank %d, last seen in %s", r, desk[r].doing);
+        }
+        die(EXIT_COMM, "%s: waited %g s for %s HINT: see what it was doing, or raise --timeout",
+            desk[comm.rank].doing, comm.timeout_s, other);
+    }
+    return unused;
+}
+
+// A rank ends without taking CUDA and NCCL down, which might wait for ranks that are gone.
+static void comm_leave(int code, void *unused) {
+    (void)unused;
+    fflush(NULL);
+    _exit(code);
+}
+
+// Connects the GPUs of all ranks; each has taken its own. folder: that all ranks see.
+void comm_connect(const char *folder) {
+    enum { INTS = GPU_ID_BYTES / sizeof(int) };
+    int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
+    pthread_t watch;
+    if (comm.ranks == 1) { return; }
+    on_exit(comm_leave, NULL);
+    if (comm.rank == 0) { gpu_make_id(id); }
+    if (comm.forked) { comm_gather_int(COMM_WORLD, all, id, INTS, "first word"); }
+    memcpy(id, all, comm.forked ? sizeof id : 0);
+    if (!comm.forked) { launcher_tell(&comm.place, id, sizeof id, folder, comm.timeout_s); }
+    comm_note("connecting", "start");
+    if (pthread_create(&watch, NULL, comm_watch, NULL) != 0) { die(EXIT_COMM, "no thread"); }
+    gpu_connect(id, comm.rank, comm.ranks, comm.ep);
+}
+#endif
 
 // -------------------------------------------------------------------------------------------------
 // 4 Sizes and buffers of a layer
@@ -434,28 +381,30 @@ typedef struct {                // the first products of n rows
 typedef struct {                // kept from forward to backward, per layer
     int *ids;                   // (T,K) the experts of each token
     real *weights, *logits;     // (T,K) their routing weights and router logits
+    int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
+    int *counts_h;              // (ep,E) rows of each source for each expert
     MoeHidden experts, shared;  // of moe_capacity and T rows
 } MoeSaved;
 
 typedef struct {
     int T, capacity;            // most tokens of a call; rows this rank works off per round
     real *logits;               // (T,E) router logits of all experts
-    // The trip (section 6).
-    // Planned on the host (_h, and offset): only the choice of experts comes from the device.
-    int *counts, *starts;       // (ep,E) rows of each source for each expert, and their places
-    int *next;                  // (E)
-    int *ids_h, *row_slot_h, *slot_row_h;       // (T*K)
-    int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
+    // The trip (section 6). It is planned on the host, which needs to know the counts only.
+    int *mine, *index;          // (E) rows of this rank, (T*K) a slot's place among its expert's
+    const int *counts_h;        // (ep,E) see MoeSaved
+    int *starts_h;              // (ep,E) their places in the owner's queue
+    Runs runs;                  // of this round, between `by source` and `by expert`
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
-    int *offset;                // (local+1) local expert e has rows offset[e] .. offset[e+1]-1
+    double fullest, mean;       // rows of the fullest rank, and per rank, of all calls so far
+    int *offset;                // (local+1), host: local expert e has rows offset[e] .. offset[e+1]-1
     // Rows at home, in travelling order: a round's are sent from here, all come back to here.
-    act *home_x, *home_y;       // (T*K,C), with one rank home_x (capacity,C)
+    act *home_x, *home_y;       // (capacity,C) with one rank, else x leaves from home_y; (T*K,C)
     real *home_w, *home_dw;     // (T*K)
     // The same rows at their experts, grouped by expert. With one rank they stay at home: NULL.
     act *rows_x, *rows_y;       // (capacity,C)
     real *rows_w, *rows_dw;     // (capacity)
-    void *staging;              // (capacity) rows, grouped by the rank they come from
+    void *staging;              // (capacity) rows and numbers, by the rank they come from
     // What an expert computes: n = max(capacity, T) rows, used by the shared expert too.
     MoeHidden hidden;
     act *h, *dv;                // (n,F)
@@ -489,6 +438,9 @@ void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
     s->ids = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->weights = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->logits = MEM(real, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->row_slot = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->slot_row = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
+    s->counts_h = mem.counting ? NULL : (int *)host_alloc(sizeof(int) * comm_ep() * d->E);
     if (!keep) { return; }
     s->experts = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)moe_capacity(d, T));
     s->shared = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)T);
@@ -499,40 +451,41 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
                                     int capacity) {
     const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E;
     const int n = capacity > T ? capacity : T, away = comm_ep() > 1 ? capacity : 0;
-    const size_t sent = away || slots < (size_t)capacity ? slots : (size_t)capacity;    // per round
+    const size_t stay = away ? 0 : slots < (size_t)capacity ? slots : (size_t)capacity;
     require(capacity > 0 && comm_ep() * slots + capacity < INT_MAX);
     memset(x, 0, sizeof *x);
     x->T = T;
     x->capacity = capacity;
     x->logits = MEM(real, MEM_SCRATCH, (size_t)T * d->E);
-    if (!mem.counting) {        // the plan of a trip: host memory, for as long as the process lives
-        int *plan = (int *)host_alloc(sizeof(int) * (2 * group + d->E + 3 * slots + d->local + 1));
-        x->counts = plan;
-        x->starts = x->counts + group;
-        x->next = x->starts + group;
-        x->ids_h = x->next + d->E;
-        x->row_slot_h = x->ids_h + slots;
-        x->slot_row_h = x->row_slot_h + slots;
-        x->offset = x->slot_row_h + slots;
+    if (!mem.counting) {        // host memory, for as long as the process lives
+        x->starts_h = (int *)host_alloc(sizeof(int) * (group + d->local + 1));
+        x->offset = x->starts_h + group;
     }
-    x->row_slot = MEM(int, MEM_SCRATCH, slots);
-    x->slot_row = MEM(int, MEM_SCRATCH, slots);
-    x->home_x = MEM(act, MEM_SCRATCH, sent * d->C);
+    x->mine = MEM(int, MEM_SCRATCH, d->E);
+    x->index = MEM(int, MEM_SCRATCH, slots);
+    x->home_x = MEM(act, MEM_SCRATCH, stay * d->C);
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
     x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_y = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
     x->rows_w = MEM(real, MEM_SCRATCH, away);
-    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
     x->hidden = hidden_alloc(MEM_SCRATCH, d, (size_t)n);
     x->h = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
     x->u2 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    if (training) {
+        x->home_dw = MEM(real, MEM_SCRATCH, slots);
+        x->rows_dw = MEM(real, MEM_SCRATCH, away);
+        x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+    }
+    const size_t mark = mem_mark(MEM_SCRATCH);
+    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
     if (!training) { return; }
-    x->home_dw = MEM(real, MEM_SCRATCH, slots);
-    x->rows_dw = MEM(real, MEM_SCRATCH, away);
-    x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
     x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
+    // Rows arrive while the shared expert has a dh, but both are over when dx begins.
+    const size_t end = mem_mark(MEM_SCRATCH);
+    mem_release(MEM_SCRATCH, mark);
     x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
+    if (mem_mark(MEM_SCRATCH) < end) { mem_release(MEM_SCRATCH, end); }
 }
 
 // Scratch for calls of at most T tokens per rank, T equal on all ranks.
@@ -708,7 +661,7 @@ TWIN(route_backward)
 // queues, and the number of rounds, without asking again. Rows are put into travelling order once,
 // by round, then expert: what a round sends is then contiguous, and contiguous by owner. With one
 // rank that order is the queue itself: experts read the rows where they lie, and nothing is copied
-// again.
+// again. On a GPU all this costs the host one wait for E counts per layer, in the forward only.
 
 // Rank r of a group owns experts moe_first(r) .. moe_first(r+1)-1.
 static inline int moe_first(const MoeDims *d, int r) {
@@ -721,63 +674,81 @@ static inline int trip_rows(const MoeScratch *x, const MoeDims *d, int s, int e,
                             int *place) {
     const size_t at = (size_t)s * d->E + e;
     int low = round * x->capacity, high = low + x->capacity;
-    int begin = x->starts[at], end = begin + x->counts[at];
+    int begin = x->starts_h[at], end = begin + x->counts_h[at];
     begin = begin > low ? begin : low;
     end = end < high ? end : high;
     *place = begin - low;
     return begin < end ? end - begin : 0;
 }
 
-// Fills the queues and this rank's travelling order from ids (T,K): counts, starts, rounds,
-// row_slot and slot_row. Joined by ranks without tokens too.
-static inline void trip_begin(MoeScratch *x, const MoeDims *d, const int *ids, int T) {
-    const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
-    int *mine = x->counts + (size_t)me * E, place;
-    require(T <= x->T && d->first == moe_first(d, me)
-            && d->first + d->local == moe_first(d, me + 1));
-    download(x->ids_h, ids, sizeof(int) * (size_t)slots);
-    ids = x->ids_h;
-    memset(mine, 0, E * sizeof(int));
-    for (int i = 0; i < slots; i++) { mine[ids[i]]++; }
-    comm_gather_int(COMM_EP, x->counts, mine, E, "moe counts");
+// counts (E): how many of ids (slots) are e. index (slots): how many equal ones stand before each.
+void trip_count(int *counts, int *index, const int *ids, int slots, int E) {
+    GPU(trip_count_gpu(counts, index, ids, slots, E))
+    memset(counts, 0, E * sizeof(int));
+    for (int i = 0; i < slots; i++) { index[i] = counts[ids[i]]++; }
+}
+TWIN(trip_count)
 
-    x->rounds = 0;
+// Fills row_slot and slot_row for the slots of one round: those of expert e whose index is from[e]
+// to from[e] + count[e] - 1 become the rows to[e] and on. With all rounds, a stable counting sort.
+void trip_sort(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs,
+               int slots) {
+    GPU(trip_sort_gpu(row_slot, slot_row, ids, index, runs, slots))
+    for (int slot = 0; slot < slots; slot++) {
+        int e = ids[slot], i = index[slot] - runs.from[e];
+        if (i < 0 || i >= runs.count[e]) { continue; }
+        row_slot[runs.to[e] + i] = slot;
+        slot_row[slot] = runs.to[e] + i;
+    }
+}
+TWIN(trip_sort)
+
+// Plans the trip of T tokens: queues, rounds and, from s->ids, this rank's counts and travelling
+// order, which the backward (again) finds in s. Joined by ranks without tokens too.
+static inline void trip_begin(MoeScratch *x, const MoeDims *d, MoeSaved *s, int T, int again) {
+    const int ep = comm_ep(), me = comm_ep_rank(), E = d->E, slots = T * d->K;
+    int *mine = s->counts_h + (size_t)me * E;
+    require(T <= x->T && E <= RUNS_MAX && d->first == moe_first(d, me)
+            && d->first + d->local == moe_first(d, me + 1));
+    if (!again) {
+        trip_count(x->mine, x->index, s->ids, slots, E);
+        download(mine, x->mine, sizeof(int) * (size_t)E);
+        comm_gather_int(COMM_EP, s->counts_h, mine, E, "moe counts");
+    }
+    x->counts_h = s->counts_h;
+    int most = x->rounds = 0;
     for (int owner = 0; owner < ep; owner++) {
         int queue = 0;
         for (int e = moe_first(d, owner); e < moe_first(d, owner + 1); e++) {
-            for (int s = 0; s < ep; s++) {
-                x->starts[(size_t)s * E + e] = queue;
-                queue += x->counts[(size_t)s * E + e];
+            for (int i = 0; i < ep; i++) {
+                x->starts_h[(size_t)i * E + e] = queue;
+                queue += x->counts_h[(size_t)i * E + e];
             }
         }
         int rounds = (queue + x->capacity - 1) / x->capacity;
         x->rounds = rounds > x->rounds ? rounds : x->rounds;
+        most = queue > most ? queue : most;
+        x->mean += (double)queue / ep;
     }
-
-    // Sort my slots by expert, keeping their order (a counting sort), then cut by round.
-    int *sorted = x->slot_row_h, row = 0;         // a loan: slot_row is filled last
-    for (int e = 0, sum = 0; e < E; e++) { x->next[e] = sum; sum += mine[e]; }
-    for (int i = 0; i < slots; i++) { sorted[x->next[ids[i]]++] = i; }
-    for (int e = 0; e < E; e++) { x->next[e] -= mine[e]; }
-    for (int round = 0; round < x->rounds; round++) {
+    x->fullest += most;
+    for (int round = 0, row = 0; !again && round < x->rounds; round++) {
+        Runs runs = { .n = E };
         for (int e = 0; e < E; e++) {
-            for (int n = trip_rows(x, d, me, e, round, &place); n > 0; n--) {
-                x->row_slot_h[row++] = sorted[x->next[e]++];
-            }
+            runs.to[e] = row;
+            row += runs.count[e] = trip_rows(x, d, me, e, round, &runs.from[e]);
+            runs.from[e] += round * x->capacity - x->starts_h[(size_t)me * E + e];
         }
+        trip_sort(s->row_slot, s->slot_row, s->ids, x->index, runs, slots);
     }
-    require(row == slots);
-    for (row = 0; row < slots; row++) { x->slot_row_h[x->row_slot_h[row]] = row; }
-    upload(x->row_slot, x->row_slot_h, sizeof(int) * (size_t)slots);
-    upload(x->slot_row, x->slot_row_h, sizeof(int) * (size_t)slots);
 }
 
-// Turns to that round (in order, from 0): whom this rank sends how much, and what it will hold.
+// Turns to that round (in order, from 0): whom this rank sends how much, what it will hold, and the
+// runs (s, e) of what arrives: those of source s for expert e.
 static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
     const int ep = comm_ep(), me = comm_ep_rank();
-    int place;
+    int place, arrived = 0;
     x->home_at = round == 0 ? 0 : x->home_at + x->home_rows;
-    x->home_rows = 0;
+    x->home_rows = x->runs.n = 0;
     memset(x->offset, 0, (d->local + 1) * sizeof(int));
     for (int r = 0; r < ep; r++) {
         x->to[r] = x->from[r] = 0;
@@ -785,7 +756,10 @@ static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
             x->to[r] += trip_rows(x, d, me, e, round, &place);
         }
         for (int i = 0; i < d->local; i++) {
-            int n = trip_rows(x, d, r, d->first + i, round, &place);
+            int n = trip_rows(x, d, r, d->first + i, round, &place), run = x->runs.n++;
+            x->runs.from[run] = arrived;
+            x->runs.to[run] = place;
+            arrived += x->runs.count[run] = n;
             x->from[r] += n;
             x->offset[i + 1] += n;
         }
@@ -812,52 +786,58 @@ void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
 }
 TWIN(pack_weights)
 
-enum { BY_EXPERT, BY_SOURCE };
-
-// Reorders the rows of a round between `by source` (as they arrive and leave) and `by expert`.
-static inline void trip_regroup(void *out, const void *inp, int order, size_t row_bytes, int round,
-                                const MoeScratch *x, const MoeDims *d) {
-    size_t arrived = 0;
-    for (int s = 0; s < comm_ep(); s++) {
-        for (int e = d->first; e < d->first + d->local; e++) {
-            int place, n = trip_rows(x, d, s, e, round, &place);
-            size_t from = order == BY_EXPERT ? arrived : (size_t)place;
-            size_t to = order == BY_EXPERT ? (size_t)place : arrived;
-            memcpy((unsigned char *)out + to * row_bytes,
-                   (const unsigned char *)inp + from * row_bytes, n * row_bytes);
-            arrived += n;
-        }
+// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to it.
+void regroup_rows(void *out, const void *inp, Runs runs, int order, size_t row_bytes) {
+    GPU(regroup_rows_gpu(out, inp, runs, order, row_bytes))
+    for (int i = 0; i < runs.n; i++) {
+        size_t from = order == BY_EXPERT ? runs.from[i] : runs.to[i];
+        size_t to = order == BY_EXPERT ? runs.to[i] : runs.from[i];
+        memcpy((unsigned char *)out + to * row_bytes, (const unsigned char *)inp + from * row_bytes,
+               runs.count[i] * row_bytes);
     }
 }
+TWIN(regroup_rows)
 
 // Where rows lie at their experts: at home with one rank, else in `rows`.
 static inline void *trip_place(void *home, void *rows) { return comm_ep() == 1 ? home : rows; }
 
-// Sends this round's rows, which begin at home, to their experts. Returns what arrives, by expert.
-static inline void *trip_there(void *rows, void *home, size_t row_bytes, int round, MoeScratch *x,
-                               const MoeDims *d, const char *phase) {
-    if (comm_ep() == 1) { return home; }
-    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
+// One leg of a trip: so many rows from and to each rank.
+static inline void trip_leg(void *recv, const int *from, const void *send, const int *to,
+                            size_t row_bytes, const char *phase) {
+    size_t send_bytes[COMM_RANKS_MAX], recv_bytes[COMM_RANKS_MAX];
     for (int r = 0; r < comm_ep(); r++) {
-        send[r] = x->to[r] * row_bytes;
-        recv[r] = x->from[r] * row_bytes;
+        send_bytes[r] = to[r] * row_bytes;
+        recv_bytes[r] = from[r] * row_bytes;
     }
-    comm_all_to_all(COMM_EP, x->staging, recv, home, send, phase);
-    trip_regroup(rows, x->staging, BY_EXPERT, row_bytes, round, x, d);
+    comm_all_to_all(COMM_EP, recv, recv_bytes, send, send_bytes, phase);
+}
+
+// Sends this round's rows, which begin at home, to their experts, and one number of each, if home_w
+// is given. Returns the rows that arrive, by expert; their numbers are then at trip_place.
+static inline void *trip_there(void *rows, void *home, size_t row_bytes, real *rows_w,
+                               const real *home_w, MoeScratch *x, const char *phase) {
+    if (comm_ep() == 1) { return home; }
+    real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
+    comm_batch(1);
+    trip_leg(x->staging, x->from, home, x->to, row_bytes, phase);
+    if (home_w) { trip_leg(numbers, x->from, home_w, x->to, sizeof(real), phase); }
+    comm_batch(0);
+    regroup_rows(rows, x->staging, x->runs, BY_EXPERT, row_bytes);
+    if (home_w) { regroup_rows(rows_w, numbers, x->runs, BY_EXPERT, sizeof(real)); }
     return rows;
 }
 
 // Brings results, by expert, back to home: the same trip with the splits swapped.
-static inline void trip_back(void *home, const void *rows, size_t row_bytes, int round,
-                             MoeScratch *x, const MoeDims *d, const char *phase) {
+static inline void trip_back(void *home, const void *rows, size_t row_bytes, real *home_w,
+                             const real *rows_w, MoeScratch *x, const char *phase) {
     if (comm_ep() == 1) { return; }
-    size_t send[COMM_RANKS_MAX], recv[COMM_RANKS_MAX];
-    for (int r = 0; r < comm_ep(); r++) {
-        send[r] = x->from[r] * row_bytes;
-        recv[r] = x->to[r] * row_bytes;
-    }
-    trip_regroup(x->staging, rows, BY_SOURCE, row_bytes, round, x, d);
-    comm_all_to_all(COMM_EP, home, recv, x->staging, send, phase);
+    real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
+    regroup_rows(x->staging, rows, x->runs, BY_SOURCE, row_bytes);
+    if (home_w) { regroup_rows(numbers, rows_w, x->runs, BY_SOURCE, sizeof(real)); }
+    comm_batch(1);
+    trip_leg(home, x->to, x->staging, x->from, row_bytes, phase);
+    if (home_w) { trip_leg(home_w, x->to, numbers, x->from, sizeof(real), phase); }
+    comm_batch(0);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1032,7 +1012,7 @@ TWIN(dispatch_backward)
 // 8 The layer
 //
 // Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring dx
-// and dw back. All ranks of an expert group call both together, those
+// and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of an expert group call both together, those
 // without tokens too: their experts may still have visitors.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
@@ -1046,32 +1026,38 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
                   d->how, d->route_scale, d->norm_topk, T, d->E, d->K);
     phase(PHASE_EXCHANGE);
-    trip_begin(x, d, s->ids, T);
-    for (int i = 0; count_h && i < slots; i++) { count_h[x->ids_h[i]]++; }
+    trip_begin(x, d, s, T, 0);
+    const int *mine = s->counts_h + (size_t)comm_ep_rank() * d->E;
+    for (int e = 0; count_h && e < d->E; e++) { count_h[e] += mine[e]; }
 
     phase(PHASE_ROUTE);
-    pack_weights(x->home_w, s->weights, x->row_slot, slots);
+    pack_weights(x->home_w, s->weights, s->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
         act *home_y = x->home_y + (size_t)x->home_at * C, *y = trip_place(home_y, x->rows_y);
-        pack_rows(x->home_x, inp, x->row_slot + x->home_at, x->home_rows, d->K, C);
+        real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
+        act *home_x = trip_place(x->home_x, home_y);
+        pack_rows(home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x");
-        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
-                                        d, "moe w");
+        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x");
         phase(PHASE_EXPERTS);
         experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
         lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
                              d->lora_scale, d->local, F, C, R);
         phase(PHASE_EXCHANGE);
-        trip_back(home_y, y, row, round, x, d, "moe y");
+        aside(ASIDE_BEGIN);
+        trip_back(home_y, y, row, NULL, NULL, x, "moe y");
+        aside(ASIDE_END);
+        if (round + 1 < x->rounds) { aside(ASIDE_JOIN); }
     }
     phase(PHASE_SHARED);
     shared_hidden(shared_place(s, x), x, inp, w, d, T, 0);
     lora_linear_forward(out, x->u2, x->h, w->sh_w2, w->sh_s2, w->l2.a, w->l2.b, d->lora_scale, T,
                         F, C, R);
+    phase(PHASE_EXCHANGE);
+    aside(ASIDE_JOIN);
     phase(PHASE_ROUTE);
-    combine_forward(out, x->home_y, x->slot_row, T, d->K, C);
+    combine_forward(out, x->home_y, s->slot_row, T, d->K, C);
 }
 
 // dinp (T,C) += gradient of inp, through the routing weights, the routed and the shared experts;
@@ -1082,33 +1068,36 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
     const size_t row = C * sizeof(act);
     require(x->dx != NULL || x->T == 0);    // scratch of a training run
     phase(PHASE_EXCHANGE);
-    trip_begin(x, d, s->ids, T);
+    trip_begin(x, d, s, T, 1);
     phase(PHASE_ROUTE);
-    pack_weights(x->home_w, s->weights, x->row_slot, slots);
+    pack_weights(x->home_w, s->weights, s->row_slot, slots);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
-        const int *row_slot = x->row_slot + x->home_at;
+        const int *row_slot = s->row_slot + x->home_at;
         act *home_y = x->home_y + (size_t)x->home_at * C;
+        real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
         real *home_dw = x->home_dw + x->home_at, *dweight = trip_place(home_dw, x->rows_dw);
-        pack_rows(x->home_x, inp, row_slot, x->home_rows, d->K, C);
+        act *home_x = trip_place(x->home_x, home_y);
+        phase(PHASE_EXCHANGE);
+        aside(ASIDE_BEGIN);
+        pack_rows(home_x, inp, row_slot, x->home_rows, d->K, C);
+        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x again");
         // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
         pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
+        act *dy = trip_there(x->rows_y, home_y, row, NULL, NULL, x, "moe dy");
+        aside(ASIDE_END);
+        if (round == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, x->home_x, row, round, x, d, "moe x again");
-        const real *weight = trip_there(x->rows_w, x->home_w + x->home_at, sizeof(real), round, x,
-                                        d, "moe w again");
-        act *dy = trip_there(x->rows_y, home_y, row, round, x, d, "moe dy");
+        aside(ASIDE_JOIN);
         experts_backward(dy, dweight, rows, weight, experts_place(s, x, d), w, d, x);
         phase(PHASE_EXCHANGE);
-        trip_back(home_y, dy, row, round, x, d, "moe dx");      // in place of the dy it sent
-        trip_back(home_dw, dweight, sizeof(real), round, x, d, "moe dw");
+        trip_back(home_y, dy, row, home_dw, dweight, x, "moe dx");      // in place of dy it sent
     }
     phase(PHASE_ROUTE);
     const real *all = route_needs_all(d->how, d->norm_topk) ? x->logits : NULL;
     if (all) { linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E); }
-    route_backward(dinp, x->home_dw, x->slot_row, s->ids, s->weights, s->logits, all, w->gate,
+    route_backward(dinp, x->home_dw, s->slot_row, s->ids, s->weights, s->logits, all, w->gate,
                    d->how, d->route_scale, d->norm_topk, T, C, d->E, d->K);
-    dispatch_backward(dinp, x->home_y, x->slot_row, T, d->K, C);
-    shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T);
+    dispatch_backward(dinp, x->home_y, s->slot_row, T, d->K, C);
 }
 #endif // MOE_C

@@ -1281,6 +1281,7 @@ typedef struct {
     int muon;                   // as in Adapters
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
+    int offload;                // the inputs of so many layers wait in host memory
 } ModelOptions;
 
 typedef struct {
@@ -1300,6 +1301,7 @@ typedef struct {
     LayerActs *acts;            // (layers), or (1)
     LayerSaved *saved;          // (layers); X of the last layer's output is X_out
     act *X_out;                 // (T,HC,C)
+    act **X_host;               // (offload) of (T,HC,C): X of the first layers, on the host
     IndexScratch index;
     Gradients grad;
     Site head;                  // of part 7: m (T,4), r, pre, x, rstd
@@ -1814,15 +1816,17 @@ static void index_alloc(IndexScratch *s, const Config *c, size_t T) {
 }
 
 // What layers keep. Without training nothing is kept: two buffers take turns as X, and all layers
-// share the rest.
+// share the rest. Layers whose X waits on the host share three places on the device.
 static void saved_alloc(Model *m, size_t T) {
     const Config *c = &m->config;
+    int offload = m->options.offload;
     int training = m->options.training, truncates = T / 4 > (size_t)c->index_topk;
     for (int i = 0; i < c->layers; i++) {
         LayerSaved *s = &m->saved[i];
         if (!training && i > 0) { *s = m->saved[0]; }
         if (!training && i > 1) { s->X = m->saved[i % 2].X; continue; }
-        s->X = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
+        int shares = i < offload && i >= PLACES;        // with the layer PLACES before it
+        s->X = shares ? m->saved[i - PLACES].X : MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
         if (!training && i == 1) { continue; }
         s->m = MEM(real, MEM_ACTIVATIONS, T * HC_MIX);
         s->r = MEM(real, MEM_ACTIVATIONS, T);
@@ -1832,6 +1836,9 @@ static void saved_alloc(Model *m, size_t T) {
         s->selected = selects ? MEM(int, MEM_ACTIVATIONS, T * c->index_topk) : NULL;
     }
     m->X_out = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
+    for (int i = 0; i < offload && !mem.counting && m->X_host[i] == NULL; i++) {
+        m->X_host[i] = host_place(sizeof(act) * T * HC * c->C);
+    }
     m->head.m = MEM(real, MEM_ACTIVATIONS, T * HC);
     m->head.r = MEM(real, MEM_ACTIVATIONS, T);
 }
@@ -1863,7 +1870,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     size_t T = (size_t)o->max_tokens;
     m->config = *c;
     m->options = *o;
-    if (!o->training) { m->options.recompute = RECOMPUTE_FULL; }
+    if (!o->training) { m->options.recompute = RECOMPUTE_FULL, m->options.offload = 0; }
     m->n_tensors = 0;
     m->moe = (MoeDims){
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
@@ -1876,6 +1883,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         m->saved = host_calloc(sizeof(LayerSaved) * (size_t)c->layers);
         m->acts = host_calloc(sizeof(LayerActs) * (size_t)c->layers);
         m->expert_count = host_calloc(sizeof(long) * (size_t)c->E);
+        m->X_host = host_calloc(sizeof(act *) * (size_t)c->layers);
         m->loss_h = host_alloc(sizeof(real) * T);
         documents_alloc(&m->documents_h, (int)T, 1);
     }
@@ -1939,6 +1947,8 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
 void model_free(Model *m) {
     if (m->layer == NULL) { return; }
     documents_free_host(&m->documents_h);
+    for (int i = 0; i < m->options.offload; i++) { host_place_end(m->X_host[i]); }
+    free(m->X_host);
     free(m->loss_h);
     free(m->layer);
     free(m->saved);
@@ -1975,8 +1985,31 @@ void model_load(Model *m, const char *dir) {
     adapters_init(&m->adapters, m->options.seed);
 }
 
-// Streams through all layers, up to the head's input.
-static void model_run(Model *m, const Batch *b) {
+// ---- the inputs of the first layers on the host
+//
+// They are written once and read once, and lie still for most of a step. X of layer i has its place
+// on the device, i mod PLACES, while it is computed with: layer i reads it and writes the next place,
+// while the third one's goes to the host (forward) or comes back (backward), beside the kernels.
+
+static size_t offload_bytes(const Model *m) {
+    return sizeof(act) * (size_t)m->documents.T * HC * m->config.C;
+}
+
+// Before layer i of a forward: its input is there, and its output's place must have been copied.
+static void offload_forward(Model *m, int i) {
+    if (i >= m->options.offload) { return; }
+    copy_begin(i % PLACES, m->X_host[i], m->saved[i].X, offload_bytes(m));
+    if (i + 1 < m->options.offload) { copy_end((i + 1) % PLACES); }
+}
+
+// Begins to bring back the input of layer i, if it is on the host.
+static void offload_fetch(Model *m, int i) {
+    if (i < 0 || i >= m->options.offload) { return; }
+    copy_begin(i % PLACES, m->saved[i].X, m->X_host[i], offload_bytes(m));
+}
+
+// Streams through all layers, up to the head's input. train: a backward follows.
+static void model_run(Model *m, const Batch *b, int train) {
     const Config *c = &m->config;
     require(b->T <= m->options.max_tokens);
     phase_in(PHASE_STREAMS, PASS_FORWARD);
@@ -1986,7 +2019,10 @@ static void model_run(Model *m, const Batch *b) {
     embed_forward(m->saved[0].X, m->globals.embed, m->token, b->T, c->C);
     hc_logits_forward(m->saved[0].m, m->saved[0].r, m->saved[0].X, m->layer[0].hc_attn.fn,
                       c->norm_eps, b->T, c->C, HC_MIX);
-    for (int i = 0; i < c->layers; i++) { layer_forward(m, i, m->token); }
+    for (int i = 0; i < c->layers; i++) {
+        if (train) { offload_forward(m, i); }
+        layer_forward(m, i, m->token);
+    }
     head_enter(m);
 }
 
@@ -1996,7 +2032,7 @@ double model_forward(Model *m, const Batch *b, int train) {
     const Config *c = &m->config;
     double sum = 0;
     require(!train || m->options.training);
-    model_run(m, b);
+    model_run(m, b, train);
     upload(m->target, b->target, sizeof(int) * (size_t)b->T);
     head_loss(m->loss, train ? m->dhead : NULL, m->head.x, m->globals.head, m->target, b->T, c->C,
               c->V);
@@ -2009,7 +2045,12 @@ double model_forward(Model *m, const Batch *b, int train) {
 void model_backward(Model *m, const Batch *b, double scale) {
     require(m->options.training && b->T == m->documents.T);
     head_backward(m, scale);
-    for (int i = m->config.layers - 1; i >= 0; i--) { layer_backward(m, i); }
+    offload_fetch(m, m->config.layers - 1);
+    for (int i = m->config.layers - 1; i >= 0; i--) {
+        if (i < m->options.offload) { copy_end(i % PLACES); }
+        offload_fetch(m, i - 1);
+        layer_backward(m, i);
+    }
 }
 
 // The logits (V) of what follows the last of T tokens, taken as one document.
@@ -2017,7 +2058,7 @@ void model_next_logits(Model *m, const int *token, int T, float *logits) {
     const Config *c = &m->config;
     int start[2] = { 0, T };
     Batch b = { .T = T, .docs = 1, .token = (int *)token, .doc_start = start };
-    model_run(m, &b);
+    model_run(m, &b, 0);
     linear_bf16_forward(m->logits, m->head.x + (size_t)(T - 1) * c->C, m->globals.head, 1, c->C,
                         c->V);
     real *row = host_alloc(sizeof(real) * (size_t)c->V);
@@ -2032,7 +2073,8 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
     act *X = malloc(sizeof(act) * n + 1);       // the run is over: no rule about memory holds
     if (X == NULL) { snprintf(name, size, "a layer's output"); return; }
     for (int i = 0; i <= m->config.layers; i++) {
-        download(X, i < m->config.layers ? m->saved[i].X : m->X_out, sizeof(act) * n);
+        if (i < m->options.offload) { memcpy(X, m->X_host[i], sizeof(act) * n); }
+        else { download(X, i < m->config.layers ? m->saved[i].X : m->X_out, sizeof(act) * n); }
         for (size_t k = 0; k < n; k++) {
             if (isfinite((double)ld(X + k))) { continue; }
             if (i == 0) { snprintf(name, size, "embed"); }
@@ -2098,7 +2140,7 @@ static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
                *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
-        sample_every, sample_len, save_every, keep, bench, gpus, ranks, ep, seed;
+        sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
     int no_shuffle, skip_bad_rows, eval, reset_optim, dry_run, inspect, random_base, overfit, cpu,
         help, version;
@@ -2506,6 +2548,8 @@ static Option option_table[] = {
     {"reset-optim", 0, FLAG, &opt.reset_optim, "0", "", NOT_KEPT, .help = "resume without moments"},
     // Memory and arithmetic.
     {"recompute", 0, WORD, &opt.recompute, "fits", "fits|full|moe|none", KEPT, .help = ""},
+    {"offload", 0, WHOLE, &opt.offload, "0", "N", NOT_KEPT, .help = "inputs of so many layers wait "
+     "in host memory"},
     {"precision", 0, WORD, &opt.precision, "bf16", "bf16|fp8", KEPT, .help = "of frozen products"},
     // Instead of training.
     {"dry-run", 0, FLAG, &opt.dry_run, "0", "", NOT_KEPT, .help = "plan memory and disk, and stop"},
@@ -2546,7 +2590,7 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
         : strcmp(o->text, text) == 0) { return; }
     refuse_if(o->at != &opt.lr && o->at != &opt.ranks && o->at != &opt.ep, "--%s %s, but %s has %s "
               "HINT: leave it out", o->name, o->text, whose, text);
-    printf("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
+    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
            ": the same rows in the same order, but sums in another, so not bit for bit");
 }
 
@@ -2681,6 +2725,11 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     if (*opt.check_adapter) { options_from_adapter(opt.check_adapter); }
 }
 
+static char device_name[64];
+static const char *why_cpu = "built without nvcc";
+static Place place;                 // what a launcher says of this process,
+static int launched, gpus;          // if one started it; GPUs to be used, of this node
+
 // Checks what the options mean together, and derives those that were left open.
 static inline void options_derive(const Config *c) {
     int needs_data = !opt.dry_run && !opt.bench && !opt.inspect && !*opt.check_adapter;
@@ -2692,9 +2741,11 @@ static inline void options_derive(const Config *c) {
               "version does not have yet");
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
+    refuse_if(opt.offload > c->layers, "--offload %d: the model has %d layers", opt.offload,
+              c->layers);
     adapter_check_names(targets_parse(opt.targets), adapter_naming());
-    // Ranks and experts are split evenly: the default is the greatest common divisor.
-    int ep = opt.ranks;
+    // A node's ranks and experts are split evenly: the default is the greatest common divisor.
+    int ep = launched ? place.locals : opt.ranks;
     for (int rest = c->E; rest; ) { int next = ep % rest; ep = rest; rest = next; }
     if (opt.ep == 0) { opt.ep = ep; }   // not in the table: it follows the ranks of each resume
     refuse_if(opt.ranks % opt.ep != 0 || c->E % opt.ep != 0, "--ep %d does not divide both %d "
@@ -2708,32 +2759,34 @@ static inline void options_derive(const Config *c) {
               "x seq %d x ranks %d = %.0f", opt.per_step, opt.batch, opt.seq, opt.ranks, least);
 }
 
-// Which path runs is decided once, before anything is allocated. A child counts the GPUs, so that
-// this process has not touched CUDA when it forks ranks; those run on the CPU so far.
-static char device_name[64];
-static const char *why_cpu = "built without nvcc";
+// Which path runs, and on how many ranks, is decided once, before anything is allocated: one rank per
+// GPU, those that a launcher started, or --ranks on the CPU. A child counts the GPUs, so that this
+// process has not touched CUDA when it forks ranks.
 static inline void device_choose(void) {
 #ifdef USE_CUDA
-    int status = 0, gpus;
+    int status = 0;
     fflush(NULL);
-    pid_t child = fork();
+    pid_t child = opt.cpu ? -1 : fork();
     if (child == 0) {
         gpu_count(&gpus);
         _exit(gpus > 255 ? 255 : gpus);
     }
-    waitpid(child, &status, 0);
-    gpus = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    refuse_if(is_given(&opt.gpus) && opt.gpus > 1, "--gpus %d is not there yet: this version "
-              "trains on one GPU", opt.gpus);
-    refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this machine has %d",
-              opt.gpus, gpus);
-    why_cpu = opt.cpu ? "--cpu" : gpus == 0 ? "no GPU found" : "several ranks, so far";
-    if (!opt.cpu && gpus > 0 && opt.ranks == 1) { gpu_start(0, device_name, sizeof device_name); }
-#else
-    refuse_if(is_given(&opt.gpus) && opt.gpus > 0, "--gpus %d: this program was built without nvcc "
-              "HINT: make, where nvcc is in the PATH", opt.gpus);
-    if (opt.cpu) { why_cpu = "--cpu"; }
+    if (child > 0) { waitpid(child, &status, 0); }
+    gpus = child > 0 && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    why_cpu = "no GPU found";
 #endif
+    if (opt.cpu) { why_cpu = "--cpu"; }
+    refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this program can use %d here "
+              "(%s)", opt.gpus, gpus, gpus ? "see what make said of NCCL" : why_cpu);
+    refuse_if(launched && gpus == 0 && place.ranks > 1, "a launcher started %d ranks, but they meet "
+              "through GPUs: %s HINT: ./train --cpu --ranks N starts ranks of its own", place.ranks,
+              why_cpu);
+    if (opt.gpus > 0) { gpus = opt.gpus; }
+    int asked = is_given(&opt.ranks) ? opt.ranks : gpus, was = opt.ranks;
+    refuse_if(gpus && !launched && asked > gpus, "--ranks %d, but there is one rank per GPU, and "
+              "%d of them HINT: --cpu", asked, gpus);
+    if (gpus || launched) { option_derive(&opt.ranks, launched ? place.ranks : asked); }
+    if (*opt.resume && was != opt.ranks) { say("plan   %d ranks -> %d\n", was, opt.ranks); }
 }
 
 // The settings, in llm.c's form. First which path runs, and why, and on which model.
@@ -2743,10 +2796,11 @@ static inline void print_settings(const Config *c) {
     char text[256];
     int threads = 1;
 #ifdef _OPENMP
-    threads = omp_get_max_threads() > opt.ranks ? omp_get_max_threads() / opt.ranks : 1;
+    threads = omp_get_max_threads();
 #endif
+    if (this_rank != 0) { return; }
     if (*device_name) {
-        snprintf(text, sizeof text, "GPU (%s)", device_name);
+        snprintf(text, sizeof text, "GPU (%d x %s)", opt.ranks, device_name);
     } else {
         snprintf(text, sizeof text, "CPU (%s), %d rank%s x %d thread%s", why_cpu, opt.ranks,
                  plural(opt.ranks), threads, plural(threads));
@@ -2771,13 +2825,16 @@ static inline void print_settings(const Config *c) {
     fflush(stdout);
 }
 
-// Bytes that this process and its ranks may still use; INFINITY where the system does not say.
+// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
+// GPUs what the fullest of them has left, so that all ranks decide alike.
 static inline double memory_free(void) {
 #ifdef USE_CUDA
     size_t used, total;
     if (on_gpu) {
         gpu_memory(&used, &total);
-        return (double)(total - used);
+        double least = -(double)(total - used);
+        comm_max_double(COMM_WORLD, &least, 1, "free memory");
+        return -least;
     }
 #endif
     char line[256];
@@ -2795,8 +2852,9 @@ static inline ModelOptions plan_memory(Trainer *r) {
     ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
+    o.offload = o.training ? opt.offload : 0;
     if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
-    double need = 0, available = memory_free();
+    double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
     int fits = strcmp(opt.recompute, "fits") == 0;
@@ -2804,8 +2862,12 @@ static inline ModelOptions plan_memory(Trainer *r) {
     for (; ; o.recompute++) {
         mem_count();
         model_alloc(&r->model, &r->config, &o);
-        need = (memory_planned() + GPU_KERNELS * ON_GPU) * opt.ranks;
+        need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
+    }
+    if (o.offload) {
+        say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
+            bytes_text((double)o.offload * o.max_tokens * HC * r->config.C * sizeof(act)), o.offload);
     }
     for (int c = 0; c < MEM_CLASSES; c++) {
         say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
@@ -2815,9 +2877,10 @@ static inline ModelOptions plan_memory(Trainer *r) {
         say("plan   %-11s %s in use already, %s for kernels that load when first used\n", "context",
             bytes_text(memory_used()), bytes_text(GPU_KERNELS));
     }
-    say("plan   %-11s %s per rank, %s on %d rank%s of %s free | recompute %s | %s\n", "total",
-        bytes_text(memory_planned() + memory_beside), bytes_text(need), opt.ranks, plural(opt.ranks),
-        bytes_text(available), recompute[o.recompute], need > available ? "too much" : "OK");
+    say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
+        bytes_text(memory_planned() + memory_beside), bytes_text(need * (gpus ? opt.ranks : 1)),
+        opt.ranks, plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "",
+        recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
             bytes_text(need), bytes_text(available));
@@ -3093,6 +3156,8 @@ static inline void bench(Trainer *r) {
     phase_say("host", rest, median->seconds);
     sum[0] += rest[0];
     phase_say("step", sum, median->seconds);
+    const MoeScratch *x = &r->model.moe_scratch;
+    say("bench  rows of the fullest rank of a layer / mean %.3f\n", x->fullest / x->mean);
     say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s\n", n,
         1e3 * median->seconds, (double)report.tokens / median->seconds,
         bytes_text(memory_used()));
@@ -3112,7 +3177,7 @@ static inline void inspect(const Model *m) {
     say("done   %zu tensors\n", m->n_tensors);
 }
 
-// What every rank does once the options are clear. Returns the exit code.
+// What every rank does once all of them are there. Returns the exit code.
 static inline int run(Trainer *r, const char *checkpoint) {
     const Adapters *a = &r->model.adapters;
     int check = *opt.check_adapter != 0;
@@ -3155,18 +3220,37 @@ static inline int run(Trainer *r, const char *checkpoint) {
     return train(r);
 }
 
+// Starts the ranks; from here on the program runs in every one of them. Each takes its GPU.
+static inline void ranks_start(void) {
+    if (launched) { out_make(); comm_join(place, opt.ep, opt.timeout); }
+    else { place.local = comm_launch(opt.ranks, opt.ep, opt.timeout); }
+#ifdef USE_CUDA
+    if (gpus == 0) { return; }
+    // A kernel loaded at its first use would wait for one that waits for another rank. And memory
+    // that the switch between GPUs adds up in is not worth what it takes: sums come once a step.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    setenv("NCCL_NVLS_ENABLE", "0", 0);
+    gpu_start(place.local % gpus, device_name, sizeof device_name);
+    comm_connect(opt.out);
+#endif
+}
+
 // The whole program, in a form that a test can call. Several ranks: returns in each of them.
 int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
+    launched = launcher_place(&place);
+    this_rank = place.rank;
     options_read(argc, argv, checkpoint);
     routing_given = opt.routing;
     if (*opt.model) { config_load(&r.config, opt.model); } else { config_tiny(&r.config); }
-    options_derive(&r.config);
     device_choose();
+    options_derive(&r.config);
+    ranks_start();
     print_settings(&r.config);
-    comm_launch(opt.ranks, opt.ep, opt.timeout);        // from here on in every rank
-    return run(&r, checkpoint);
+    int code = run(&r, checkpoint);
+    comm_barrier(COMM_WORLD, "the end");    // no GPU is taken away that another one is reading
+    return code;
 }
 
 #ifndef TESTING

@@ -134,6 +134,15 @@ test_modes() {
     check "--config: r" grep -q '"r": *4' config/adapter/adapter_config.json
 }
 
+# Inputs of layers that wait elsewhere change no bit. 4 of 5 layers: places are used again.
+test_offload() {
+    run 0 "${small[@]}" -x 3 -v 2 --val-steps 1 -o near
+    run 0 "${small[@]}" -x 3 -v 2 --val-steps 1 --offload 4 -o far
+    check "--offload is not in the plan" grep -q '^plan   offload' log
+    equal_runs "--offload 4" near far
+    refused 'offload 6.*5 layers' "${small[@]}" --offload 6
+}
+
 # A run that is interrupted, or whose disk is full, goes on to the same adapter, and so does one
 # with other threads.
 test_resume() {
@@ -326,6 +335,7 @@ awk 'BEGIN { while (n++ < 36 * 32 + 14) { printf "%c", 97 + n * n % 26 } }' > te
 test_fresh
 test_refused
 test_modes
+test_offload
 test_ranks
 test_killed_rank
 if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else

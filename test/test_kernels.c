@@ -528,6 +528,48 @@ static void test_model(const char *what, const Config *c, const int *length, int
     free(cpu); free(gpu); free(again);
 }
 
+// The trip of the rows: whole numbers, so all must be equal. A round in the middle of the queue
+// leaves rows out at both ends; expert 1 has none.
+static void test_trip(int slots, int E, int C) {
+    arena_used = 0;
+    int *ids = ints((size_t)slots + 1), *index = ints((size_t)slots + 1), *counts = ints((size_t)E);
+    int *row_slot = ints((size_t)slots + 1), *slot_row = ints((size_t)slots + 1), sent = 0, n = 0;
+    Runs sort = { .n = E }, runs = { .n = E };
+    for (int i = 0; i < slots; i++) {
+        ids[i] = (int)((uniform() + 1) / 2 * E) % E;
+        if (ids[i] == 1) { ids[i] = 0; }
+    }
+    BOTH(trip_count(X(counts), X(index), X(ids), slots, E));
+    compare_int("trip counts", counts, (size_t)E);
+    compare_int("trip index", index, (size_t)slots);
+    for (int e = 0; e < E; e++) {
+        sort.from[e] = counts[e] / 4;
+        sort.to[e] = sent;
+        sent += sort.count[e] = (counts[e] + 1) / 2;
+    }
+    for (int e = E - 1; e >= 0; e--) {                  // the last expert's rows first
+        runs.from[e] = sort.to[e];
+        runs.to[e] = n;
+        n += runs.count[e] = sort.count[e];
+    }
+    act *rows = acts((size_t)(sent + 1) * C, 1), *there = blank_act((size_t)(sent + 1) * C);
+    act *back_again = blank_act((size_t)(sent + 1) * C);
+    real *w = reals((size_t)sent + 1, 1), *w_there = blank((size_t)sent + 1);
+    real *w_back = blank((size_t)sent + 1);
+    BOTH({ trip_sort(X(row_slot), X(slot_row), X(ids), X(index), sort, slots);
+           regroup_rows(X(there), X(rows), runs, BY_EXPERT, C * sizeof(act));
+           regroup_rows(X(back_again), X(there), runs, BY_SOURCE, C * sizeof(act));
+           regroup_rows(X(w_there), X(w), runs, BY_EXPERT, sizeof(real));
+           regroup_rows(X(w_back), X(w_there), runs, BY_SOURCE, sizeof(real)); });
+    compare_int("trip row_slot", row_slot, (size_t)slots);
+    compare_int("trip slot_row", slot_row, (size_t)slots);
+    compare_act("regroup by expert", there, (size_t)sent * C, 1e-30);
+    compare_act("regroup by source", back_again, (size_t)sent * C, 1e-30);
+    compare_real("regroup numbers by expert", w_there, (size_t)sent, 1e-30);
+    compare_real("regroup numbers by source", w_back, (size_t)sent, 1e-30);
+    check(memcmp(back_again, rows, (size_t)sent * C * sizeof(act)) == 0, "regroup: there and back");
+}
+
 int main(void) {
     int gpus = 0;
     char name[128];
@@ -555,6 +597,7 @@ int main(void) {
     test_routing(37, 128, 64, 6, (Routing){ SCORE_SOFTMAX, 1, 8, 3 }, 0);
     test_routing(37, 128, 66, 3, (Routing){ SCORE_SOFTMAX, 0, 3, 2 }, 1);
     test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
+    test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
     test_swiglu(37, 2048); test_swiglu(3, 128);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
     test_attention(odd, 5, 4, 128, 32, 0, 0);

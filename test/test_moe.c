@@ -27,6 +27,7 @@
 //              fflush, no report, several error lines, ep not checked, this_rank not set
 #include "../moe.c"
 #include "check.h"
+#include <sys/stat.h>
 
 enum { WIDE = sizeof(real) == 8, NARROW = sizeof(act) == 2 };
 
@@ -131,7 +132,8 @@ static double ending(int how, int code, const char *name, const char *a, const c
 static void test_endings(void) {
     seen = shared_alloc(sizeof *seen);
     ending(DIES, EXIT_NUMERICS, "a rank dies", "error  rank 2", "layer 3 is not finite", "");
-    ending(KILLED, 128 + SIGKILL, "a rank is killed", "rank 1", "killed by signal 9", "");
+    ending(KILLED, 128 + SIGKILL, "a rank is killed", "rank 1", "killed by signal 9",
+           "last seen in barrier (start)");
     ending(EXITS_7, 7, "a rank exits", "rank 1", "exit code 7", "");
     double s = ending(LATE, EXIT_COMM, "a rank is late", "rank 3", "sum_double", "step loss");
     check(s > 0.9 && s < 15, "a limit of 1 s took %g s", s);
@@ -158,6 +160,99 @@ static void test_endings(void) {
     check(n == 5, "text printed before the launch came out as %zu bytes: %s", n, text);
     if (file) { fclose(file); }
     remove(buffered);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Ranks that a launcher started: who they are, and the first word of rank 0
+
+static const char *const launcher_names[] = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS", "MASTER_ADDR",
+    "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE" };
+
+// words: "NAME=value NAME=value ..", all that is set.
+static void launcher_set(const char *words) {
+    char copy[256];
+    snprintf(copy, sizeof copy, "%s", words);
+    for (size_t i = 0; i < sizeof launcher_names / sizeof *launcher_names; i++) {
+        unsetenv(launcher_names[i]);
+    }
+    for (char *word = strtok(copy, " "); word; word = strtok(NULL, " ")) {
+        char *value = strchr(word, '=');
+        *value = 0;
+        setenv(word, value + 1, 1);
+    }
+}
+
+static void place_of(void *words) {
+    Place p = { .ranks = 1 };
+    launcher_set(words);
+    int found = launcher_place(&p);
+    fprintf(stderr, "%d: %d/%d %d/%d", found, p.rank, p.ranks, p.local, p.locals);
+}
+
+// Rank 0 comes last, so that the others have to ask more than once.
+static void first_word(void *words) {
+    Place p = { .ranks = 4, .locals = 2 };
+    int data[32], wrong = 0, status;
+    launcher_set(words);
+    for (int r = 1; r < 4; r++) {
+        if (fork() == 0) { p.rank = r; break; }
+    }
+    nap(p.rank == 0 ? 0.2 : 0);
+    for (int i = 0; i < 32; i++) { data[i] = p.rank ? -1 : i * i; }
+    launcher_tell(&p, data, sizeof data, "build", 5);
+    for (int i = 0; i < 32; i++) { wrong += data[i] != i * i; }
+    if (p.rank) { _exit(wrong != 0); }
+    while (wait(&status) > 0) { wrong += status != 0; }
+    if (wrong) { exit(9); }
+}
+static void lonely(void *words) {
+    Place p = { .rank = 1, .ranks = 2, .local = 1, .locals = 2 };
+    int data;
+    launcher_set(words);
+    launcher_tell(&p, &data, sizeof data, "build", 0.3);
+}
+
+static void test_launcher(void) {
+    static const char *const places[][2] = {
+        { "", "0: 0/1 0/0" },
+        { "RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2", "1: 3/4 1/2" },
+        { "RANK=3 WORLD_SIZE=4 LOCAL_RANK=3", "1: 3/4 3/4" },
+        { "SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0", "0: 0/1 0/0" },     // a batch script
+        { "SLURM_PROCID=9 SLURM_STEP_NUM_TASKS=16 SLURM_LOCALID=1 SLURM_STEP_TASKS_PER_NODE=8(x2)",
+          "1: 9/16 1/8" },
+        { "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=0 "
+          "OMPI_COMM_WORLD_LOCAL_SIZE=1", "1: 1/2 0/1" } };
+    static const char *const wrong[] = {
+        "RANK=4 WORLD_SIZE=4 LOCAL_RANK=0", "RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2",
+        "RANK=0 WORLD_SIZE=5 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2", "RANK=x WORLD_SIZE=y LOCAL_RANK=0" };
+    char text[4096], job[64], port[64];
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        run_child(place_of, (void *)places[i][0], text, sizeof text);
+        check(strcmp(text, places[i][1]) == 0, "'%s': place %s, want %s", places[i][0], text,
+              places[i][1]);
+    }
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        int code = run_child(place_of, (void *)wrong[i], text, sizeof text);
+        check(code == EXIT_USAGE && strstr(text, "do not fit"), "'%s': %s", wrong[i], text);
+    }
+    mkdir("build", 0777);
+    snprintf(port, sizeof port, "MASTER_ADDR=127.0.0.1 MASTER_PORT=%d", 20000 + getpid() % 20000);
+    snprintf(job, sizeof job, "SLURM_JOB_ID=%d SLURM_STEP_ID=7", (int)getpid());
+    check(run_child(first_word, port, text, sizeof text) == 0, "first word by TCP: %s", text);
+    check(run_child(first_word, job, text, sizeof text) == 0, "first word by file: %s", text);
+    check(run_child(lonely, port, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+          "no rank 0 by TCP: %s", text);
+    job[strlen(job) - 1] = '8';
+    check(run_child(lonely, job, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+          "no rank 0 by file: %s", text);
+    check(run_child(lonely, "", text, sizeof text) == EXIT_USAGE && strstr(text, "MASTER_ADDR"),
+          "no address: %s", text);
+    job[strlen(job) - 1] = '7';
+    snprintf(text, sizeof text, "build/ranks-%d-7", (int)getpid());
+    remove(text);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -294,15 +389,18 @@ typedef struct { int ranks, ep, scenario, capacity; } TripCase;
 
 // Every row carries (rank, slot, expert): it must be at that expert's owner, in its expert's part,
 // in the order of sources and slots, and come back to its slot.
-static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, int capacity) {
+static void travel(MoeScratch *x, const MoeDims *d, const MoeSaved *s, const int *ids, int slots,
+                   int capacity) {
     typedef struct { int rank, slot, expert; } Tag;
     Tag *home = malloc((slots + 1) * sizeof(Tag)), *rows = malloc(capacity * sizeof(Tag));
+    real *home_w = malloc((slots + 1) * sizeof(real)), *rows_w = malloc(capacity * sizeof(real));
     int arrived = 0, last[64][64], sent = 0;
     memset(last, -1, sizeof last);
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot_h[row];
+        int slot = s->row_slot[row];
         home[row] = (Tag){ comm_rank(), slot, ids[slot] };
-        expect(x->slot_row_h[slot] == row, "slot_row is not the inverse of row_slot");
+        home_w[row] = slot + 1000 * comm_rank();
+        expect(s->slot_row[slot] == row, "slot_row is not the inverse of row_slot");
     }
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
@@ -315,7 +413,9 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
         comm_all_to_all(COMM_EP, asked, four, x->to, four, "counts");
         expect(memcmp(asked, x->from, comm_ep() * sizeof(int)) == 0, "derived splits");
 
-        Tag *tags = trip_there(rows, home + x->home_at, sizeof(Tag), round, x, d, "there");
+        Tag *tags = trip_there(rows, home + x->home_at, sizeof(Tag), rows_w, home_w + x->home_at, x,
+                               "there");
+        real *numbers = trip_place(home_w + x->home_at, rows_w);
         for (int e = 0; e < d->local; e++) {
             for (int i = x->offset[e]; i < x->offset[e + 1]; i++) {
                 int source = tags[i].rank, order = tags[i].slot;
@@ -323,23 +423,28 @@ static void travel(MoeScratch *x, const MoeDims *d, const int *ids, int slots, i
                 expect(order > last[source][e], "rows of an expert out of order");
                 last[source][e] = order;
                 expect(i == x->offset[e] || tags[i - 1].rank <= source, "sources out of order");
+                expect(numbers[i] == order + 1000 * source, "a number left its row");
+                numbers[i] = -numbers[i];
                 tags[i].expert += 1000;
             }
         }
         arrived += n;
         sent += x->home_rows;
-        trip_back(home + x->home_at, tags, sizeof(Tag), round, x, d, "back");
+        trip_back(home + x->home_at, tags, sizeof(Tag), home_w + x->home_at, numbers, x, "back");
     }
     for (int row = 0; row < slots; row++) {
-        int slot = x->row_slot_h[row];
+        int slot = s->row_slot[row];
         expect(home[row].rank == comm_rank() && home[row].slot == slot
                && home[row].expert == ids[slot] + 1000, "a row did not come back as it was");
+        expect(home_w[row] == -(slot + 1000 * comm_rank()), "a number did not come back");
     }
     double totals[2] = { arrived, sent };
     comm_sum_double(COMM_WORLD, totals, 2, "totals");
     expect(sent == slots && totals[0] == totals[1], "rows were lost or doubled");
     free(home);
     free(rows);
+    free(home_w);
+    free(rows_w);
 }
 
 static void run_trip(void *arg) {
@@ -361,17 +466,23 @@ static void run_trip(void *arg) {
         }
     }
     MoeScratch x;
+    MoeSaved s;
     mem_count();
     moe_alloc_scratch(&x, &d, 40, 0);
     int capacity = c->capacity ? c->capacity : x.capacity;
     mem_count();
     moe_alloc_rounds(&x, &d, 40, 0, capacity);
+    moe_alloc_saved(&s, &d, 40, 0);
     mem_open();
     moe_alloc_rounds(&x, &d, 40, 0, capacity);
-    for (int again = 0; again < 2; again++) {       // nothing may stay from the call before
-        trip_begin(&x, &d, ids, T);
+    moe_alloc_saved(&s, &d, 40, 0);
+    memcpy(s.ids, ids, slots * sizeof(int));
+    for (int again = 0; again < 3; again++) {       // nothing may stay from the call before
+        trip_begin(&x, &d, &s, T, again == 1);      // but what the backward finds in s
         if (c->ep == 1 && c->capacity == 0) { expect(x.rounds == 1, "one rank, several rounds"); }
-        travel(&x, &d, ids, slots, capacity);
+        travel(&x, &d, &s, ids, slots, capacity);
+        memset(x.starts_h, 77, sizeof(int) * c->ep * d.E);
+        memset(x.index, 77, sizeof(int) * slots);
     }
     rank_end();
 }
@@ -1039,6 +1150,7 @@ int main(void) {
     prctl(PR_SET_CHILD_SUBREAPER, 1);       // ranks that lose their supervisor become our children
 #endif
     test_endings();
+    test_launcher();
     test_collectives();
     test_trip();
     test_ranks();

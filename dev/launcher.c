@@ -1,0 +1,299 @@
+// launcher.c: how ranks start. Alone, the program forks them and watches over them; under torchrun,
+// srun or mpirun, on one node or several, they are there already: who am I, and what does rank 0 say?
+//
+// A launcher tells each process its place in environment variables. The processes share no memory,
+// so before their GPUs can be connected, rank 0 must hand the others one short message, NCCL's id.
+// It goes over TCP, one port above the launcher's own, because that one may be in use; where no
+// address is set, through a file in a folder that all ranks see. What ranks do together is in moe.c.
+#ifndef LAUNCHER_C
+#define LAUNCHER_C
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "../kernels.cu"        // defines: die, refuse_if, clock_seconds
+#include <netdb.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// A rank among so many, and among those of its node.
+typedef struct { int rank, ranks, local, locals; } Place;
+
+enum { COMM_BOX = 1 << 18 };        // bytes a rank can show the others in one step
+
+typedef struct {                    // what a rank shows the others in one step
+    char what[96];                  // "collective (phase)": equal on all ranks, or someone is lost
+    size_t bytes[COMM_RANKS_MAX];   // all-to-all: for whom how much
+    _Alignas(64) unsigned char data[COMM_BOX];
+} Box;
+
+typedef struct {                    // one rank's part of the page; untouched memory costs nothing
+    struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
+    _Atomic uint64_t begun;         // collectives that this rank has come to
+    char doing[96];                 // the last of them: "collective (phase)"
+    Box box[COMMS][2];              // for odd and even steps
+} Desk;
+
+typedef struct {
+    int error_printed;              // see die_at: one error is one line
+    _Alignas(64) Desk desk[];       // (ranks)
+} Page;
+
+typedef struct {
+    int rank, ranks, ep;
+    double timeout_s;               // a wait longer than this is an error; 0: no limit
+    uint64_t step[COMMS];           // how often this rank has met the others
+    int forked;                     // the page is shared; else it is this rank's own, and boxes
+                                    // travel over the network
+    Place place;                    // of a rank that a launcher started
+    Page *page;                     // NULL with one rank
+} Comm;
+
+static Comm comm = { .ranks = 1, .ep = 1 };
+
+// -------------------------------------------------------------------------------------------------
+// Ranks of our own: launch and supervisor
+
+// Sends sig to every child that still runs.
+static inline void comm_kill(const pid_t *pid, int ranks, int sig) {
+    for (int r = 0; r < ranks; r++) {
+        if (pid[r] > 0) { kill(pid[r], sig); }
+    }
+}
+
+// One line about a rank that ended without a word of its own.
+static inline void comm_report(int rank, int status) {
+    const char *doing = comm.page->desk[rank].doing;
+    if (__sync_lock_test_and_set(&comm.page->error_printed, 1)) { return; }
+    fprintf(stderr, "error  rank %d: ", rank);
+    if (WIFSIGNALED(status)) {
+        fprintf(stderr, "killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+    } else {
+        fprintf(stderr, "ended with exit code %d", WEXITSTATUS(status));
+    }
+    fprintf(stderr, ", last seen in %s\n", *doing ? doing : "its start");
+}
+
+// Waits until all children are gone, then exits with the first failure's code. After a failure the
+// others get half a second, because one of them may be printing the error line, and are killed.
+// SIGINT and SIGTERM are passed on, each once, and the ranks left to finish: they agree on the step
+// to stop at, save, and exit with EXIT_INTERRUPTED, which is no reason to kill those still writing.
+__attribute__((noreturn))
+static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
+    int code = EXIT_OK, running = ranks;
+    double deadline = 0;            // of the ranks that outlive a failure
+    while (running > 0) {
+        const struct timespec pause = { 0, deadline > 0 ? 20000000 : 500000000 };
+        int sig = sigtimedwait(signals, NULL, &pause);
+        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, sig); }
+        for (int r = 0; r < ranks; r++) {
+            int status;
+            if (pid[r] == 0 || waitpid(pid[r], &status, WNOHANG) != pid[r]) { continue; }
+            int ended = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+            pid[r] = 0;
+            running--;
+            if (ended == EXIT_OK || deadline > 0) { continue; }
+            if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
+            if (ended == EXIT_INTERRUPTED) { continue; }
+            comm_report(r, status);
+            deadline = clock_seconds() + 0.5;
+        }
+        if (deadline > 0 && clock_seconds() > deadline) { comm_kill(pid, ranks, SIGKILL); }
+    }
+    exit(code);
+}
+
+static inline void comm_share_cores(int ranks) {
+    (void)ranks;
+#ifdef _OPENMP
+    omp_set_num_threads(omp_get_max_threads() > ranks ? omp_get_max_threads() / ranks : 1);
+#endif
+}
+
+// The first things a new rank does.
+static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
+    comm.rank = this_rank = rank;
+#ifdef __linux__
+    prctl(PR_SET_PDEATHSIG, SIGKILL);       // a killed supervisor takes its ranks with it,
+#endif
+    if (getppid() != parent) { _exit(EXIT_COMM); }      // also if it was quicker than prctl
+    // Ctrl-C reaches every process of the terminal's foreground group. In a group of its own a rank
+    // gets it from the supervisor only, so one Ctrl-C is one signal.
+    setpgid(0, 0);
+    sigprocmask(SIG_SETMASK, mask, NULL);
+    comm_share_cores(comm.ranks);
+}
+
+// What all ranks have in common, and the page where they meet: of this process, or for its children.
+static inline void comm_open_page(int ranks, int ep, double timeout_s, int forked) {
+    if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
+        die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
+            ranks, ep, COMM_RANKS_MAX);
+    }
+    require(comm.page == NULL);
+    comm.ranks = ranks;
+    comm.ep = ep;
+    comm.timeout_s = timeout_s;
+    comm.forked = forked;
+    if (ranks == 1) { return; }
+    size_t bytes = sizeof(Page) + ranks * sizeof(Desk);
+    void *page = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (page == MAP_FAILED) { die(EXIT_FIT, "cannot share %zu bytes between ranks", bytes); }
+    comm.page = (Page *)page;
+    error_printed = &comm.page->error_printed;
+}
+
+// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
+// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
+int comm_launch(int ranks, int ep, double timeout_s) {
+    comm_open_page(ranks, ep, timeout_s, 1);
+    if (ranks == 1) { return 0; }
+    sigset_t signals, mask;         // the supervisor takes these one by one, with sigtimedwait
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGCHLD);
+    signal(SIGCHLD, SIG_DFL);       // an inherited SIG_IGN would throw exit codes away
+    sigprocmask(SIG_BLOCK, &signals, &mask);
+    fflush(NULL);                   // else each child would print what is still in the buffers
+    pid_t pid[COMM_RANKS_MAX] = {0}, parent = getpid();
+    for (int r = 0; r < ranks; r++) {
+        pid[r] = fork();
+        if (pid[r] == 0) { comm_become(r, parent, &mask); return r; }
+        if (pid[r] < 0) {
+            comm_kill(pid, r, SIGKILL);
+            die(EXIT_COMM, "cannot start rank %d of %d HINT: fewer --ranks", r, ranks);
+        }
+    }
+    comm_supervise(pid, ranks, &signals);
+}
+
+// Becomes the rank that a launcher made of this process.
+void comm_join(Place p, int ep, double timeout_s) {
+    comm_open_page(p.ranks, ep, timeout_s, 0);
+    comm.place = p;
+    comm.rank = this_rank = p.rank;
+    comm_share_cores(p.locals);
+}
+
+// -------------------------------------------------------------------------------------------------
+// Ranks of a launcher
+
+// Fills p with what a launcher says of this process. Returns 0 if there is none. Each launcher has
+// names of its own; srun's are those of a step, because a job's are also set where nothing was
+// launched.
+static inline int launcher_place(Place *p) {
+    static const char *const names[][4] = {
+        { "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE" },
+        { "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE" },
+        { "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+          "OMPI_COMM_WORLD_LOCAL_SIZE" } };
+    for (int i = 0; i < 3; i++) {
+        const char *const *name = names[i], *value[4];
+        for (int k = 0; k < 4; k++) { value[k] = getenv(name[k]); }
+        if (!value[0] || !value[1] || !value[2]) { continue; }
+        if (!value[3]) { value[3] = value[1]; }         // one node
+        *p = (Place){ atoi(value[0]), atoi(value[1]), atoi(value[2]), atoi(value[3]) };
+        int fits = p->rank >= 0 && p->rank < p->ranks && p->local >= 0 && p->local < p->locals
+                   && p->ranks % p->locals == 0;
+        refuse_if(!fits, "%s=%s, %s=%s, %s=%s and %s=%s do not fit together HINT: as many ranks on "
+                  "every node", name[0], value[0], name[1], value[1], name[2], value[2], name[3],
+                  value[3]);
+        return 1;
+    }
+    return 0;
+}
+
+// Rank 0: a socket that listens. The others: one that is connected to it. -1: not now.
+static inline int launcher_socket(int listens, const char *host, const char *port) {
+    struct addrinfo want = { .ai_socktype = SOCK_STREAM, .ai_flags = listens ? AI_PASSIVE : 0 };
+    struct addrinfo *list = NULL;
+    int made = -1, yes = 1;
+    if (getaddrinfo(listens ? NULL : host, port, &want, &list) != 0) { return -1; }
+    for (struct addrinfo *a = list; a && made < 0; a = a->ai_next) {
+        made = socket(a->ai_family, a->ai_socktype, a->ai_protocol);
+        if (made < 0) { continue; }
+        setsockopt(made, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+        int failed = listens ? bind(made, a->ai_addr, a->ai_addrlen) || listen(made, 256)
+                             : connect(made, a->ai_addr, a->ai_addrlen);
+        if (failed) { close(made); made = -1; }
+    }
+    freeaddrinfo(list);
+    return made;
+}
+
+static inline void launcher_nap(void) {
+    const struct timespec nap = { 0, 50000000 };
+    nanosleep(&nap, NULL);
+}
+
+// Rank 0 sends to whoever calls until all others have it; they call until they get it.
+static inline int launcher_tell_tcp(const Place *p, void *data, size_t bytes, const char *host,
+                                    const char *port, double deadline) {
+    int told = 0, want = p->rank ? 1 : p->ranks - 1, ear = -1;
+    while (told < want && clock_seconds() < deadline) {
+        if (p->rank == 0 && ear < 0 && (ear = launcher_socket(1, host, port)) < 0) {
+            launcher_nap();
+            continue;
+        }
+        struct pollfd ready = { .fd = ear, .events = POLLIN };
+        if (p->rank == 0 && poll(&ready, 1, 50) != 1) { continue; }
+        int s = p->rank ? launcher_socket(0, host, port) : accept(ear, NULL, NULL);
+        if (s < 0) { launcher_nap(); continue; }
+        ssize_t n = p->rank ? recv(s, data, bytes, MSG_WAITALL) : send(s, data, bytes, MSG_NOSIGNAL);
+        told += n == (ssize_t)bytes;
+        close(s);
+    }
+    if (ear >= 0) { close(ear); }
+    return told == want;
+}
+
+// Rank 0 writes under another name first: the file is whole, or it is not there.
+static inline int launcher_tell_file(const Place *p, void *data, size_t bytes, const char *path,
+                                     double deadline) {
+    char part[4096 + 8];
+    snprintf(part, sizeof part, "%s.part", path);
+    for (; clock_seconds() < deadline; launcher_nap()) {
+        FILE *file = fopen(p->rank ? path : part, p->rank ? "rb" : "wb");
+        if (file == NULL) { continue; }
+        int whole = (p->rank ? fread(data, 1, bytes, file) : fwrite(data, 1, bytes, file)) == bytes;
+        if (fclose(file) == 0 && whole && (p->rank || rename(part, path) == 0)) { return 1; }
+    }
+    return 0;
+}
+
+// data becomes rank 0's on all ranks. folder: that all of them see; timeout_s: 0: no limit.
+static inline void launcher_tell(const Place *p, void *data, size_t bytes, const char *folder,
+                                 double timeout_s) {
+    const char *host = getenv("MASTER_ADDR"), *port = getenv("MASTER_PORT");
+    const char *job = getenv("SLURM_JOB_ID"), *step = getenv("SLURM_STEP_ID");
+    double deadline = clock_seconds() + (timeout_s > 0 ? timeout_s : 1e9);
+    char where[4096], next[16];
+    if (job == NULL) { job = getenv("PMIX_NAMESPACE"); }
+    refuse_if(!job && !(host && port), "rank %d of %d: neither MASTER_ADDR and MASTER_PORT nor the "
+              "job's id is set, so ranks cannot find each other", p->rank, p->ranks);
+    int told;
+    if (host && port) {
+        snprintf(next, sizeof next, "%d", atoi(port) + 1);
+        snprintf(where, sizeof where, "%s port %s", host, next);
+        told = launcher_tell_tcp(p, data, bytes, host, next, deadline);
+    } else {                    // a name of this job's step: an earlier one's file must not be read
+        snprintf(where, sizeof where, "%s/ranks-%s-%s", folder, job, step ? step : "0");
+        told = launcher_tell_file(p, data, bytes, where, deadline);
+    }
+    if (!told) {
+        die(EXIT_COMM, "rank %d of %d: %s within %g s at %s HINT: are all ranks running?", p->rank,
+            p->ranks, p->rank ? "rank 0 not found" : "not all others came", timeout_s, where);
+    }
+}
+#endif // LAUNCHER_C
