@@ -13,7 +13,7 @@
 //                 set where a document begins
 #ifndef PREP_C
 #define PREP_C
-#include "../../refit.c"    // defines: Config, file_open, file_pread
+#include "tokenizer.c"      // defines: Tokenizer, Tokens, tokenizer_*; below it Config, file_open
 #include <glob.h>
 
 #define TOKEN_LABEL 0x80000000u
@@ -24,9 +24,6 @@
 // kind, zeros) and one token after the other, little-endian. Of a conversation (kind chat) only
 // the answers are labels.
 enum { BIN_MAGIC = 20260424, BIN_VERSION = 1, BIN_HEADER = 1024, BIN_TEXT = 0, BIN_CHAT = 1 };
-
-// Is this a model whose tokens are bytes? Its configuration says so by where it puts BOS.
-static inline int bytes_are_tokens(const Config *c) { return c->bos == 256 && c->V > c->eos; }
 
 // Reads a file as one document: BOS, its bytes, EOS. Returns n tokens; the caller frees them.
 static inline uint32_t *text_tokens(const char *path, const Config *c, size_t *n) {
