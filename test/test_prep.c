@@ -115,10 +115,10 @@ static void test_tokens(double megabytes) {
         } else {
             if ((double)bytes >= megabytes * 1e6) { continue; }
             size_t n = mixed_text(text, number);
-            double began = comm_clock();
+            double began = clock_seconds();
             s.n = 0;
             tokenizer_encode(&small, &s, text, n, 0);
-            seconds += comm_clock() - began;
+            seconds += clock_seconds() - began;
             bytes += n;
             got = total(&s, 0);
         }
@@ -174,9 +174,180 @@ static void test_round_trips(void) {
     free(text);
 }
 
+// -------------------------------------------------------------------------------------------------
+// Conversations. The text of a document is what its tokens print as, its labels what lies between
+// U+E000 and U+E001.
+
+// Encodes a row with bytes as tokens and more control tokens than the tiny model has.
+static Row encode(const char *row, const char *loss_on, int newer) {
+    static Tokenizer t;
+    static const Config c = { .V = 256 + CONTROLS, .bos = 256, .eos = 257 };
+    static const char *const words_[] = { "assistant", "last", "completion", "all" };
+    Row r = { .t = &t };
+    if (t.n == 0) { tokenizer_bytes(&t, &c); }
+    t.newer_efforts = newer;
+    while (strcmp(loss_on, words_[r.loss_on]) != 0) { r.loss_on++; }
+    row_encode(&r, row, strlen(row));
+    return r;
+}
+
+// What the tokens of a row print as, with marks. Never freed.
+static Bytes marked(const Row *r, int marks) {
+    char *text = malloc(r->out.n * 40 + 8);
+    int n = 0, inside = 0;
+    for (size_t i = 0; i <= r->out.n; i++) {
+        int label = marks && i < r->out.n && r->out.token[i] & TOKEN_LABEL;
+        if (label != inside) { n += sprintf(text + n, label ? "\uE000" : "\uE001"); }
+        inside = label;
+        if (i == r->out.n) { break; }
+        uint32_t id = r->out.token[i] & TOKEN_ID;
+        memcpy(text + n, r->t->text[id], (size_t)r->t->length[id]);
+        n += r->t->length[id];
+    }
+    return (Bytes){ text, n };
+}
+
+static void test_chat(void) {
+    FILE *f = fopen("test/vectors/chat.txt", "r");
+    enum { LINE = 1 << 16 };
+    char *mode = malloc(LINE), *row = malloc(LINE), *want = malloc(LINE), loss_on[16], release[16];
+    int cases = 0;
+    check(f != NULL, "no test/vectors/chat.txt");
+    while (f && fgets(mode, LINE, f) && fgets(row, LINE, f) && fgets(want + 5, LINE - 5, f)) {
+        Json j;
+        const char *why;
+        sscanf(mode, "%15s %15s", loss_on, release);
+        memcpy(want, "{\"w\":", 5);             // to read it as JSON it must be an object's
+        want[strlen(want) - 1] = '}';
+        check(row_parse(&j, strdup(want), strlen(want), &why), "case %d: %s", cases, why);
+        Bytes expected = string_of(&j, 0, "w");
+        Row r = encode(row, loss_on, strcmp(release, "0731") == 0);
+        Bytes got = marked(&r, r.loss_on != LOSS_ALL);
+        int same = 0;
+        while (same < got.n && same < expected.n && got.s[same] == expected.s[same]) { same++; }
+        int from = same > 40 ? same - 40 : 0;
+        check(!r.wrong[0] && got.n == expected.n && same == got.n, "case %d, %s: at byte %d '%.90s', "
+              "expected '%.90s' (%s)\n  %.300s", cases, loss_on, same, got.s + from,
+              expected.s + from, r.wrong, row);
+        for (size_t i = 0; i < r.out.n; i++) {
+            int first = (r.out.token[i] & TOKEN_FIRST) != 0, label = (r.out.token[i] & TOKEN_LABEL) != 0;
+            if (first != (i == 0) || (r.loss_on == LOSS_ALL && label == first)) {
+                check(0, "case %d: token %zu has first %d, label %d", cases, i, first, label);
+            }
+        }
+        cases++;
+        row_free(&r);
+    }
+    check(cases > 150, "chat.txt has %d cases", cases);
+    fclose(f);
+}
+
+// Rows of every form; [ and ] stand for the marks in what is expected, | for a control token's bar.
+static void test_rows(void) {
+    static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = {
+        {"{\"text\": \"a b\"}", "assistant", "<|begin▁of▁sentence|>[a b<|end▁of▁sentence|>]", 0},
+        {"{\"prompt\": \"2+2=\", \"completion\": \"4\"}", "assistant",
+         "<|begin▁of▁sentence|>2+2=[4<|end▁of▁sentence|>]", 0},
+        {"{\"prompt\": \"p\", \"completion\": \"c\"}", "all",
+         "<|begin▁of▁sentence|>[pc<|end▁of▁sentence|>]", 0},
+        {"{\"prompt\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", \"content\": "
+         "\"v\"}, {\"role\": \"user\", \"content\": \"w\"}], \"completion\": [{\"role\": \"assistant\", "
+         "\"content\": \"x\"}]}", "assistant", "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>v"
+         "<|end▁of▁sentence|><|User|>w<|Assistant|></think>[x<|end▁of▁sentence|>]", 0},
+        {"{\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}", "assistant",
+         "<|begin▁of▁sentence|><|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+        {"{\"instruction\": \"i\", \"input\": \"n\", \"output\": \"o\"}", "last",
+         "<|begin▁of▁sentence|><|User|>i\n\nn<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+        {"{\"ctx\": \"A man\", \"endings\": [\"x\", \"runs.\"], \"label\": \"1\"}", "assistant",
+         "<|begin▁of▁sentence|>A man[ runs.<|end▁of▁sentence|>]", 0},
+        {"{\"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, {\"from\": \"gpt\", \"value\": "
+         "\"g\"}]}", "assistant",
+         "<|begin▁of▁sentence|><|User|>h<|Assistant|></think>[g<|end▁of▁sentence|>]", 0},
+        // Reasoning makes a row a thinking one; a weight of 0 takes an answer out.
+        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"u\"}]}, "
+         "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"a\"}]}", "assistant",
+         "<|begin▁of▁sentence|><|User|>u<|Assistant|><think>[r</think>a<|end▁of▁sentence|>]", 0},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", \"content\": "
+         "\"a\", \"weight\": 0}, {\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+         "\"content\": \"b\", \"mask\": false}]}", "assistant", "<|begin▁of▁sentence|><|User|>u<|Assistant|>"
+         "</think>a<|end▁of▁sentence|><|User|>u<|Assistant|></think>[b<|end▁of▁sentence|>]", 0},
+        // Characters of two \\u, half of a pair, a 0; and control tokens as text.
+        {"{\"text\": \"\\uD83D\\uDE00\\ud83d\\udE0\\u00e9\\ud800\\u0041\"}", "assistant", NULL, 0},
+        {"{\"text\": \"\\uD83D\\uDE00\\u00e9\\ud800\\u0041\\\\u0041\\udc00\"}", "assistant",
+         "<|begin▁of▁sentence|>[😀é\uFFFDA\\u0041\uFFFD<|end▁of▁sentence|>]", 0},
+        {"{\"text\": \"x<think>y\"}", "assistant", "<|begin▁of▁sentence|>[x<think>y<|end▁of▁sentence|>]",
+         1},
+        {"{\"text\": \"<|User|>\"}", "assistant", "<|begin▁of▁sentence|>[<|User|><|end▁of▁sentence|>]",
+         1},
+        // What is no row.
+        {"[1]", "all", NULL, 0}, {"{\"messages\": 3}", "all", NULL, 0}, {"{", "all", NULL, 0},
+        {"{\"a\": 1}", "all", NULL, 0}, {"{\"text\": \"\xff\"}", "all", NULL, 0},
+        {"{\"text\": 5}", "all", NULL, 0}, {"{\"text\": \"a\\x\"}", "all", NULL, 0},
+        {"{\"prompt\": 1, \"completion\": \"c\"}", "all", NULL, 0}, {"{\"text\": +1}", "all", NULL, 0},
+        {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all", NULL, 0},
+    };
+    for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
+        char row[1024], want[1024] = "";
+        for (const char *s = rows[k].want, *from = "[]|"; s && *s; s++) {
+            static const char *const to[] = { "\uE000", "\uE001", "｜" };
+            const char *mark = strchr(from, *s);
+            strncat(want, mark ? to[mark - from] : s, mark ? 3 : 1);
+        }
+        for (int i = 0, n = 0; n == 0 || rows[k].row[i - 1]; i++) {     // | in the row too
+            int bar = rows[k].row[i] == '|';
+            n += snprintf(row + n, sizeof row - (size_t)n, bar ? "｜" : "%c", rows[k].row[i]);
+        }
+        Row r = encode(row, rows[k].loss_on, 0);
+        Bytes got = marked(&r, 1);
+        check((rows[k].want == NULL) == (r.wrong[0] != 0), "row %s: wrong is '%s'", row, r.wrong);
+        int same = got.n == (int)strlen(want) && memcmp(got.s, want, (size_t)got.n) == 0;
+        check(!rows[k].want || same, "row %s: '%.*s', expected '%s'", row, got.n, got.s, want);
+        check(r.wrong[0] || r.spelled == rows[k].spelled, "row %s: spelled %d", row, r.spelled);
+        uint32_t user = 0;
+        for (size_t i = 1; i < r.out.n; i++) { user += (r.out.token[i] & TOKEN_ID) == 258; }
+        check(!rows[k].spelled || user == 0, "row %s: text became a control token", row);
+        row_free(&r);
+    }
+}
+
+// The released tokenizer's ids (deepseek-v4-flash.md section 8), where the file is at hand:
+// `make test TOKENIZER=.../tokenizer.json`.
+static void test_released(void) {
+    static const struct { const char *text; uint32_t id[32]; } golden[] = {
+        {"Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ", {19923, 3, 223, 5464, 5008, 1175, 19, 940, 223, 19, 438,
+         223, 20, 6113, 257, 76589, 131, 100, 76032, 1628, 76589, 131, 108, 76589, 131, 98}},
+        {"Hello, 世界", {19923, 14, 223, 3427}}, {"S", {53}}, {"U1", {55, 19}}, {"A1", {35, 19}},
+        {"You are concise.", {3476, 477, 47468, 16}}, {"你好", {30594}}, {"推理", {36101}},
+        {"Answer with one word: sky color?", {7805, 418, 834, 2004, 28, 12709, 3605, 33}},
+        {"答案", {7624}} };
+    static const uint32_t controls[] = { 0, 1, 128803, 128804, 128821, 128822, 128825, 128828, 128829,
+                                         128830, 128831, 128832, 128836, 128845 };
+    const char *path = getenv("TOKENIZER");
+    Config c = { .V = 129280, .bos = 0, .eos = 1 };
+    Tokenizer t;
+    if (path == NULL || *path == 0) {
+        skip("golden ids: no released tokenizer.json (make test TOKENIZER=PATH)");
+        return;
+    }
+    tokenizer_load(&t, path, &c);
+    for (int k = 0; k < CONTROLS; k++) {
+        check(t.control[k] == controls[k], "%s is %u", control_text[k], t.control[k]);
+    }
+    for (size_t k = 0; k < sizeof golden / sizeof golden[0]; k++) {
+        Tokens s = { .n = 0 };
+        tokenizer_encode(&t, &s, golden[k].text, strlen(golden[k].text), 0);
+        check(memcmp(s.token, golden[k].id, s.n * sizeof *s.token) == 0 && golden[k].id[s.n] == 0,
+              "'%s' has other ids", golden[k].text);
+    }
+}
+
 int main(int argc, char **argv) {
     tokenizer_load(&small, "test/vectors/tokenizer.json", &small_config);
     test_tokens(argc > 1 ? atof(argv[1]) : 1);
     test_round_trips();
+    test_chat();
+    test_rows();
+    test_released();
     return finish("test_prep");
 }

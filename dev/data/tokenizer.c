@@ -58,6 +58,7 @@ typedef struct {
     uint32_t *by_text;          // (text_mask + 1) hash table of the bytes: id + 1; 0: empty slot
     uint32_t rule_mask, text_mask;
     int whole_words;            // a piece that is a token is not merged (ignore_merges)
+    int newer_efforts;          // of the -0731 release: see chat.c
     Word *words;                // (WORDS)
     // Of the piece that is being merged:
     Symbol *symbol;             // (capacity)
@@ -410,9 +411,12 @@ static inline void tokenizer_open(Tokenizer *t, const Config *c, const char *dir
     char path[PATH_SIZE];
     memset(t, 0, sizeof *t);
     if (bytes_are_tokens(c)) { tokenizer_bytes(t, c); return; }
-    if (access(path_make(path, dir, "/tokenizer.json", ""), F_OK) == 0) {
-        tokenizer_load(t, path, c);
-    }
+    if (access(path_make(path, dir, "/tokenizer.json", ""), F_OK) != 0) { return; }
+    tokenizer_load(t, path, c);
+    size_t n;                   // releases are told apart by keys that only the later ones have
+    char *config = file_read(path_make(path, dir, "/config.json", ""), &n, not_a_folder);
+    t->newer_efforts = strstr(config, "\"dspark_") != NULL;
+    free(config);
 }
 
 // -------------------------------------------------------------------------------------------------
