@@ -185,6 +185,24 @@ static inline void data_add_jsonl(Data *d, const char *path) {
     free(text);
 }
 
+// --loss-on as a number.
+static inline int loss_on_word(const char *word) {
+    static const char *const words[] = { "assistant", "last", "completion", "all" };
+    int i = 0;
+    while (i < LOSS_ALL && strcmp(word, words[i]) != 0) { i++; }
+    return i;
+}
+
+// Writes BOS and a prompt's tokens. Returns how many: at most one more than the prompt has bytes.
+static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, const Config *c) {
+    Tokens s = { .n = 0 };
+    token[0] = c->bos;
+    if (t->n) { tokenizer_encode(t, &s, prompt, strlen(prompt), 0); }
+    for (size_t i = 0; i < s.n; i++) { token[i + 1] = (int)s.token[i]; }
+    free(s.token);
+    return (int)s.n + 1;
+}
+
 // Adds every file that the pattern names, in the order of their names.
 static inline void data_add(Data *d, const char *pattern) {
     glob_t found;
@@ -211,18 +229,40 @@ static inline void data_add(Data *d, const char *pattern) {
     refuse_if(d->labels == 0, "%s: no labels, so there is nothing to learn from", pattern);
 }
 
+// The path of a file that lies in the folder of the program.
+static inline char *beside_program(char *path, const char *name) {
+    char folder[PATH_SIZE];
+    ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
+    folder[length > 0 ? length : 0] = 0;
+    char *slash = strrchr(folder, '/');
+    if (slash) { *slash = 0; }
+    return path_make(path, slash ? folder : ".", "/", name);
+}
+
+// The built-in model, a checkpoint that has read English (dev/ref/make_tiny.py). Without jsmn.h it
+// cannot be read: NULL, and the weights are random ones.
+static inline const char *tiny_folder(char *path) {
+#ifdef HAVE_JSMN
+    refuse_if(access(beside_program(path, "dev/data/tiny"), R_OK) != 0, "%s is missing: the built-in "
+              "model lies beside the program HINT: --random-base begins with random weights", path);
+    return path;
+#else
+    if (this_rank == 0) {
+        printf("load   the built-in model begins with random weights: built without jsmn.h HINT: "
+               "make deps && make\n");
+    }
+    return path[0] = 0, NULL;
+#endif
+}
+
 // Without -i the tiny model learns this project's own source, which lies beside the program. The
 // last 5 % of each file are held out for validation.
 static inline void data_add_own_text(Data *train, Data *val) {
     static const char *const files[] = {
         "kernels.cu", "fp8.c", "mxfp4.c", "lora.c", "moe.c", "refit.c", "train.c" };
-    char folder[PATH_SIZE], path[PATH_SIZE];
-    ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
-    folder[length > 0 ? length : 0] = 0;
-    char *slash = strrchr(folder, '/');
-    if (slash) { *slash = 0; }
+    char path[PATH_SIZE];
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
-        path_make(path, slash ? folder : ".", "/", files[i]);
+        beside_program(path, files[i]);
         refuse_if(access(path, R_OK) != 0, "%s is missing: without -i the tiny model learns the "
                   "source that lies beside the program HINT: -i FILE.txt", path);
         size_t n;
@@ -345,7 +385,6 @@ static void write_bin(const Data *d, const char *path, int kind) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const words[] = { "assistant", "last", "completion", "all" };
     static Config c;
     Tokenizer t;
     Data d = { .tokenizer = &t, .t = INT_MAX, .skip_bad_rows = 1 };
@@ -353,7 +392,7 @@ int main(int argc, char **argv) {
     config_load(&c, argv[1]);
     tokenizer_open(&t, &c, argv[1]);
     d.V = c.V;
-    while (argc > 4 && d.loss_on < 3 && strcmp(argv[4], words[d.loss_on]) != 0) { d.loss_on++; }
+    d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     data_add(&d, argv[2]);
     size_t end = strlen(argv[2]);
     int kind = end > 6 && strcmp(argv[2] + end - 6, ".jsonl") == 0 ? BIN_CHAT : BIN_TEXT;
