@@ -2465,7 +2465,7 @@ static Option option_table[] = {
     {"batch", 'b', COUNT, &opt.batch, "1", "N", KEPT, .help = "rows per rank and micro-batch"},
     {"seq", 't', COUNT, &opt.seq, "4096", "N", KEPT, .help = "tokens per row", .tiny = "256"},
     {"tokens-per-step", 'd', WHOLE, &opt.per_step, "0", "N", KEPT, .help = "0: b x t x ranks"},
-    {"steps", 'x', WHOLE, &opt.steps, "0", "N", KEPT, .help = "0: --epochs", .tiny = "50"},
+    {"steps", 'x', WHOLE, &opt.steps, "0", "N", KEPT, .help = "0: --epochs", .tiny = "80"},
     {"epochs", 0, NUMBER, &opt.epochs, "1", "F", KEPT, .help = "passes over the data"},
     // The optimizer.
     {"lr", 'l', NUMBER, &opt.lr, "1e-4", "F", KEPT, .help = "peak", .tiny = "3e-3"},
@@ -2853,8 +2853,8 @@ static inline void data_say(const char *name, Data *d) {
         d->truncated, d->bad + d->unlabelled, d->rows, d->t,
         100.0 * (double)d->tokens / ((double)d->rows * d->t));
     if (d->bad + d->unlabelled) {
-        say("data   %-5s dropped: %zu bad rows, %zu without labels in their first %d tokens\n", name,
-            d->bad, d->unlabelled, d->t);
+        say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n", name,
+            d->bad, plural((int)d->bad), d->unlabelled, d->t);
     }
     if (d->spelled) {
         say("data   %-5s %zu rows have control tokens in their text: taken as plain text\n", name,
