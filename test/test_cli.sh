@@ -316,9 +316,9 @@ test_adapts() {
 
 # Conversations train the same way. Green is what is learnt.
 test_chat() {
-    printf '%s\n' '{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant",
-        "content": "Because."}]}' | tr -d '\n' > chat.jsonl
-    printf '\n%s\n' '{"prompt": "1+1=", "completion": "2"}' 'broken' >> chat.jsonl
+    local why='{"messages": [{"role": "user", "content": "Why?"}'
+    why+=', {"role": "assistant", "content": "Because."}]}'
+    printf '%s\n' "$why" '{"prompt": "1+1=", "completion": "2"}' 'broken' > chat.jsonl
     refused 'chat.jsonl:3' "${given[@]}" -i chat.jsonl
     run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows --show-data 1 --no-shuffle
     check "--show-data: $(cat log)" grep -qF "$(printf '</think>\033[32mBecause.<')" log
