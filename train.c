@@ -2053,6 +2053,7 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
 // depend on the number of ranks. Every rank holds the whole plan, with the number of labels of each
 // piece: the loss is divided by the labels of all ranks, and no one has to ask for them.
 #include "dev/data/prep.c"  // defines: Tokenizer, Data, Rows, data_*, prompt_tokens, token_print
+#include "dev/inspect.c"    // defines: inspect_tensors, inspect_adapter
 #include "dev/plot.c"       // defines: log_parse, plot_loss
 #include "dev/options.c"    // defines: Option, option_*, options_from_argv, EACH_OPTION
 
@@ -3033,6 +3034,10 @@ static inline int train(Trainer *r) {
     if (this_rank == 0) { atexit(plot_at_exit); }
     comm_barrier(COMM_WORLD, "making room in the output folder");
     catch_stop_signals();
+    if (r->step == 0 && r->val.pieces == 0) {   // a number to compare with what the base can do
+        say("base   loss %.6f | on the first rows, before training\n", validate(r, &r->train, 1, 0));
+        data_seek(&r->train, 0);
+    }
     for (;;) {
         if (is_due(r, opt.val_every)) { show_validation(r); }
         if (is_due(r, opt.sample_every)) { sample(r); }
@@ -3112,19 +3117,6 @@ static inline void bench(Trainer *r) {
     free(timed);
 }
 
-// --inspect: the tensors that a checkpoint of this model has, as they are stored.
-static inline void inspect(const Model *m) {
-    static const char *const types[] = { [DT_BF16] = "BF16", [DT_F32] = "F32", [DT_FP8] = "F8_E4M3",
-        [DT_E8M0] = "F8_E8M0", [DT_FP4] = "I8 (fp4)", [DT_I64] = "I64" };
-    for (size_t i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        say("%-56s %-9s (", t->name, types[t->type]);
-        for (int k = 0; k < t->ndim; k++) { say("%s%zu", k ? "," : "", t->dim[k]); }
-        say(")\n");
-    }
-    say("done   %zu tensors\n", m->n_tensors);
-}
-
 // What every rank does once the options are clear. Returns the exit code.
 static inline int run(Trainer *r, const char *checkpoint) {
     const Adapters *a = &r->model.adapters;
@@ -3140,7 +3132,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
-    if (opt.inspect) { inspect(&r->model); return EXIT_OK; }
+    if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
     if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
 
@@ -3151,9 +3143,8 @@ static inline int run(Trainer *r, const char *checkpoint) {
     if (check) {
         Adapters host = adapters_host(a);
         adapter_load(opt.check_adapter, &host, &r->config);
+        inspect_adapter(&host, opt.check_adapter);
         adapters_host_end(&host, a, 1);
-        say("done   %s fits: all of its matrices, r=%d alpha=%g\n", opt.check_adapter, opt.r,
-            opt.alpha);
         return EXIT_OK;
     }
     double began = clock_seconds();
