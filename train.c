@@ -2849,13 +2849,13 @@ static inline void plan_disk(const Adapters *a) {
 static inline void data_say(const char *name, Data *d) {
     if (d->pieces == 0) { return; }
     data_seek(d, 0);
-    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | %zu rows of "
-        "%d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
+    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | %zu rows "
+        "of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
         d->truncated, d->bad + d->unlabelled, d->rows, d->t,
         100.0 * (double)d->tokens / ((double)d->rows * d->t));
     if (d->bad + d->unlabelled) {
-        say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n", name,
-            d->bad, plural((int)d->bad), d->unlabelled, d->t);
+        say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n",
+            name, d->bad, plural((int)d->bad), d->unlabelled, d->t);
     }
     if (d->spelled) {
         say("data   %-5s %zu rows have control tokens in their text: taken as plain text\n", name,
@@ -3035,7 +3035,8 @@ static inline int train(Trainer *r) {
     comm_barrier(COMM_WORLD, "making room in the output folder");
     catch_stop_signals();
     if (r->step == 0 && r->val.pieces == 0) {   // a number to compare with what the base can do
-        say("base   loss %.6f | on the first rows, before training\n", validate(r, &r->train, 1, 0));
+        double base = validate(r, &r->train, 1, 0);
+        say("base   loss %.6f | on the first rows, before training\n", base);
         data_seek(&r->train, 0);
     }
     for (;;) {

@@ -50,8 +50,8 @@ static inline void inspect_adapter(const Adapters *a, const char *dir) {
     }
     for (int i = 0; i < TARGETS && this_rank == 0; i++) {
         if (sum[i].modules == 0) { continue; }
-        printf("check  %-10s %6d modules | norm of B %.3g .. %.3g | %d zero\n", target_names[i].name,
-               sum[i].modules, sum[i].least, sum[i].most, sum[i].zero);
+        printf("check  %-10s %6d modules | norm of B %.3g .. %.3g | %d zero\n",
+               target_names[i].name, sum[i].modules, sum[i].least, sum[i].most, sum[i].zero);
     }
     if (this_rank == 0) {
         printf("done   %s fits: %d modules, r=%d alpha=%g%s\n", dir, modules, a->R, a->alpha,

@@ -61,7 +61,7 @@ static void read_input(void) {
     } else if (strcmp(target, "jsonl") == 0) {
         Data d = { .V = 264, .t = 64, .tokenizer = &bytes, .skip_bad_rows = 1 };
         data_add_jsonl(&d, path[0]);
-        for (size_t i = 0; i < d.pieces; i++) {
+        for (size_t i = d.pieces; i-- > 0; ) {          // a document's first piece comes last
             if (d.piece[i].token[0] & TOKEN_FIRST) { free((void *)d.piece[i].token); }
         }
         free(d.piece);
@@ -106,7 +106,9 @@ static void fuzz_setup(const char *program) {
     path_make(path[1], folder, "/", "adapter_config.json");
     path_make(path[2], folder, "/", "adapter_model.safetensors");
     tokenizer_bytes(&bytes, &config);
-    adapters = (Adapters){ .R = 2, .alpha = 4, .targets = 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1 };
+    adapters.R = 2;
+    adapters.alpha = 4;
+    adapters.targets = 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1;
     for (int pass = 0; pass < 2; pass++) {
         if (pass == 0) { mem_count(); } else { mem_open(); adapters_alloc(&adapters, 1); }
         adapters_begin(&adapters);

@@ -77,7 +77,8 @@ static size_t mixed_text(char *text, int document) {
 static const char *const cut_texts[] = {
     "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ", "Hello, 世界", "S", "U1", "A1", "U2", "A2", "You are concise.",
     "Answer with one word: sky color?", "你好", "推理", "答案", "x  \n \t\n  y   z  ", "12345.678",
-    "don't I'll <b>it's</b>", "ア・イ゛ーu゙", "\u0301a \u0301 \u200d\u200dB" };
+    "don't I'll <b>it's</b>", "ア・イ゛ーu゙", "\u0301a \u0301 \u200d\u200dB",
+    "a\u3040b\u303f\u3041\u30ff\u3100c\u9fa5\u9fa6\u4dff\u4e00" };
 
 // "7 1 3": the bytes of each piece.
 static const char *pieces_text(const char *text) {
@@ -215,7 +216,7 @@ static void test_chat(void) {
     check(f != NULL, "no test/vectors/chat.txt");
     while (f && fgets(mode, LINE, f) && fgets(row, LINE, f) && fgets(want + 5, LINE - 5, f)) {
         Json j;
-        const char *why;
+        const char *why = "";
         sscanf(mode, "%15s %15s", loss_on, release);
         memcpy(want, "{\"w\":", 5);             // to read it as JSON it must be an object's
         want[strlen(want) - 1] = '}';

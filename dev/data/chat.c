@@ -166,8 +166,9 @@ static inline int control_at(const char *s, size_t n) {
 
 // What a user wrote.
 static inline void put_user(Row *r, Bytes b) {
-    for (int i = 0; i < b.n && !r->spelled; i++) {      // they begin with < or a full-width bar
-        r->spelled = (b.s[i] == '<' || b.s[i] == '\xEF') && control_at(b.s + i, (size_t)(b.n - i)) >= 0;
+    for (int i = 0; i < b.n && !r->spelled; i++) {
+        if (b.s[i] != '<' && b.s[i] != '\xEF') { continue; }    // what they begin with
+        r->spelled = control_at(b.s + i, (size_t)(b.n - i)) >= 0;
     }
     put(r, b.s, (size_t)b.n);
 }
@@ -222,7 +223,8 @@ static inline void put_json_string(Row *r, const char *s, int n) {
 
 // Value i as Python's json.dumps(value, ensure_ascii=False) writes it. Returns the token behind it.
 static inline int put_json(Row *r, const Json *j, int i) {
-    int kind = json_kind(j, i), object = kind == '{', at = i + 1, length = j->tok[i].end - j->tok[i].start;
+    int kind = json_kind(j, i), object = kind == '{', at = i + 1;
+    int length = j->tok[i].end - j->tok[i].start;
     const char *s = json_text(j, i);
     if (object || kind == '[') {
         put(r, object ? "{" : "[", 1);
@@ -281,8 +283,8 @@ static inline void messages_add(Row *r, int list, int learnt) {
         snprintf(text, sizeof text, "%.*s", name.n, name.s);
         int role = role_of(text);
         if (role < 0) {
-            row_wrong(r, "message %d has the role '%s', expected system, developer, user, assistant, "
-                      "tool or latest_reminder", k, text);
+            row_wrong(r, "message %d has the role '%s', expected system, developer, user, "
+                      "assistant, tool or latest_reminder", k, text);
             return;
         }
         messages_grow(r);
@@ -596,8 +598,9 @@ static inline void read_options(Row *r) {
     r->thinking = 0;
     for (int i = 0; i < r->messages; i++) {
         int at = r->message[i].at;
-        r->thinking |= r->message[i].role == ROLE_ASSISTANT
-            && (is_set(j, member(j, at, "reasoning_content")) || is_set(j, member(j, at, "reasoning")));
+        int reasons = is_set(j, member(j, at, "reasoning_content"))
+                   || is_set(j, member(j, at, "reasoning"));
+        r->thinking |= reasons && r->message[i].role == ROLE_ASSISTANT;
         any_tools |= is_set(j, member(j, at, "tools"));
     }
     if (mode >= 0) {

@@ -1,7 +1,7 @@
 // prep.c: text and conversations into tokens, and tokens into rows.
 //
-// The trainer includes this file, so that `./train -i chat.jsonl` needs no step in between. For data
-// that is used more than once, or that is too large to be encoded at every start, it is a tool too,
+// The trainer includes this file, so that `./train -i chat.jsonl` needs no step in between. For
+// data that is used more than once, or too large to be encoded at every start, it is a tool too,
 // which writes the same documents to a token file:
 //
 //     cc -O2 -DPREP_MAIN -I.deps/usr/include dev/data/prep.c -o prep -lm
@@ -173,7 +173,8 @@ static inline void data_add_jsonl(Data *d, const char *path) {
             printf("data   %s:%zu has a control token in its text: such text is taken as it is "
                    "written\n", path, number);
         }
-        size_t labels = 0, most = kind == BIN_CHAT && r.out.n > (size_t)d->t ? (size_t)d->t : r.out.n;
+        size_t labels = 0, most = r.out.n;
+        if (kind == BIN_CHAT && most > (size_t)d->t) { most = (size_t)d->t; }
         for (size_t i = 1; i < most; i++) { labels += (r.out.token[i] & TOKEN_LABEL) != 0; }
         if (labels == 0) { d->unlabelled++; continue; }
         uint32_t *token = (uint32_t *)host_alloc(r.out.n * sizeof *token);
@@ -243,8 +244,9 @@ static inline char *beside_program(char *path, const char *name) {
 // cannot be read: NULL, and the weights are random ones.
 static inline const char *tiny_folder(char *path) {
 #ifdef HAVE_JSMN
-    refuse_if(access(beside_program(path, "dev/data/tiny"), R_OK) != 0, "%s is missing: the built-in "
-              "model lies beside the program HINT: --random-base begins with random weights", path);
+    refuse_if(access(beside_program(path, "dev/data/tiny"), R_OK) != 0, "%s is missing: the "
+              "built-in model lies beside the program HINT: --random-base begins with random "
+              "weights", path);
     return path;
 #else
     if (this_rank == 0) {
@@ -397,8 +399,8 @@ int main(int argc, char **argv) {
     size_t end = strlen(argv[2]);
     int kind = end > 6 && strcmp(argv[2] + end - 6, ".jsonl") == 0 ? BIN_CHAT : BIN_TEXT;
     write_bin(&d, argv[3], kind);
-    printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n", argv[3],
-           d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
+    printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n",
+           argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
     return 0;
 }
 #endif

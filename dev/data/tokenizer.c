@@ -279,8 +279,8 @@ static inline void check_cuts(const Json *j) {
     int type = json_find(j, i, "type");
     refuse_if(type < 0 || strcmp(json_text(j, type), "ByteLevel") != 0
               || !json_is_off(j, json_find(j, i, "add_prefix_space"))
-              || !json_is_off(j, json_find(j, i, "use_regex")), "%s: its pre_tokenizer does not end "
-              "with ByteLevel without prefix and regex", j->file);
+              || !json_is_off(j, json_find(j, i, "use_regex")), "%s: its pre_tokenizer does not "
+              "end with ByteLevel without prefix and regex", j->file);
 }
 
 // The id that value i gives to a token, below the vocabulary of the model.
@@ -334,7 +334,8 @@ static inline void read_merges(Tokenizer *t, const Json *j, int merges) {
         int pair = json_kind(j, i) == '[' && j->tok[i].size == 2;
         int left = pair ? i + 1 : i, right = pair ? i + 2 : i;
         char *a = j->text + j->tok[left].start, *b = j->text + j->tok[right].start;
-        int an = j->tok[left].end - j->tok[left].start, bn = j->tok[right].end - j->tok[right].start;
+        int an = j->tok[left].end - j->tok[left].start;
+        int bn = j->tok[right].end - j->tok[right].start;
         if (!pair && json_kind(j, i) == '"') {
             b = strchr(a, ' ');
             an = b ? (int)(b++ - a) : 0;
@@ -571,7 +572,8 @@ static inline void merge_piece(Tokenizer *t, const char *s, int n) {
         if (!t->symbol || !t->heap) { die(EXIT_FIT, "no memory for a word of %d bytes", n); }
     }
     for (int i = 0; i < n; i++) {
-        t->symbol[i] = (Symbol){ t->byte_id[(unsigned char)s[i]], i - 1, i + 1 < n ? i + 1 : -1, 0 };
+        uint32_t id = t->byte_id[(unsigned char)s[i]];
+        t->symbol[i] = (Symbol){ id, i - 1, i + 1 < n ? i + 1 : -1, 0 };
     }
     t->heaped = 0;
     for (int i = 0; i + 1 < n; i++) { merge_push(t, i); }
@@ -616,7 +618,8 @@ static inline void encode_piece(Tokenizer *t, Tokens *out, const char *s, int n,
 static inline void tokenizer_encode(Tokenizer *t, Tokens *out, const char *text, size_t n,
                                     uint32_t flags) {
     if (t->rules == NULL) {             // bytes
-        for (size_t i = 0; i < n; i++) { tokens_add(out, t->byte_id[(unsigned char)text[i]] | flags); }
+        const unsigned char *s = (const unsigned char *)text;
+        for (size_t i = 0; i < n; i++) { tokens_add(out, t->byte_id[s[i]] | flags); }
         return;
     }
     Cutter c = { text, text + n, text, NULL };

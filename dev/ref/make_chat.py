@@ -97,6 +97,10 @@ CASES = [
 ]
 
 
+VALUES = (1, "s", None, 1e22, 0.1, -0.0, 1e16, 9007199254740993.0, 123456789012345680.0, 1e-4,
+          0.00012345, 1e-5, 1.5e-7, 1e15, 3.141592653589793, -2e300, 10**30)
+
+
 def random_talk(rng):
     """Any order of roles, with tools and tasks now and then."""
     messages, calls = [], []
@@ -109,7 +113,7 @@ def random_talk(rng):
             if rng.random() < 0.5:
                 message["reasoning_content"] = rng.choice(["", "because", "r\n"])
             if rng.random() < 0.4:
-                calls = [call("f", json.dumps({"k": rng.choice([1, "s", None, 1e22, 0.1, -0.0])}), n)
+                calls = [call("f", json.dumps({"k": rng.choice(VALUES)}), n)
                          for n in rng.sample(range(9), rng.randint(1, 3))]
                 message["tool_calls"] = calls
         if role == "tool":

@@ -37,6 +37,7 @@ PIECES = (
     "Hello, 世界", "S", "U1", "A1", "U2", "A2", "You are concise.",
     "Answer with one word: sky color?", "你好", "推理", "答案",
     "x  \n \t\n  y   z  ", "12345.678", "don't I'll <b>it's</b>", "ア・イ゛ーu゙", "\u0301a \u0301 \u200d\u200dB",
+    "a\u3040b\u303f\u3041\u30ff\u3100c\u9fa5\u9fa6\u4dff\u4e00",
 )
 
 # What mixed_text draws from: a kind is a list of ranges; a run of one kind is 1 to 12 characters.
@@ -82,9 +83,7 @@ def train():
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    with open(os.path.join(VECTORS, "..", "..", "README.md")) as file:
-        tokenizer.train_from_iterator([mixed_text(1000 + d) for d in range(4)] + [file.read()],
-                                      trainer)
+    tokenizer.train_from_iterator([mixed_text(1000 + d) for d in range(8)] + [__doc__] * 20, trainer)
     content = json.loads(tokenizer.to_str())
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
     known = {tuple(m) for m in merges}
