@@ -19,11 +19,8 @@
 //   2 tokenizer.json 4 merging
 #ifndef TOKENIZER_C
 #define TOKENIZER_C
-#include "../../refit.c"    // defines: Config, Json, file_read
+#include "checkpoint.c"     // defines: Config, Json, json_*, file_read, refuse_if
 #include "unicode.c"        // defines: char_class
-
-// An input that cannot be used: one line, exit code 1.
-#define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
 
 // -------------------------------------------------------------------------------------------------
 // 1 The table

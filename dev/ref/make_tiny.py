@@ -2,15 +2,15 @@
 
     python dev/ref/make_tiny.py dev/data/tiny [--steps 1400] [--threads 1]
 
-The model is transformers' own class in fp32, its tokens are bytes. It learns from prose that Debian
-packages leave in /usr/share and /usr/lib/python3: documentation, docstrings, licences. Only prose is
-kept, so that source code, which ./train then adapts it to, is far from anything it has seen.
+The model is transformers' own class in fp32, its tokens are bytes. It learns from prose that
+packages leave on a Debian system: documentation, docstrings, licences. Only prose is kept, so that
+source code, which ./train then adapts it to, is far from anything it has seen.
 
 What a checkpoint of this family cannot represent is not learnt: in the second half of the training
 every matrix is rounded to its format in the forward pass (fp4 experts, fp8 matrices, bf16 norms),
 and the gradient goes to the number that was rounded. So the files hold what was trained, exactly.
 
-The router's bias follows the load of the experts, as in pre-training (section 9 of the report): an
+The router's bias follows the load of the experts, as in the pre-training of the real model: an
 expert with fewer tokens than the mean becomes easier to pick. The indexer and the hash tables have
 no gradient and stay as they were drawn.
 """
@@ -19,10 +19,9 @@ import glob
 import gzip
 import hashlib
 import html
-import math
+import json
 import os
 import re
-import subprocess
 import time
 
 import numpy as np
@@ -305,7 +304,6 @@ def write(folder, state):
     index = {"metadata": {"total_size": total},
              "weight_map": {name: shard for name in sorted(name for name, _, _ in files)}}
     with open(os.path.join(folder, "model.safetensors.index.json"), "w") as file:
-        import json
         file.write(json.dumps(index, indent=0) + "\n")
     ref.write_config(os.path.join(folder, "config.json"), CONFIG)
     return total
