@@ -23,6 +23,7 @@ static void *fuzz_mmap(void *at, size_t n, int prot, int flags, int fd, off_t of
 }
 #define exit(code) fuzz_exit(code)
 #define mmap(...) fuzz_mmap(__VA_ARGS__)
+#include "../refit.c"
 #include "../dev/data/prep.c"
 #undef exit
 #undef mmap

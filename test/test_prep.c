@@ -175,6 +175,24 @@ static void test_round_trips(void) {
     free(text);
 }
 
+// With ignore_merges a piece that is a token is that token; it need not be reachable by merges.
+static void test_whole_words(void) {
+    Tokenizer t;
+    int pieces = 0;
+    tokenizer_load(&t, "test/vectors/tokenizer.json", &small_config);
+    t.whole_words = 1;
+    for (int id = 0; id < 1000; id++) {
+        Cutter c = { t.text[id], t.text[id] + t.length[id], t.text[id], NULL };
+        if (next_piece(&c) != t.length[id]) { continue; }
+        Tokens s = { .n = 0 };
+        tokenizer_encode(&t, &s, t.text[id], (size_t)t.length[id], 0);
+        check(s.n == 1 && s.token[0] == (uint32_t)id, "token %d alone has %zu tokens", id, s.n);
+        free(s.token);
+        pieces++;
+    }
+    check(pieces > 500, "%d tokens are whole pieces", pieces);
+}
+
 // -------------------------------------------------------------------------------------------------
 // Conversations. The text of a document is what its tokens print as, its labels what lies between
 // U+E000 and U+E001.
@@ -347,6 +365,7 @@ int main(int argc, char **argv) {
     tokenizer_load(&small, "test/vectors/tokenizer.json", &small_config);
     test_tokens(argc > 1 ? atof(argv[1]) : 1);
     test_round_trips();
+    test_whole_words();
     test_chat();
     test_rows();
     test_released();

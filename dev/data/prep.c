@@ -35,6 +35,7 @@ typedef struct {
     int loss_on, skip_bad_rows; // --loss-on, --skip-bad-rows
     size_t documents, tokens, labels, truncated, pieces, capacity;
     size_t bad, unlabelled, spelled;        // rows skipped, without labels, with control tokens
+    size_t texts;               // documents that are cut where they are long, not truncated
     Piece *piece;               // (pieces) in file order
     // The plan of one epoch: row i is the pieces order[row[i]] .. order[row[i + 1] - 1].
     int epoch;
@@ -55,6 +56,7 @@ typedef struct {                // rows of one step in global order: the same on
 static inline void data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
     size_t t = (size_t)d->t;
     d->documents++;
+    d->texts += kind == BIN_TEXT;
     if (kind == BIN_CHAT && length > t) {
         d->truncated++;
         length = t;
@@ -370,8 +372,7 @@ static inline void data_take(Data *d, Rows *s, int rows, int wrap) {
 // 4 The tool
 
 #ifdef PREP_MAIN
-// Writes every document of d as one token file. Rows of text and conversations do not mix: the file
-// says how long documents are treated.
+// Writes every document of d as one token file, which says how those that are too long are treated.
 static void write_bin(const Data *d, const char *path, int kind) {
     int32_t h[256] = { BIN_MAGIC, BIN_VERSION, d->V, (int32_t)(d->tokens & 0x7FFFFFFF),
                        (int32_t)(d->tokens >> 31), kind };
@@ -396,9 +397,9 @@ int main(int argc, char **argv) {
     d.V = c.V;
     d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     data_add(&d, argv[2]);
-    size_t end = strlen(argv[2]);
-    int kind = end > 6 && strcmp(argv[2] + end - 6, ".jsonl") == 0 ? BIN_CHAT : BIN_TEXT;
-    write_bin(&d, argv[3], kind);
+    refuse_if(d.texts > 0 && d.texts < d.documents, "%s: %zu documents are text, %zu are not, but a "
+              "token file holds one kind HINT: two files", argv[2], d.texts, d.documents - d.texts);
+    write_bin(&d, argv[3], d.texts ? BIN_TEXT : BIN_CHAT);
     printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n",
            argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
     return 0;
