@@ -82,7 +82,7 @@ build/flags:
 # The trainer: train.c includes every other C file, so it is one compiler run. kernels.cu is the
 # other translation unit; nvcc compiles it without a GPU, and ./train looks for one when it starts.
 
-MODULES := $(wildcard *.c dev/*.c dev/data/checkpoint.c dev/data/prep.c)
+MODULES := $(wildcard *.c dev/*.c dev/data/*.c)
 train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.o)
 	@printf '%s\n' \
 	    "$(if $(OPENMP),✓ OpenMP found,✗ OpenMP not found -> one thread; clang needs libomp-dev)" \

@@ -2094,7 +2094,8 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
 // sequence and row j of the step goes to rank j mod ranks, so what a step learns from does not
 // depend on the number of ranks. Every rank holds the whole plan, with the number of labels of each
 // piece: the loss is divided by the labels of all ranks, and no one has to ask for them.
-#include "dev/data/prep.c"  // defines: Data, Rows, data_*, text_tokens, prompt_tokens, token_text
+#include "dev/data/prep.c"  // defines: Tokenizer, Data, Rows, data_*, prompt_tokens, token_print
+#include "dev/inspect.c"    // defines: inspect_tensors, inspect_adapter
 #include "dev/plot.c"       // defines: log_parse, plot_loss
 #include "dev/options.c"    // defines: Option, option_*, options_from_argv, EACH_OPTION
 
@@ -2149,6 +2150,7 @@ static struct {
 typedef struct {
     Config config;
     Model model;
+    Tokenizer tokenizer;        // n == 0: the model's folder has none
     Data train, val;            // val.pieces == 0: no validation
     Rows rows;                  // the rows of the current step
     Batch batch;                // this rank's micro-batch of them
@@ -2304,18 +2306,21 @@ static inline int draw(const float *logits, int V, double temperature, double co
     return V - 1;
 }
 
-// Continues the prompt, or BOS, and prints it. Every token runs the whole text again: that is slow
+// Prints a token on rank 0. held: what is not yet a whole character.
+static inline void show_token(const Trainer *r, int id, char held[5]) {
+    if (this_rank == 0) { token_print(stdout, &r->tokenizer, id, held); }
+    if (this_rank == 0) { fflush(stdout); }
+}
+
+// Continues the prompt and prints it. Every token runs the whole text again: that is slow
 // and cannot be wrong, while a cache of keys, pooled entries and open windows would be a second
 // forward pass to keep equal to the first. The draws depend on the seed, the step and the position.
 static inline void sample(Trainer *r) {
-    int T = prompt_tokens(r->context, opt.prompt, &r->config);
+    int T = prompt_tokens(r->context, opt.prompt, &r->tokenizer, &r->config);
     uint64_t key = random_key((uint64_t)opt.seed + ((uint64_t)r->step << 32), "sample");
-    char text[TOKEN_TEXT];
+    char held[5] = { 0 };
     say("sample at step %d:\n---\n", r->step);
-    for (int t = 0; t < T; t++) {
-        token_text(text, r->context[t], &r->config);
-        say("%s", text);
-    }
+    for (int t = 1; t < T; t++) { show_token(r, r->context[t], held); }
     for (int i = 0; i < opt.sample_len; i++, T++) {
         model_next_logits(&r->model, r->context, T, r->logits);
         // One rank draws for all: a last bit that differed would let their texts drift apart.
@@ -2324,9 +2329,9 @@ static inline void sample(Trainer *r) {
         comm_sum_double(COMM_WORLD, &id, 1, "sample");
         if ((int)id == r->config.eos) { break; }
         r->context[T] = (int)id;
-        token_text(text, (int)id, &r->config);
-        say("%s", text);
+        show_token(r, (int)id, held);
     }
+    show_token(r, -1, held);
     say("\n---\n");
 }
 
@@ -2503,7 +2508,7 @@ static Option option_table[] = {
     {"batch", 'b', COUNT, &opt.batch, "1", "N", KEPT, .help = "rows per rank and micro-batch"},
     {"seq", 't', COUNT, &opt.seq, "4096", "N", KEPT, .help = "tokens per row", .tiny = "256"},
     {"tokens-per-step", 'd', WHOLE, &opt.per_step, "0", "N", KEPT, .help = "0: b x t x ranks"},
-    {"steps", 'x', WHOLE, &opt.steps, "0", "N", KEPT, .help = "0: --epochs", .tiny = "50"},
+    {"steps", 'x', WHOLE, &opt.steps, "0", "N", KEPT, .help = "0: --epochs", .tiny = "80"},
     {"epochs", 0, NUMBER, &opt.epochs, "1", "F", KEPT, .help = "passes over the data"},
     // The optimizer.
     {"lr", 'l', NUMBER, &opt.lr, "1e-4", "F", KEPT, .help = "peak", .tiny = "3e-3"},
@@ -2570,13 +2575,11 @@ static Option option_table[] = {
 // What the table promises and this version does not do yet. value NULL: any.
 static inline void options_refuse(void) {
     static const struct { void *field; const char *value; } later[] = {
-        {&opt.precision, "fp8"},
-        {&opt.skip_bad_rows, "1"}, {&opt.loss_on, NULL} };
+        {&opt.precision, "fp8"} };
     for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
         const Option *o = option_of(later[i].field);
         int asked = is_given(o->at) && (!later[i].value || strcmp(later[i].value, o->text) == 0);
-        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16, from .bin "
-                  "and .txt data", o->name, o->text);
+        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16", o->name, o->text);
     }
 }
 
@@ -2737,8 +2740,6 @@ static inline void options_derive(const Config *c) {
               "-m needs data: -i FILE.bin%s", opt.eval ? " or -j FILE.bin" : "");
     refuse_if(opt.beta1 >= 1 || opt.beta2 >= 1, "--beta1 and --beta2 must be below 1");
     refuse_if(opt.steps == 0 && opt.epochs == 0, "--epochs 0 trains nothing");
-    refuse_if(*opt.prompt && !bytes_are_tokens(c), "--prompt needs the tokenizer, which this "
-              "version does not have yet");
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
     refuse_if(opt.offload > c->layers, "--offload %d: the model has %d layers", opt.offload,
@@ -2911,22 +2912,33 @@ static inline void plan_disk(const Adapters *a) {
 static inline void data_say(const char *name, Data *d) {
     if (d->pieces == 0) { return; }
     data_seek(d, 0);
-    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated | %zu rows of %d, %.1f "
-        "%% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
-        d->truncated, d->rows, d->t, 100.0 * (double)d->tokens / ((double)d->rows * d->t));
+    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | %zu rows "
+        "of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
+        d->truncated, d->bad + d->unlabelled, d->rows, d->t,
+        100.0 * (double)d->tokens / ((double)d->rows * d->t));
+    if (d->bad + d->unlabelled) {
+        say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n",
+            name, d->bad, plural((int)d->bad), d->unlabelled, d->t);
+    }
+    if (d->spelled) {
+        say("data   %-5s %zu rows have control tokens in their text: taken as plain text\n", name,
+            d->spelled);
+    }
 }
 
 // Opens the data and fixes the length of the run.
 static inline void load_data(Trainer *r) {
     int per_step = opt.per_step / opt.seq;
     r->train = r->val = (Data){ .V = r->config.V, .t = opt.seq, .seed = (uint64_t)opt.shuffle_seed,
-                                .pack = strcmp(opt.pack, "exact") == 0 };
+                                .pack = strcmp(opt.pack, "exact") == 0,
+                                .tokenizer = &r->tokenizer, .loss_on = loss_on_word(opt.loss_on),
+                                .skip_bad_rows = opt.skip_bad_rows };
     r->train.shuffle = !opt.no_shuffle && !opt.eval;
-    if (*opt.train) { data_add(&r->train, opt.train, &r->config); }
-    else if (!*opt.model) { data_add_own_text(&r->train, &r->val, &r->config); }
+    if (*opt.train) { data_add(&r->train, opt.train); }
+    else if (!*opt.model) { data_add_own_text(&r->train, &r->val); }
     if (*opt.val) {
         r->val.documents = r->val.tokens = r->val.labels = r->val.pieces = 0;
-        data_add(&r->val, opt.val, &r->config);
+        data_add(&r->val, opt.val);
     }
     rows_alloc(&r->rows, per_step, opt.seq);
     batch_alloc(&r->batch, opt.batch * opt.seq);
@@ -2952,18 +2964,20 @@ static inline void load_data(Trainer *r) {
 
 // --show-data: the first rows, labels green, what is only context grey.
 static inline void show_data(Trainer *r) {
-    char text[TOKEN_TEXT];
     for (int k = 0; k < opt.show_data && r->train.next < r->train.rows; k++) {
         data_take(&r->train, &r->rows, 1, 0);
         say("data   row %d: %d pieces, %zu tokens, %zu labels\n", k, r->rows.first[1],
             r->rows.tokens, r->rows.labels);
         for (const Piece *p = r->rows.piece; p < r->rows.piece + r->rows.first[1]; p++) {
-            for (int i = 0; i < p->length; i++) {
+            char held[5] = { 0 };
+            for (int i = 0, color = -1; i < p->length; i++) {
                 int label = i > 0 && p->token[i] & TOKEN_LABEL;
-                token_text(text, (int)(p->token[i] & TOKEN_ID), &r->config);
-                say("\033[%sm%s\033[0m", label ? "32" : "90", text);
+                if (label != color) { say("\033[%sm", label ? "32" : "90"); }
+                color = label;
+                show_token(r, (int)(p->token[i] & TOKEN_ID), held);
             }
-            say("\n");
+            show_token(r, -1, held);
+            say("\033[0m\n");
         }
     }
 }
@@ -3083,6 +3097,11 @@ static inline int train(Trainer *r) {
     if (this_rank == 0) { atexit(plot_at_exit); }
     comm_barrier(COMM_WORLD, "making room in the output folder");
     catch_stop_signals();
+    if (r->step == 0 && r->val.pieces == 0) {   // a number to compare with what the base can do
+        double base = validate(r, &r->train, 1, 0);
+        say("base   loss %.6f | on the first rows, before training\n", base);
+        data_seek(&r->train, 0);
+    }
     for (;;) {
         if (is_due(r, opt.val_every)) { show_validation(r); }
         if (is_due(r, opt.sample_every)) { sample(r); }
@@ -3164,32 +3183,22 @@ static inline void bench(Trainer *r) {
     free(timed);
 }
 
-// --inspect: the tensors that a checkpoint of this model has, as they are stored.
-static inline void inspect(const Model *m) {
-    static const char *const types[] = { [DT_BF16] = "BF16", [DT_F32] = "F32", [DT_FP8] = "F8_E4M3",
-        [DT_E8M0] = "F8_E8M0", [DT_FP4] = "I8 (fp4)", [DT_I64] = "I64" };
-    for (size_t i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        say("%-56s %-9s (", t->name, types[t->type]);
-        for (int k = 0; k < t->ndim; k++) { say("%s%zu", k ? "," : "", t->dim[k]); }
-        say(")\n");
-    }
-    say("done   %zu tensors\n", m->n_tensors);
-}
-
 // What every rank does once all of them are there. Returns the exit code.
 static inline int run(Trainer *r, const char *checkpoint) {
     const Adapters *a = &r->model.adapters;
     int check = *opt.check_adapter != 0;
-    const char *base = *opt.model && !opt.random_base ? opt.model : NULL;
+    char tiny[PATH_SIZE];
+    const char *base = opt.random_base ? NULL : *opt.model ? opt.model : tiny_folder(tiny);
     r->loss = r->val_loss = NAN;
+    tokenizer_open(&r->tokenizer, &r->config, opt.model);
+    refuse_if(*opt.prompt && r->tokenizer.n == 0, "--prompt needs %s/tokenizer.json", opt.model);
     if (!opt.inspect && !check) { load_data(r); }
     if (opt.show_data) { show_data(r); return EXIT_OK; }
     ModelOptions o = plan_memory(r);
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
-    if (opt.inspect) { inspect(&r->model); return EXIT_OK; }
+    if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
     if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
 
@@ -3200,9 +3209,8 @@ static inline int run(Trainer *r, const char *checkpoint) {
     if (check) {
         Adapters host = adapters_host(a);
         adapter_load(opt.check_adapter, &host, &r->config);
+        inspect_adapter(&host, opt.check_adapter);
         adapters_host_end(&host, a, 1);
-        say("done   %s fits: all of its matrices, r=%d alpha=%g\n", opt.check_adapter, opt.r,
-            opt.alpha);
         return EXIT_OK;
     }
     double began = clock_seconds();

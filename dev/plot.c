@@ -1,7 +1,10 @@
 // plot.c: draws a run's loss curves as a PNG, from the logs alone. The trainer includes it and
-// draws OUT/loss.png at exit; as a tool of its own it draws any folder that has the two logs:
+// draws OUT/loss.png at exit; as a tool of its own it draws any folder that has the two logs, lays
+// several runs over each other (./loss.png: run 1 blue, 2 green, ..; its validation darker, with
+// marks), or writes the training log as a table:
 //
-//     cc -DPLOT_MAIN -I.deps/usr/include dev/plot.c -o plot -lm && ./plot out
+//     cc -DPLOT_MAIN -I.deps/usr/include dev/plot.c -o plot -lm
+//     ./plot out          ./plot out out/previous-1          ./plot --csv out > training.csv
 //
 // Axes, ticks with numbers, two curves, a 5 x 7 font of the characters that takes: nothing else.
 // The PNG itself is written by stb_image_write.h (Debian: libstb-dev); without it nothing is drawn.
@@ -42,7 +45,11 @@ static inline int log_parse(const char *line, const char *key, int *step, double
 
 enum { PLOT_W = 720, PLOT_H = 450, PLOT_LEFT = 70, PLOT_RIGHT = PLOT_W - 20, PLOT_TOP = 24,
        PLOT_BOTTOM = PLOT_H - 45,
-       PLOT_INK = 0x303030, PLOT_GRID = 0xE4E4E4, PLOT_BLUE = 0x1F77B4, PLOT_ORANGE = 0xE06000 };
+       PLOT_INK = 0x303030, PLOT_GRID = 0xE4E4E4, PLOT_BLUE = 0x1F77B4, PLOT_ORANGE = 0xE06000,
+       PLOT_RUNS = 6 };
+static const int plot_colors[PLOT_RUNS][2] = {      // of a run's training and validation loss
+    { 0x1F77B4, 0x0B3C5D }, { 0x3DA35D, 0x145A32 }, { 0xD65F5F, 0x7B1E1E }, { 0x956CB4, 0x4A235A },
+    { 0xC29B00, 0x6B5600 }, { 0x17A2B8, 0x0B525B } };
 
 typedef struct {
     unsigned char *rgb;         // (PLOT_H, PLOT_W, 3)
@@ -131,13 +138,12 @@ static inline void plot_axes(Plot *p) {
     plot_line(p, PLOT_LEFT, PLOT_BOTTOM, PLOT_RIGHT, PLOT_BOTTOM, 1, PLOT_INK);
     plot_text(p, "step", (PLOT_LEFT + PLOT_RIGHT) / 2, PLOT_H - 16, 1, PLOT_INK);
     plot_text(p, "loss", PLOT_LEFT, PLOT_TOP - 14, 1, PLOT_INK);
-    plot_text(p, "train", PLOT_RIGHT - 70, PLOT_TOP - 14, 0, PLOT_BLUE);
-    plot_text(p, "val", PLOT_RIGHT - 20, PLOT_TOP - 14, 0, PLOT_ORANGE);
 }
 
-// Goes through one log. With draw 0 it widens the ranges, with draw 1 it draws the curve; points
-// that are few are marked. Returns their number.
+// Goes through one log. With draw 0 it widens the ranges, with draw 1 it draws the curve, whose
+// points are marked where they are few. Returns their number.
 static inline int plot_curve(Plot *p, const char *path, const char *key, int color, int draw) {
+    int marks = strcmp(key, "val_loss") == 0;
     FILE *file = fopen(path, "r");
     char line[1024];
     int step, points = 0, x0 = 0, y0 = 0;
@@ -147,7 +153,7 @@ static inline int plot_curve(Plot *p, const char *path, const char *key, int col
         if (draw) {
             int x = plot_x(p, step), y = plot_y(p, loss);
             plot_line(p, points ? x0 : x, points ? y0 : y, x, y, 2, color);
-            if (color == PLOT_ORANGE) { plot_line(p, x - 1, y - 1, x + 1, y - 1, 3, color); }
+            if (marks) { plot_line(p, x - 1, y - 1, x + 1, y - 1, 3, color); }
             x0 = x;
             y0 = y;
         }
@@ -160,11 +166,15 @@ static inline int plot_curve(Plot *p, const char *path, const char *key, int col
     return points;
 }
 
-// Draws both logs into png. Returns 1, 0 if that failed, -1 if there is nothing to draw.
-static inline int plot_loss(const char *png, const char *train, const char *val) {
+// Draws the logs of n runs into png. Returns 1, 0 if that failed, -1 if there is nothing to draw.
+static inline int plot_runs(const char *png, const char (*train)[1024], const char (*val)[1024],
+                            int n) {
     Plot p = { NULL, 1, INFINITY, -INFINITY };
-    if (plot_curve(&p, train, "loss", PLOT_BLUE, 0)
-        + plot_curve(&p, val, "val_loss", PLOT_ORANGE, 0) == 0) { return -1; }
+    int points = 0;
+    for (int i = 0; i < n; i++) {
+        points += plot_curve(&p, train[i], "loss", 0, 0) + plot_curve(&p, val[i], "val_loss", 0, 0);
+    }
+    if (points == 0) { return -1; }
     double margin = 0.05 * (p.y_max - p.y_min) + 1e-3;
     p.y_min -= margin;
     p.y_max += margin;
@@ -172,22 +182,73 @@ static inline int plot_loss(const char *png, const char *train, const char *val)
     if (p.rgb == NULL) { return 0; }
     memset(p.rgb, 255, PLOT_W * PLOT_H * 3);
     plot_axes(&p);
-    plot_curve(&p, train, "loss", PLOT_BLUE, 1);
-    plot_curve(&p, val, "val_loss", PLOT_ORANGE, 1);
+    for (int i = 0; i < n; i++) {
+        int color = n > 1 ? plot_colors[i % PLOT_RUNS][0] : PLOT_BLUE, x = PLOT_RIGHT - 70 - 80 * i;
+        int dark = n > 1 ? plot_colors[i % PLOT_RUNS][1] : PLOT_ORANGE;
+        char number[8] = "";
+        plot_curve(&p, train[i], "loss", color, 1);
+        plot_curve(&p, val[i], "val_loss", dark, 1);
+        if (n > 1) { snprintf(number, sizeof number, "%d", i + 1); }
+        plot_text(&p, number, x - 10, PLOT_TOP - 14, 0, color);
+        plot_text(&p, "train", x, PLOT_TOP - 14, 0, color);
+        plot_text(&p, "val", x + 40, PLOT_TOP - 14, 0, dark);
+    }
     int written = stbi_write_png(png, PLOT_W, PLOT_H, 3, p.rgb, 3 * PLOT_W);
     free(p.rgb);
     return written != 0;
 }
 
+// One run.
+static inline int plot_loss(const char *png, const char *train, const char *val) {
+    char paths[2][1][1024];
+    snprintf(paths[0][0], sizeof paths[0][0], "%s", train);
+    snprintf(paths[1][0], sizeof paths[1][0], "%s", val);
+    return plot_runs(png, paths[0], paths[1], 1);
+}
+
 #ifdef PLOT_MAIN
-int main(int argc, char **argv) {
-    char path[3][1024];
-    static const char *const names[3] = { "loss.png", "training.jsonl", "validation.jsonl" };
-    for (int i = 0; i < 3; i++) {
-        snprintf(path[i], sizeof path[i], "%s/%s", argc > 1 ? argv[1] : "out", names[i]);
+// training.jsonl as a table, one line per step.
+static int write_csv(const char *log) {
+    static const char *const keys[] = { "epoch", "loss", "grad_norm", "lr", "mem", "tps",
+        "tps_per_gpu", "num_tokens_per_step", "num_label_tokens" };
+    enum { KEYS = sizeof keys / sizeof keys[0] };
+    FILE *file = fopen(log, "r");
+    char line[1024];
+    int step, lines = 0;
+    double value;
+    printf("step");
+    for (int k = 0; k < KEYS; k++) { printf(",%s", keys[k]); }
+    printf("\n");
+    while (file && fgets(line, sizeof line, file)) {
+        if (!log_parse(line, "loss", &step, &value)) { continue; }
+        printf("%d", step);
+        for (int k = 0; k < KEYS; k++) {
+            int there = log_parse(line, keys[k], &step, &value);
+            printf(there ? ",%.9g" : ",", value);
+        }
+        printf("\n");
+        lines++;
     }
-    int drawn = plot_loss(path[0], path[1], path[2]);
-    if (drawn != 1) { fprintf(stderr, "%s was not drawn\n", path[0]); }
+    if (file) { fclose(file); }
+    if (lines == 0) { fprintf(stderr, "%s has no steps\n", log); }
+    return lines == 0;
+}
+
+int main(int argc, char **argv) {
+    static char train[PLOT_RUNS][1024], val[PLOT_RUNS][1024];
+    char png[1024] = "loss.png";
+    int csv = argc > 2 && strcmp(argv[1], "--csv") == 0, n = argc - 1 - csv;
+    if (n > PLOT_RUNS) { fprintf(stderr, "%d runs at most\n", PLOT_RUNS); return 1; }
+    for (int i = 0; i < n || i == 0; i++) {
+        const char *out = n > 0 ? argv[1 + csv + i] : "out";
+        snprintf(train[i], sizeof train[i], "%s/training.jsonl", out);
+        snprintf(val[i], sizeof val[i], "%s/validation.jsonl", out);
+        if (n <= 1) { snprintf(png, sizeof png, "%s/loss.png", out); }
+        if (n > 1) { printf("%d %s\n", i + 1, out); }
+    }
+    if (csv) { return write_csv(train[0]); }
+    int drawn = plot_runs(png, train, val, n > 0 ? n : 1);
+    if (drawn != 1) { fprintf(stderr, "%s was not drawn\n", png); }
     return drawn != 1;
 }
 #endif

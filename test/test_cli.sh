@@ -11,7 +11,8 @@ if [ ! -x "$train" ]; then echo "test_cli: no ./train"; exit 1; fi
 dir=$(mktemp -d) && cd "$dir" || exit 1
 trap 'rm -rf "$dir"' EXIT
 export OMP_NUM_THREADS=1                # tiny steps; waiting threads are slow on a busy machine
-small=(--cpu -b 1 -t 32 -d 128 -v 0 -n 0 -s 0)
+given=(--cpu -b 1 -t 32 -d 128 -v 0 -n 0 -s 0)
+small=("${given[@]}" --random-base)
 
 # run CODE ARGUMENTS...: runs the program to its end, output in ./log, and checks its exit code.
 run() {
@@ -58,7 +59,7 @@ equal_runs() {
 
 # One whole run: what is printed, and what lies in OUT.
 test_fresh() {
-    run 0 --cpu -b 1 -t 64 -d 256 -x 16 -l 3e-3 -u 2 -v 8 --val-steps 2 -n 8 -s 8 -g 4 -o fresh
+    run 0 --cpu --random-base -b 1 -t 64 -d 256 -x 16 -l 3e-3 -u 2 -v 8 --val-steps 2 -n 8 -s 8 -g 4 -o fresh
     local word
     for word in plan load data 'step +16/16' 'val +16' moe 'save +8' 'done'; do
         check "no line begins with $word" grep -qE "^$word" log
@@ -111,8 +112,8 @@ test_refused() {
     refused '100' --cpu -b 1 -t 64 -d 100
     refused 'no-such' "${small[@]}" -m no-such-folder -i text.txt
     refused 'no-such' "${small[@]}" -i no-such-file.txt
-    echo '{"messages": [{"role": "user", "content": "?"}]}' > chat.jsonl
-    refused 'chat.jsonl' "${small[@]}" -i chat.jsonl
+    echo '{"messages": [{"role": "wizard", "content": "?"}]}' > chat.jsonl
+    refused 'chat.jsonl:1.*wizard|libjsmn-dev' "${small[@]}" -i chat.jsonl
     refused 'nothing|libjsmn-dev' "${small[@]}" -o nothing --resume
     run 0 --help
     check "--help does not name --lora-targets" grep -q -- --lora-targets log
@@ -310,6 +311,31 @@ test_killed_rank() {
     kill -KILL -- "-$pid" 2> /dev/null
 }
 
+# What the first command of the README promises: the built-in model has read English, and adapts to
+# source code. The validation loss falls by a quarter and by 0.7.
+test_adapts() {
+    local word
+    run 0 --cpu -o adapts
+    check "the validation loss does not fall by a quarter and 0.7: $(cat adapts/validation.jsonl)" \
+        awk -F 'val_loss": ' 'NR == 1 { first = $2 + 0 } { last = $2 + 0 }
+        END { exit !(NR > 2 && first < 5.5 && last < 0.75 * first && last < first - 0.7) }' \
+        adapts/validation.jsonl
+    check "not two samples" same 2 "$(grep -c '^sample at step' log)"
+}
+
+# Conversations train the same way. Green is what is learnt.
+test_chat() {
+    local why='{"messages": [{"role": "user", "content": "Why?"}'
+    why+=', {"role": "assistant", "content": "Because."}]}'
+    printf '%s\n' "$why" '{"prompt": "1+1=", "completion": "2"}' 'broken' > chat.jsonl
+    refused 'chat.jsonl:3' "${given[@]}" -i chat.jsonl
+    run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows --show-data 1 --no-shuffle
+    check "--show-data: $(cat log)" grep -qF "$(printf '</think>\033[32mBecause.<')" log
+    check "no count of dropped rows" grep -q '1 bad row' log
+    run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows -x 2 -o chat
+    check "chat: labels" same "$(value num_label_tokens chat)" "44 44"
+}
+
 # A checkpoint in the released layout, written by the oracle: the same bytes as --random-base draws.
 test_checkpoint() {
     if ! python3 -c 'import numpy, torch' 2> /dev/null; then
@@ -317,17 +343,17 @@ test_checkpoint() {
         return
     fi
     python3 "$root/dev/ref/write_checkpoint.py" model --seed 5 --mtp > log 2>&1
-    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded
+    run 0 "${given[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded
     check "no load line" grep -q '^load' log
-    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o drawn --random-base
+    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o drawn
     equal_runs "loaded and drawn" loaded drawn
-    run 0 "${small[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded2 --ranks 2
+    run 0 "${given[@]}" -m model -i text.txt -x 3 --seed 5 -o loaded2 --ranks 2
     check "1 and 2 ranks from a checkpoint" same "$(value loss loaded | cut -d ' ' -f 1)" \
         "$(value loss loaded2 | cut -d ' ' -f 1)"
     run 0 -m model --inspect
     check "--inspect lists no experts" grep -q 'experts.7.w2' log
     rm -r model/*00002-of*
-    refused '00002-of' "${small[@]}" -m model -i text.txt -x 3
+    refused '00002-of' "${given[@]}" -m model -i text.txt -x 3
 }
 
 # One document of 36.5 rows of 32 tokens, with BOS and EOS.
@@ -344,6 +370,8 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_resume_ranks
     test_resume_muon
     test_splits
+    test_adapts
+    test_chat
 fi
 test_checkpoint
 closing test_cli

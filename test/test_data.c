@@ -238,11 +238,12 @@ static void test_sequence(void) {
 // -------------------------------------------------------------------------------------------------
 // Files
 
+static Tokenizer bytes_tokenizer;
+
 // Adds the files that a pattern names to a Data of vocabulary 300.
 static void child_data(void *pattern) {
-    Data d = { .V = 300, .t = 8, .pack = 1 };
-    Config c = tiny_config;
-    data_add(&d, pattern, &c);
+    Data d = { .V = 300, .t = 8, .pack = 1, .tokenizer = &bytes_tokenizer };
+    data_add(&d, pattern);
     fprintf(stderr, "%zu documents %zu tokens %zu labels", d.documents, d.tokens, d.labels);
 }
 
@@ -285,13 +286,12 @@ static void test_bin(void) {
 
 static void test_text(void) {
     char text[2048];
-    Config c = tiny_config;
     size_t n;
     unsigned char bytes[300];
     for (int i = 0; i < 300; i++) { bytes[i] = (unsigned char)(i * 7); }
     for (int size = 0; size < 300; size += 23) {
         write_file(in_folder("t.txt"), bytes, (size_t)size);
-        uint32_t *token = text_tokens(in_folder("t.txt"), &c, &n);
+        uint32_t *token = text_tokens(in_folder("t.txt"), &bytes_tokenizer, &n);
         int wrong = n != (size_t)size + 2 || token[0] != (256 | TOKEN_FIRST)
                  || token[size + 1] != (257 | TOKEN_LABEL);
         for (int i = 0; i < size; i++) { wrong += token[i + 1] != (bytes[i] | TOKEN_LABEL); }
@@ -301,22 +301,47 @@ static void test_text(void) {
     // Two files in the order of their names; one document each, cut into rows of 8.
     write_file(in_folder("p2.txt"), "0123456789", 10);
     write_file(in_folder("p1.txt"), "abc", 3);
-    Data d = { .V = 264, .t = 8, .pack = 0 };
-    data_add(&d, in_folder("p?.txt"), &c);
+    Data d = { .V = 264, .t = 8, .pack = 0, .tokenizer = &bytes_tokenizer };
+    data_add(&d, in_folder("p?.txt"));
     check(d.documents == 2 && d.pieces == 3, "%zu documents, %zu pieces", d.documents, d.pieces);
     check(d.tokens == 17 && d.labels == 4 + 10, "%zu tokens, %zu labels", d.tokens, d.labels);
     check((d.piece[0].token[1] & TOKEN_ID) == 'a' && (d.piece[2].token[0] & TOKEN_ID) == '7',
           "the files are not in the order of their names");
-    write_file(in_folder("x.jsonl"), "{}\n", 3);
     write_file(in_folder("x.csv"), "1\n", 2);
-    check(run_child(child_data, in_folder("x.jsonl"), text, sizeof text) == 1
-          && strstr(text, "does not have yet"), "jsonl: '%s'", text);
     check(run_child(child_data, in_folder("x.csv"), text, sizeof text) == 1
-          && strstr(text, "neither"), "csv: '%s'", text);
-    const int ids[5] = { 'a', 0, 200, 257, '\n' };
-    char all[5 * TOKEN_TEXT] = "";
-    for (int i = 0; i < 5; i++) { token_text(all + strlen(all), ids[i], &c); }
-    check(strcmp(all, "a\\x00\\xc8<257>\n") == 0, "tokens as text: '%s'", all);
+          && strstr(text, "no .bin, .jsonl or .txt"), "csv: '%s'", text);
+    // A character may be spread over tokens; what is none is an escape.
+    const int ids[] = { 'a', 0, 200, 257, '\n', 0xE2, 0x82, 0xAC, 0xE2, 'b', 0xF0, -1 };
+    char *all = NULL, held[5] = { 0 };
+    FILE *f = open_memstream(&all, &n);
+    for (int i = 0; i < 12; i++) { token_print(f, &bytes_tokenizer, ids[i], held); }
+    fclose(f);
+    check(strcmp(all, "a\\x00\\xc8<｜end▁of▁sentence｜>\n€\\xe2b\\xf0") == 0, "tokens as text: '%s'", all);
+    Tokenizer none = { .n = 0 };
+    f = open_memstream(&all, &n);
+    token_print(f, &none, 71, held);
+    fclose(f);
+    check(strcmp(all, "71 ") == 0, "a token without a tokenizer: '%s'", all);
+}
+
+// Rows: counted, cut or truncated, left out where they teach nothing, refused with their line.
+static void test_jsonl(void) {
+    static const char rows[] = "{\"text\": \"0123456789\"}\n"
+        "\n{\"prompt\": \"abcdefghi\", \"completion\": \"x\"}\r\n"     // nothing learnt in 8 tokens
+        "{\"prompt\": \"ab\", \"completion\": \"<think>\"}\n"
+        "{\"prompt\": \"a\", \"completion\": \"\"}\nnot JSON\n{\"text\": \"end\"}";
+    char text[2048];
+    Data d = { .V = 264, .t = 8, .pack = 1, .tokenizer = &bytes_tokenizer, .skip_bad_rows = 1 };
+    write_file(in_folder("x.jsonl"), rows, sizeof rows - 1);
+    data_add(&d, in_folder("x.jsonl"));
+    check(d.documents == 4 && d.pieces == 5 && d.bad == 1 && d.unlabelled == 1 && d.truncated == 1
+          && d.spelled == 1, "%zu documents, %zu pieces, %zu bad, %zu without labels, %zu truncated, "
+          "%zu spelled", d.documents, d.pieces, d.bad, d.unlabelled, d.truncated, d.spelled);
+    check(d.tokens == 12 + 8 + 3 + 5 && d.labels == 7 + 3 + 5 + 1 + 4, "%zu tokens, %zu labels",
+          d.tokens, d.labels);
+    check(run_child(child_data, in_folder("x.jsonl"), text, sizeof text) == 1
+          && strstr(text, "x.jsonl:6: not valid JSON") && strstr(text, "--skip-bad-rows"),
+          "a bad row: '%s'", text);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -380,7 +405,7 @@ static void test_options(void) {
         {"--routing topk_group=2", 1, "topk_group is 2 (--routing)"},
         {"--routing norm_topk_prob=yes", 1, "norm_topk_prob is yes (--routing), expected false or"},
         {"--routing routed_scaling_factor=0", 1, "routed_scaling_factor is 0"},
-        {"--skip-bad-rows", 1, "--skip-bad-rows"}, {"--optimizer adamw", 0, "optimizer=adamw"},
+        {"--skip-bad-rows", 0, "skip-bad-rows=1"}, {"--optimizer adamw", 0, "optimizer=adamw"},
         {"-d 1000", 1, "1000 is not a multiple of batch 1 x seq 256 x ranks 1 = 256"},
         {"-d 512 --ranks 4", 1, "multiple"}, {"--ranks 2 --ep 4", 1, "HINT: --ep 2"},
         {"--ranks 3 --ep 3", 1, "does not divide both"}, {"-m x", 1, "-m needs data"},
@@ -501,7 +526,7 @@ static void child_two_signals(void *unused) { (void)unused; on_stop_signal(2); o
 static char said[4096];
 static int run_trainer(void (*child)(void *), const char *out, const char *more) {
     char words[2048];
-    snprintf(words, sizeof words, "-i %s -o %s -t 16 -u 0 -v 0 -s 0 %s", in_folder("e.txt"),
+    snprintf(words, sizeof words, "-i %s -o %s -t 16 -u 0 -v 0 -s 0 --random-base %s", in_folder("e.txt"),
              in_folder(out), more);
     return run_child(child, words, said, sizeof said);
 }
@@ -756,11 +781,13 @@ int main(void) {
     if (mkdtemp(folder) == NULL) { perror("mkdtemp"); return 2; }
     for (size_t i = 0; i < sizeof text; i++) { text[i] = "int main(void) { 0; }\n"[i * i % 22]; }
     write_file(in_folder("e.txt"), text, sizeof text);
+    tokenizer_bytes(&bytes_tokenizer, &tiny_config);
     test_packing();
     test_batches();
     test_sequence();
     test_bin();
     test_text();
+    test_jsonl();
     test_options();
     test_logs();
     test_draw();

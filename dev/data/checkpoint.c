@@ -148,8 +148,9 @@ static inline const char *json_skip(const char *s, int depth) {
     }
     if (*s != '{' && *s != '[') {
         char *number;
-        strtod(s, &number);         // it also knows inf, nan and 0x10
-        int good = length > 0 && number == end && strspn(s, "0123456789+-.eE") >= length;
+        strtod(s, &number);         // it also knows inf, nan, 0x10, +1 and .5
+        int good = number == end && strspn(s, "0123456789+-.eE") >= length;
+        good &= length > 0 && (*s == '-' || (*s >= '0' && *s <= '9'));
         good |= length == 4 && (memcmp(s, "true", 4) == 0 || memcmp(s, "null", 4) == 0);
         return good || (length == 5 && memcmp(s, "false", 5) == 0) ? json_blanks(end) : NULL;
     }

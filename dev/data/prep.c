@@ -1,69 +1,21 @@
-// prep.c: text into tokens, tokens into rows, and tokens back into text.
+// prep.c: text and conversations into tokens, and tokens into rows.
 //
-// The trainer learns from token files (.bin) and, through this file, from plain text. It includes
-// this file so that `./train -i book.txt` needs no step in between. So far the only tokenizer is
-// that of the built-in tiny model, whose tokens are the 256 bytes, BOS and EOS; the tokenizer and
-// the chat encoding of the real model will stand here too.
+// The trainer includes this file, so that `./train -i chat.jsonl` needs no step in between. For
+// data that is used more than once, or too large to be encoded at every start, it is a tool too,
+// which writes the same documents to a token file:
 //
-// One token of a file, and of a text once it is read, is 32 bits:
+//     cc -O2 -DPREP_MAIN -I.deps/usr/include dev/data/prep.c -o prep -lm
+//     ./prep DIR chat.jsonl chat.bin [assistant|last|completion|all]     (DIR: the model's folder)
 //
-//     bits 0..29  id
-//     bit 30      a document begins here
-//     bit 31      the loss counts this token when it is predicted from the one before it; never
-//                 set where a document begins
+// Contents
+//   1 files into documents      2 packing      3 the order of rows      4 the tool
 #ifndef PREP_C
 #define PREP_C
-#include "../../refit.c"    // defines: Config, file_open, file_pread
+#include "chat.c"           // defines: Row, row_encode, TOKEN_*; below it Tokenizer, file_open
 #include <glob.h>
 
-#define TOKEN_LABEL 0x80000000u
-#define TOKEN_FIRST 0x40000000u
-#define TOKEN_ID 0x3FFFFFFFu
-
-// A token file is a header of 256 int32 (magic, version, vocabulary, count mod 2^31, count / 2^31,
-// kind, zeros) and one token after the other, little-endian. Of a conversation (kind chat) only
-// the answers are labels.
-enum { BIN_MAGIC = 20260424, BIN_VERSION = 1, BIN_HEADER = 1024, BIN_TEXT = 0, BIN_CHAT = 1 };
-
-// Is this a model whose tokens are bytes? Its configuration says so by where it puts BOS.
-static inline int bytes_are_tokens(const Config *c) { return c->bos == 256 && c->V > c->eos; }
-
-// Reads a file as one document: BOS, its bytes, EOS. Returns n tokens; the caller frees them.
-static inline uint32_t *text_tokens(const char *path, const Config *c, size_t *n) {
-    size_t size;
-    int file = file_open(path, &size, "-i and -j name data files");
-    uint32_t *token = (uint32_t *)host_alloc((size + 2) * sizeof *token);
-    // The bytes go to the end of the array and are widened from there, front to back: token i + 1
-    // is written before byte i + 1 is read, but ends in front of it.
-    unsigned char *bytes = (unsigned char *)(token + size + 2) - size;
-    int error = file_pread(file, bytes, size, 0);
-    if (error) { die(EXIT_USAGE, "cannot read %s: %s", path, strerror(error)); }
-    close(file);
-    for (size_t i = 0; i < size; i++) { token[i + 1] = bytes[i] | TOKEN_LABEL; }
-    token[0] = (uint32_t)c->bos | TOKEN_FIRST;
-    token[size + 1] = (uint32_t)c->eos | TOKEN_LABEL;
-    *n = size + 2;
-    return token;
-}
-
-// Writes a prompt's tokens; without text, or a tokenizer, that is BOS. Returns how many.
-static inline int prompt_tokens(int *token, const char *prompt, const Config *c) {
-    int n = 0;
-    for (; bytes_are_tokens(c) && prompt[n]; n++) { token[n] = (unsigned char)prompt[n]; }
-    if (n == 0) { token[n++] = c->bos; }
-    return n;
-}
-
-// One token as text: a byte as it is if it prints, else as an escape; of other models the id.
-// Returns the number of characters, less than TOKEN_TEXT.
-enum { TOKEN_TEXT = 16 };
-static inline int token_text(char *text, int id, const Config *c) {
-    int prints = id == '\n' || (id >= ' ' && id < 127);
-    return snprintf(text, TOKEN_TEXT, !bytes_are_tokens(c) ? "%d " : prints ? "%c"
-                    : id > 255 ? "<%d>" : "\\x%02x", id);
-}
 // -------------------------------------------------------------------------------------------------
-// Packing
+// 1 Files into documents
 //
 //     files -> documents -> pieces of at most t tokens -> rows -> steps -> micro-batches
 //
@@ -79,7 +31,11 @@ typedef struct {                // a document, or one row's length of a long one
 typedef struct {
     int V, t, pack, shuffle;    // vocabulary, row length, --pack exact, not --no-shuffle
     uint64_t seed;              // --shuffle-seed
+    Tokenizer *tokenizer;       // of .txt and .jsonl
+    int loss_on, skip_bad_rows; // --loss-on, --skip-bad-rows
     size_t documents, tokens, labels, truncated, pieces, capacity;
+    size_t bad, unlabelled, spelled;        // rows skipped, without labels, with control tokens
+    size_t texts;               // documents that are cut where they are long, not truncated
     Piece *piece;               // (pieces) in file order
     // The plan of one epoch: row i is the pieces order[row[i]] .. order[row[i + 1] - 1].
     int epoch;
@@ -100,6 +56,7 @@ typedef struct {                // rows of one step in global order: the same on
 static inline void data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
     size_t t = (size_t)d->t;
     d->documents++;
+    d->texts += kind == BIN_TEXT;
     if (kind == BIN_CHAT && length > t) {
         d->truncated++;
         length = t;
@@ -139,7 +96,10 @@ static inline void data_add_tokens(Data *d, const char *path, const uint32_t *to
     if (n > start) { data_add_document(d, token + start, n - start, kind); }
 }
 
-// A token file: 256 int32, then one uint32 per token (little-endian, as this machine is).
+// A token file is a header of 256 int32 (magic, version, vocabulary, count mod 2^31, count / 2^31,
+// kind, zeros) and one token after the other, little-endian, as this machine is.
+enum { BIN_MAGIC = 20260424, BIN_VERSION = 1, BIN_HEADER = 1024 };
+
 static inline void data_add_bin(Data *d, const char *path) {
     size_t size;
     int file = file_open(path, &size, "-i and -j name data files");
@@ -161,46 +121,156 @@ static inline void data_add_bin(Data *d, const char *path) {
     data_add_tokens(d, path, (const uint32_t *)h + BIN_HEADER / 4, n, h[5]);
 }
 
+// The whole of a data file, with a 0 behind it. The caller frees it.
+static inline char *data_read(const char *path, size_t *size) {
+    int file = file_open(path, size, "-i and -j name data files");
+    char *text = (char *)host_alloc(*size + 1);
+    int error = file_pread(file, text, *size, 0);
+    if (error) { die(EXIT_USAGE, "cannot read %s: %s", path, strerror(error)); }
+    close(file);
+    text[*size] = 0;
+    return text;
+}
+
+// Reads a file as one document: BOS, its text, EOS. Returns n tokens; the caller frees them.
+static inline uint32_t *text_tokens(const char *path, Tokenizer *t, size_t *n) {
+    size_t size;
+    char *text = data_read(path, &size);
+    Tokens out = { .n = 0 };
+    double start = clock_seconds(), told = start;
+    tokens_add(&out, t->control[CONTROL_BOS] | TOKEN_FIRST);
+    for (size_t at = 0, next; at < size; at = next) {
+        // In chunks, so that there is progress to tell. No piece goes over a line break behind
+        // which something other than a blank stands, so that is where a text can be cut.
+        for (next = at + (1 << 20); next < size; next++) {
+            unsigned char c = (unsigned char)text[next];
+            if (text[next - 1] == '\n' && c > ' ' && c < 127) { break; }
+        }
+        next = next < size ? next : size;
+        tokenizer_encode(t, &out, text + at, next - at, TOKEN_LABEL);
+        progress("data", next, size, start, &told);
+    }
+    tokens_add(&out, t->control[CONTROL_EOS] | TOKEN_LABEL);
+    free(text);
+    *n = out.n;
+    return out.token;
+}
+
+// Adds the documents of a file of JSON, one per line. A row that cannot be used ends the process,
+// or is left out and counted; a row that teaches nothing within t tokens is left out always.
+static inline void data_add_jsonl(Data *d, const char *path) {
+    size_t size, number = 1;
+    char *text = data_read(path, &size);
+    Row r = { .t = d->tokenizer, .loss_on = d->loss_on };
+    double start = clock_seconds(), told = start;
+    for (size_t at = 0, next; at < size; at = next + 1, number++) {
+        char *end = (char *)memchr(text + at, '\n', size - at);
+        next = end ? (size_t)(end - text) : size;
+        if (strspn(text + at, " \t\r") >= next - at) { continue; }
+        int kind = row_encode(&r, text + at, next - at);
+        refuse_if(r.wrong[0] && !d->skip_bad_rows, "%s:%zu: %s HINT: --skip-bad-rows leaves such "
+                  "rows out", path, number, r.wrong);
+        if (r.wrong[0]) { d->bad++; continue; }
+        if (r.spelled && d->spelled++ == 0 && this_rank == 0) {
+            printf("data   %s:%zu has a control token in its text: such text is taken as it is "
+                   "written\n", path, number);
+        }
+        size_t labels = 0, most = r.out.n;
+        if (kind == BIN_CHAT && most > (size_t)d->t) { most = (size_t)d->t; }
+        for (size_t i = 1; i < most; i++) { labels += (r.out.token[i] & TOKEN_LABEL) != 0; }
+        if (labels == 0) { d->unlabelled++; continue; }
+        uint32_t *token = (uint32_t *)host_alloc(r.out.n * sizeof *token);
+        memcpy(token, r.out.token, r.out.n * sizeof *token);
+        data_add_document(d, token, r.out.n, kind);
+        progress("data", next, size, start, &told);
+    }
+    row_free(&r);
+    free(text);
+}
+
+// --loss-on as a number.
+static inline int loss_on_word(const char *word) {
+    static const char *const words[] = { "assistant", "last", "completion", "all" };
+    int i = 0;
+    while (i < LOSS_ALL && strcmp(word, words[i]) != 0) { i++; }
+    return i;
+}
+
+// Writes BOS and a prompt's tokens. Returns how many: at most one more than the prompt has bytes.
+static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, const Config *c) {
+    Tokens s = { .n = 0 };
+    token[0] = c->bos;
+    if (t->n) { tokenizer_encode(t, &s, prompt, strlen(prompt), 0); }
+    for (size_t i = 0; i < s.n; i++) { token[i + 1] = (int)s.token[i]; }
+    free(s.token);
+    return (int)s.n + 1;
+}
+
 // Adds every file that the pattern names, in the order of their names.
-static inline void data_add(Data *d, const char *pattern, const Config *c) {
+static inline void data_add(Data *d, const char *pattern) {
     glob_t found;
     refuse_if(glob(pattern, 0, NULL, &found) != 0, "no file matches %s", pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i], *dot = strrchr(path, '.') ? strrchr(path, '.') : "";
-        int is_text = strcmp(dot, ".txt") == 0;
-        size_t n;
+        int is_text = strcmp(dot, ".txt") == 0, is_rows = strcmp(dot, ".jsonl") == 0;
+        refuse_if((is_text || is_rows) && d->tokenizer->n == 0, "%s: this model has no "
+                  "tokenizer.json beside its config.json HINT: it is part of the release; or a "
+                  "token file, .bin", path);
         if (strcmp(dot, ".bin") == 0) {
             data_add_bin(d, path);
-        } else if (is_text && bytes_are_tokens(c)) {
-            const uint32_t *token = text_tokens(path, c, &n);
+        } else if (is_text) {
+            size_t n;
+            const uint32_t *token = text_tokens(path, d->tokenizer, &n);
             data_add_tokens(d, path, token, n, BIN_TEXT);
-        } else if (is_text || strcmp(dot, ".jsonl") == 0) {
-            die(EXIT_USAGE, "%s: %s needs the tokenizer and the chat encoder, which this version "
-                "does not have yet HINT: a token file, .bin", path, dot);
+        } else if (is_rows) {
+            data_add_jsonl(d, path);
         } else {
-            die(EXIT_USAGE, "%s is neither a .bin nor a .txt file", path);
+            die(EXIT_USAGE, "%s is no .bin, .jsonl or .txt file", path);
         }
     }
     globfree(&found);
     refuse_if(d->labels == 0, "%s: no labels, so there is nothing to learn from", pattern);
 }
 
-// Without -i the tiny model learns this project's own source, which lies beside the program. The
-// last 5 % of each file are held out for validation.
-static inline void data_add_own_text(Data *train, Data *val, const Config *c) {
-    static const char *const files[] = {
-        "kernels.cu", "fp8.c", "mxfp4.c", "lora.c", "moe.c", "refit.c", "train.c" };
-    char folder[PATH_SIZE], path[PATH_SIZE];
+// The path of a file that lies in the folder of the program.
+static inline char *beside_program(char *path, const char *name) {
+    char folder[PATH_SIZE];
     ssize_t length = readlink("/proc/self/exe", folder, sizeof folder - 1);
     folder[length > 0 ? length : 0] = 0;
     char *slash = strrchr(folder, '/');
     if (slash) { *slash = 0; }
+    return path_make(path, slash ? folder : ".", "/", name);
+}
+
+// The built-in model, a checkpoint that has read English (dev/ref/make_tiny.py). Without jsmn.h it
+// cannot be read: NULL, and the weights are random ones.
+static inline const char *tiny_folder(char *path) {
+#ifdef HAVE_JSMN
+    refuse_if(access(beside_program(path, "dev/data/tiny"), R_OK) != 0, "%s is missing: the "
+              "built-in model lies beside the program HINT: --random-base begins with random "
+              "weights", path);
+    return path;
+#else
+    if (this_rank == 0) {
+        printf("load   the built-in model begins with random weights: built without jsmn.h HINT: "
+               "make deps && make\n");
+    }
+    return path[0] = 0, NULL;
+#endif
+}
+
+// Without -i the tiny model learns this project's own source, which lies beside the program. The
+// last 5 % of each file are held out for validation.
+static inline void data_add_own_text(Data *train, Data *val) {
+    static const char *const files[] = {
+        "kernels.cu", "fp8.c", "mxfp4.c", "lora.c", "moe.c", "refit.c", "train.c" };
+    char path[PATH_SIZE];
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
-        path_make(path, slash ? folder : ".", "/", files[i]);
+        beside_program(path, files[i]);
         refuse_if(access(path, R_OK) != 0, "%s is missing: without -i the tiny model learns the "
                   "source that lies beside the program HINT: -i FILE.txt", path);
         size_t n;
-        uint32_t *token = text_tokens(path, c, &n), *tail = token + n - n / 20 - 1;
+        uint32_t *token = text_tokens(path, train->tokenizer, &n), *tail = token + n - n / 20 - 1;
         *tail = (*tail & TOKEN_ID) | TOKEN_FIRST;
         data_add_tokens(train, path, token, (size_t)(tail - token), BIN_TEXT);
         data_add_tokens(val, path, tail, n / 20 + 1, BIN_TEXT);
@@ -217,6 +287,9 @@ static inline void data_add_random(Data *d, size_t rows, uint64_t seed) {
     }
     data_add_tokens(d, "random data", token, rows * d->t, BIN_TEXT);
 }
+
+// -------------------------------------------------------------------------------------------------
+// 2 Packing
 
 // Fills rows for one epoch. Next-fit: a piece that does not fit closes the row. It looks at each
 // piece once, keeps their order, and leaves little empty when documents are short.
@@ -247,6 +320,9 @@ static inline void data_plan(Data *d, int epoch) {
     d->epoch = epoch;
     d->next = 0;
 }
+
+// -------------------------------------------------------------------------------------------------
+// 3 The order of rows
 
 // Goes to that row of the whole sequence, which runs through all epochs.
 static inline void data_seek(Data *d, size_t row) {
@@ -291,4 +367,42 @@ static inline void data_take(Data *d, Rows *s, int rows, int wrap) {
     }
     s->first[s->rows] = pieces;
 }
+
+// -------------------------------------------------------------------------------------------------
+// 4 The tool
+
+#ifdef PREP_MAIN
+// Writes every document of d as one token file, which says how those that are too long are treated.
+static void write_bin(const Data *d, const char *path, int kind) {
+    int32_t h[256] = { BIN_MAGIC, BIN_VERSION, d->V, (int32_t)(d->tokens & 0x7FFFFFFF),
+                       (int32_t)(d->tokens >> 31), kind };
+    FILE *f = fopen(path, "wb");
+    int good = f && fwrite(h, sizeof h, 1, f) == 1;
+    for (size_t i = 0; good && i < d->pieces; i++) {
+        size_t n = (size_t)d->piece[i].length;
+        good = fwrite(d->piece[i].token, 4, n, f) == n;
+    }
+    if (f == NULL || fclose(f) != 0 || !good) {
+        die(EXIT_FIT, "cannot write %s: %s", path, strerror(errno));
+    }
+}
+
+int main(int argc, char **argv) {
+    static Config c;
+    Tokenizer t;
+    Data d = { .tokenizer = &t, .t = INT_MAX, .skip_bad_rows = 1 };
+    refuse_if(argc < 4, "usage: prep DIR INPUT OUTPUT.bin [assistant|last|completion|all]");
+    config_load(&c, argv[1]);
+    tokenizer_open(&t, &c, argv[1]);
+    d.V = c.V;
+    d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
+    data_add(&d, argv[2]);
+    refuse_if(d.texts > 0 && d.texts < d.documents, "%s: %zu documents are text, %zu are not, but a "
+              "token file holds one kind HINT: two files", argv[2], d.texts, d.documents - d.texts);
+    write_bin(&d, argv[3], d.texts ? BIN_TEXT : BIN_CHAT);
+    printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n",
+           argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
+    return 0;
+}
+#endif
 #endif // PREP_C

@@ -1,0 +1,163 @@
+// fuzz.c: whatever a file holds, the readers answer with a result or with one line of error.
+//
+//     test/fuzz.sh [SECONDS [TARGET...]]      (clang: libFuzzer; else the small mutator below)
+//
+// One program for all targets; its name says which: fuzz_json, fuzz_safetensors, fuzz_tokenizer,
+// fuzz_jsonl, fuzz_bin, fuzz_adapter (adapter_config.json, a 0, adapter_model.safetensors). The
+// sanitizers look for what goes wrong silently. An error of the reader ends in die(), and so in
+// exit(), which here leads back to the next input; in fuzz_jsonl, which reads with --skip-bad-rows,
+// there must be none.
+#define TESTING
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+static jmp_buf next_input;
+static void *mapped;                    // by the reader, which keeps it
+static size_t mapped_bytes;
+__attribute__((noreturn)) static void fuzz_exit(int code) { longjmp(next_input, code + 1); }
+static void *fuzz_mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset) {
+    mapped = mmap(at, n, prot, flags, fd, offset);
+    mapped_bytes = mapped == MAP_FAILED ? 0 : n;
+    return mapped;
+}
+#define exit(code) fuzz_exit(code)
+#define mmap(...) fuzz_mmap(__VA_ARGS__)
+#include "../refit.c"
+#include "../dev/data/prep.c"
+#undef exit
+#undef mmap
+
+static char folder[] = "/dev/shm/fuzz.XXXXXX", path[3][PATH_SIZE];
+static const char *target;
+static Tokenizer bytes;
+static Config config = { .V = 270, .bos = 256, .eos = 257, .E = 2, .layers = 1 };
+static Adapters adapters;
+static int first_fd;
+static long accepted;                   // inputs that were read to their end
+
+static void write_whole(const char *name, const uint8_t *data, size_t n) {
+    FILE *f = fopen(name, "wb");
+    if (f == NULL || fwrite(data, 1, n, f) != n || fclose(f) != 0) { perror(name); abort(); }
+}
+
+static void read_input(void) {
+    if (strcmp(target, "json") == 0) {
+        Json j;
+        json_load(&j, path[0], "");
+        json_free(&j);
+    } else if (strcmp(target, "safetensors") == 0) {
+        Safetensors s;
+        safetensors_open(&s, path[0], "");
+        safetensors_close(&s);
+    } else if (strcmp(target, "tokenizer") == 0) {
+        Tokenizer t;
+        Tokens out = { .n = 0 };
+        static const char text[] = "Hello, wörld 123 \n\n  if (x) { 你好。\xff }";
+        tokenizer_load(&t, path[0], &config);
+        tokenizer_encode(&t, &out, text, sizeof text - 1, 0);
+        free(out.token);
+        free(t.text); free(t.length); free(t.rules); free(t.by_text); free(t.words);
+        free(t.symbol); free(t.heap);
+    } else if (strcmp(target, "jsonl") == 0) {
+        Data d = { .V = 264, .t = 64, .tokenizer = &bytes, .skip_bad_rows = 1 };
+        data_add_jsonl(&d, path[0]);
+        for (size_t i = d.pieces; i-- > 0; ) {          // a document's first piece comes last
+            if (d.piece[i].token[0] & TOKEN_FIRST) { free((void *)d.piece[i].token); }
+        }
+        free(d.piece);
+    } else if (strcmp(target, "bin") == 0) {
+        Data d = { .V = 270, .t = 4 };
+        data_add_bin(&d, path[0]);
+        free(d.piece);
+    } else {
+        int r, names;
+        float alpha;
+        unsigned targets;
+        adapter_read_config(folder, &r, &alpha, &targets, &names);
+        adapter_load(folder, &adapters, &config);
+    }
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    const uint8_t *zero = memchr(data, 0, n);
+    if (strcmp(target, "adapter") == 0) {
+        size_t config_bytes = zero ? (size_t)(zero - data) : n;
+        write_whole(path[1], data, config_bytes);
+        write_whole(path[2], zero ? zero + 1 : data, zero ? n - config_bytes - 1 : 0);
+    } else {
+        write_whole(path[0], data, n);
+    }
+    int code = setjmp(next_input);
+    if (code == 0) { read_input(); accepted++; }
+    if (code > 1 && strcmp(target, "jsonl") == 0) { abort(); }
+    for (int fd = first_fd; fd < first_fd + 4; fd++) { close(fd); }
+    if (mapped_bytes) { munmap(mapped, mapped_bytes); }
+    mapped_bytes = 0;
+    return 0;
+}
+
+// What the targets need once.
+static void fuzz_setup(const char *program) {
+    const char *name = strrchr(program, '_');
+    target = name ? name + 1 : "json";
+    if (mkdtemp(folder) == NULL || freopen("/dev/null", "w", stderr) == NULL) { abort(); }
+    path_make(path[0], folder, "/", "input");
+    path_make(path[1], folder, "/", "adapter_config.json");
+    path_make(path[2], folder, "/", "adapter_model.safetensors");
+    tokenizer_bytes(&bytes, &config);
+    adapters.R = 2;
+    adapters.alpha = 4;
+    adapters.targets = 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 0) { mem_count(); } else { mem_open(); adapters_alloc(&adapters, 1); }
+        adapters_begin(&adapters);
+        adapter_add(&adapters, TARGET_WQ_A, "layers.0.attn.wq_a", 3, 5);
+        adapter_add_experts(&adapters, TARGET_EXPERTS_W1, "layers.0.ffn.experts", "w1", 0, 2, 3, 4);
+        if (pass == 0) { adapters_alloc(&adapters, 1); }
+    }
+    first_fd = dup(0);
+    close(first_fd);
+}
+
+#ifdef LIBFUZZER
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc;
+    int keep = dup(2);                  // libFuzzer reports there; errors of the readers do not
+    fuzz_setup((*argv)[0]);
+    dup2(keep, 2);
+    close(keep);
+    return 0;
+}
+#else
+// Without libFuzzer: seeds, changed at a few places, for so many seconds.
+int main(int argc, char **argv) {
+    static uint8_t seed[1 << 20], input[1 << 20];
+    double end = clock_seconds() + (argc > 1 ? atof(argv[1]) : 1);
+    fuzz_setup(argv[0]);
+    long runs = 0;
+    for (uint64_t i = 0; argc > 2 && clock_seconds() < end; i++, runs++) {
+        uint64_t key = random_key(i, "fuzz");
+        FILE *f = fopen(argv[2 + random_bits(key, 0) % (uint64_t)(argc - 2)], "rb");
+        size_t n = f ? fread(seed, 1, sizeof seed / 2, f) : 0;
+        if (f) { fclose(f); }
+        memcpy(input, seed, n);
+        for (uint64_t k = 0; k < random_bits(key, 1) % 8 && n > 0; k++) {
+            uint64_t bits = random_bits(key, 10 + k), at = bits % n, length = 1 + (bits >> 32) % 16;
+            static const char interesting[] = "\"\\{}[],:-0e.u\xff\x00\x7f\xc0 ";
+            switch ((bits >> 40) % 4) {
+            case 0: input[at] ^= (uint8_t)(1 << (bits >> 48) % 8); break;
+            case 1: input[at] = (uint8_t)interesting[(bits >> 48) % (sizeof interesting - 1)]; break;
+            case 2: n = n > at + length ? n - length : n; memmove(input + at, input + at + length,
+                                                                  n - at); break;
+            default: memmove(input + at + length, input + at, n - at); n += length; break;
+            }
+        }
+        LLVMFuzzerTestOneInput(input, n);
+    }
+    printf("fuzz_%s: %ld inputs, %ld of them accepted\n", target, runs, accepted);
+    return 0;
+}
+#endif
