@@ -622,7 +622,7 @@ void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, 
 // to the largest scale of its rows, and turned. The result has the form of a frozen matrix.
 // Source: fp8-flow-moe.md, 2.4 and 2.5.
 
-// out (T,C) = the numbers that codes (T,C) with scales (T,ceil(C/128)) stand for. Exact in bf16 too.
+// out (T,C) = what codes (T,C) with scales (T,ceil(C/128)) stand for. Exact, in bf16 too.
 void widen_rows_fp8(act *out, const uint8_t *codes, const uint8_t *scales, int T, int C) {
     CPU_ONLY();
     int groups = ceil_div(C, FP8_BLOCK);

@@ -876,7 +876,8 @@ static void test_swiglu_quantize(void) {
                 quantize_rows_fp8(want, want_scales, part[k], k == 0 ? FP8_FLOOR : 0, T, F);
                 for (int t = 0; t < T; t++) {
                     uint8_t *got = k == 0 ? codes + t * F : dcodes + (2 * t + k - 1) * F;
-                    uint8_t *s = k == 0 ? scales + t * F / 128 : dscales + (2 * t + k - 1) * F / 128;
+                    uint8_t *s = k == 0 ? scales + t * F / 128
+                                        : dscales + (2 * t + k - 1) * F / 128;
                     unlike += memcmp(got, want + t * F, F) != 0;
                     unlike += memcmp(s, want_scales + t * F / 128, F / 128) != 0;
                     unlike += weighted && t != 7 && dw[t] != want_dw[t];
@@ -1034,7 +1035,8 @@ static void check_permute(const int *rows, int E, int T, int K, int C, int align
                 wrong += out[p * C + c] != (r < rows[e] ? codes[slot / K * C + c] : 0);
             }
             for (int g = 0; g < groups; g++) {
-                wrong += out_scales[p * groups + g] != (r < rows[e] ? scales[slot / K * groups + g] : 0);
+                size_t from = slot / K * groups + g;
+                wrong += out_scales[p * groups + g] != (r < rows[e] ? scales[from] : 0);
             }
             wrong += out_weight[p] != (r < rows[e] ? weight[slot] : 0);
             wrong += r < rows[e] && place[slot] != (int)p;
