@@ -12,7 +12,8 @@
 //       engine and emptied in turn; sums of 128 k leave the tensor cores, are scaled and added in
 //       fp32 registers, because inside they are kept to about 14 bits
 //   v3  a ring of 4 stages, filled ahead by a producer
-//   v4  the two warpgroups take turns at the tensor cores: one adds up while the other multiplies
+//   v4  + sum_j u[r][j] v[e][n][j], the border of a LoRA adapter, in bf16: further steps of the same
+//       sums, rounded once with them. v3 is v4 with KU = 0: one kernel, shipped.
 // The control: sums that stay inside the tensor cores for all of K.
 //
 // Arithmetic, 49,152 rows of 32 experts (8,192 tokens, 6 experts each), C 4,096, F 2,048:
@@ -97,9 +98,13 @@ __device__ __forceinline__ void tma_fence(void) {
 // A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
 // how its groups of 8 rows of 128 swizzled bytes are spaced: they follow each other, as a TMA box
 // 128 bytes wide leaves them. A row is 128 k, and the next 32 k are 32 bytes on; fp8 operands run
-// along k always, there is no transposing them on the way. The low word holds the address, in units
-// of 16 bytes, so it can be moved by adding.
-__device__ __forceinline__ uint32_t operand_low(uint32_t at) { return at / 16 | 1 << 16; }
+// along k always, there is no turning them on the way. bf16 operands may be across k (v, in the
+// backward): a row is 64 n of one k, the next 64 n are a box of 64 k (8,192 bytes) further on, the
+// next 16 k 16 rows (2,048 bytes). The low word holds the address, in units of 16 bytes, so it can
+// be moved by adding.
+__device__ __forceinline__ uint32_t operand_low(uint32_t at, int across_k) {
+    return at / 16 | (across_k ? 8192 / 16 : 1) << 16;
+}
 __device__ __forceinline__ uint64_t operand(uint32_t low) {
     return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;         // bit 62: swizzle of 128 bytes
 }
@@ -122,6 +127,20 @@ __device__ __forceinline__ void wgmma_m64n128k32(float (&d)[64], uint64_t x, uin
         "}, %64, %65, p, 1, 1; }"
         : SUMS_32(d, 0), SUMS_32(d, 32)
         : "l"(x), "l"(w), "r"(add));
+}
+// d (64,128) += u (64,16) v (128,16)^T, bf16, in the same way.
+template <int V_BY_K>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], uint64_t u, uint64_t v) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+        "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+        "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+        "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, 1, 1, 1, 0, %66;"
+        : SUMS_32(d, 0), SUMS_32(d, 32)
+        : "l"(u), "l"(v), "n"(V_BY_K));
 }
 // Registers written before are seen by the tensor cores.
 __device__ __forceinline__ void wgmma_fence(void) {
@@ -296,7 +315,7 @@ enum {
     FP8_X_STAGE = FP8_ROWS * FP8_K, FP8_W_STAGE = FP8_COLUMNS * FP8_K,
 };
 
-struct Fp8Shape { int E, rows, N, K; size_t ldo; };     // rows: of the buffers, at least offset[E]
+struct Fp8Shape { int E, rows, N, K, KU; size_t ldo; };     // rows: of the buffers, >= offset[E]
 
 // Shared memory, in bytes from a multiple of 1,024 (from which the swizzle counts).
 template <int STAGES> struct Fp8Memory {
@@ -373,18 +392,11 @@ __device__ __forceinline__ void fp8_store_some(bf16 *out, size_t ldo, const floa
     }
 }
 
-// A named barrier of the two consumer warpgroups: whoever waits goes on when the other has arrived.
-__device__ __forceinline__ void turn_wait(int id) {
-    asm volatile("bar.sync %0, 256;" :: "r"(id) : "memory");
-}
-__device__ __forceinline__ void turn_give(int id) {
-    asm volatile("bar.arrive %0, 256;" :: "r"(id) : "memory");
-}
-
-template <int STAGES, int ORDERED, int PROMOTE>
+template <int STAGES, int V_BY_K, int PROMOTE>
 __global__ void __launch_bounds__(384, 1)
 fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
            const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+           const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
            const uint8_t *x_scale, const uint8_t *w_scale, const int *offset,
            const __grid_constant__ Fp8Shape s) {
     extern __shared__ unsigned char dynamic[];
@@ -413,23 +425,29 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
     if (warpgroup == 2) {
         registers_give<40>();
         if (threadIdx.x != 256) { return; }
-        while (more) {
-            for (int b = 0; b < blocks; b++) {
-                uint32_t full = base + M::FULL + 8 * slot;
-                barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
-                barrier_expect(full, FP8_X_STAGE + FP8_W_STAGE);
-                tma_load(base + M::X + slot * FP8_X_STAGE, &map_x, full, b * FP8_K, t.row, 0);
-                tma_load(base + M::W + slot * FP8_W_STAGE, &map_w, full, b * FP8_K, t.n, t.group);
-                next_stage();
+        // A stage on its way: 128 rows of x or u, 256 columns of w or v.
+        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k, int across_k) {
+            uint32_t full = base + M::FULL + 8 * slot, w = base + M::W + slot * FP8_W_STAGE;
+            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+            barrier_expect(full, FP8_X_STAGE + FP8_W_STAGE);
+            tma_load(base + M::X + slot * FP8_X_STAGE, of_x, full, k, t.row, 0);
+            for (int n = 0; n < FP8_COLUMNS; n += across_k ? 64 : FP8_COLUMNS) {
+                int x = across_k ? t.n + n : k, y = across_k ? k : t.n + n;
+                tma_load(w + n * 128, of_w, full, x, y, t.group);
             }
+            next_stage();
+        };
+        while (more) {
+            for (int k = 0; k < s.K; k += FP8_K) { load(&map_x, &map_w, k, 0); }
+            for (int k = 0; k < s.KU; k += FP8_K / 2) { load(&map_u, &map_v, k, V_BY_K); }
             more = fp8_tile(t, walk, index += gridDim.x, groups, s);
         }
         return;
     }
     registers_take<232>();
-    if (ORDERED && warpgroup == 1) { turn_give(1); }        // warpgroup 0 begins
-    uint32_t x0 = operand_low(base + M::X);
-    uint32_t w0 = operand_low(base + M::W + warpgroup * 128 * FP8_K);
+    const uint32_t w_half = base + M::W + warpgroup * 128 * FP8_K;
+    const uint32_t x0 = operand_low(base + M::X, 0), w0 = operand_low(w_half, 0);
+    const uint32_t v0 = operand_low(w_half, V_BY_K);
     while (more) {
         float sum[2][64], part[64];
         // The scales of this thread's rows, l / 4 and l / 4 + 8 of its warp's 16 in both halves, and
@@ -462,7 +480,6 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (half == halves) { break; }
-                if (ORDERED) { turn_wait(1 + warpgroup); }
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
@@ -471,7 +488,6 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
                     else { wgmma_m64n128k32(sum[half], rows_k, operand(w + k * 2), 1); }
                 }
                 wgmma_commit();
-                if (ORDERED) { turn_give(2 - warpgroup); }
                 wgmma_wait<0>();
                 if (half == halves - 1 && lane == 0) { barrier_arrive(base + M::EMPTY + 8 * slot); }
                 if (PROMOTE) {
@@ -484,6 +500,25 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
                     keep_order(sum[half]);
                 }
             }
+            next_stage();
+        }
+        for (int left = s.KU; left > 0; left -= FP8_K / 2) {    // the border: bf16, needs no scale
+            uint32_t u = x0 + slot * (FP8_X_STAGE / 16), v = v0 + slot * (FP8_W_STAGE / 16);
+            barrier_wait(base + M::FULL + 8 * slot, phase);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                wgmma_fence();
+                for (int k = 0; k < min(left, FP8_K / 2); k += 16) {
+                    uint64_t rows_k = operand(u + half * (64 * FP8_K / 16) + k / 8);
+                    wgmma_m64n128k16<V_BY_K>(sum[half], rows_k,
+                                             operand(v + (V_BY_K ? k * 8 : k / 8)));
+                }
+                wgmma_commit();
+            }
+            wgmma_wait<0>();
+            keep_order(sum[0]);
+            keep_order(sum[1]);
+            if (lane == 0) { barrier_arrive(base + M::EMPTY + 8 * slot); }
             next_stage();
         }
         Fp8Tile done = t;
@@ -500,7 +535,6 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
             }
         }
     }
-    if (ORDERED && warpgroup == 0) { turn_wait(1); }        // the last turn nobody takes
     if (lane == 0) { tma_wait_all(); }
 }
 
@@ -534,20 +568,30 @@ struct Fp8Product {
     const uint8_t *x, *x_scale;     // (rows,K), (rows,K/128)
     const uint8_t *w, *w_scale;     // (E,N,K), (E,N/128,K/128)
     const int *offset;              // device (E+1)
-    int E, rows, N, K;              // rows: of the buffers, at least offset[E]; N, K: times 128
+    const bf16 *u, *v;              // border (rows,KU), and (E,N,KU) or, v_by_k, (E,KU,N)
+    int E, rows, N, K, KU, v_by_k;  // rows: of the buffers, >= offset[E]. N, K: times 128, KU: 8
 };
 
-template <int STAGES, int ORDERED, int PROMOTE> static void fp8_product(const Fp8Product &p) {
+template <int STAGES, int V_BY_K, int PROMOTE> static void fp8_launch(const Fp8Product &p) {
     if (p.rows == 0) { return; }
     CUtensorMap out = tensor_map(p.out, 2, p.N, p.rows, 1, p.ldo, 16);
     CUtensorMap x = tensor_map(p.x, 1, p.K, p.rows, 1, p.K, FP8_ROWS);
-    CUtensorMap w = tensor_map(p.w, 1, p.K, p.N, p.E, p.K, FP8_COLUMNS);
-    Fp8Shape s = { p.E, p.rows, p.N, p.K, p.ldo };
-    auto kernel = fp8_kernel<STAGES, ORDERED, PROMOTE>;
+    CUtensorMap w = tensor_map(p.w, 1, p.K, p.N, p.E, p.K, FP8_COLUMNS), u = x, v = w;
+    if (p.KU) {
+        u = tensor_map(p.u, 2, p.KU, p.rows, 1, p.KU, FP8_ROWS);
+        v = V_BY_K ? tensor_map(p.v, 2, p.N, p.KU, p.E, p.N, FP8_K / 2)
+                   : tensor_map(p.v, 2, p.KU, p.N, p.E, p.KU, FP8_COLUMNS);
+    }
+    Fp8Shape s = { p.E, p.rows, p.N, p.K, p.KU, p.ldo };
+    auto kernel = fp8_kernel<STAGES, V_BY_K, PROMOTE>;
     int bytes = 1024 + Fp8Memory<STAGES>::SIZE;
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<132, 384, bytes, stream>>>(p.out, out, x, w, p.x_scale, p.w_scale, p.offset, s);
+    kernel<<<132, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.x_scale, p.w_scale, p.offset, s);
     cudaCheck(cudaGetLastError());
+}
+
+template <int STAGES, int PROMOTE> static void fp8_product(const Fp8Product &p) {
+    if (p.v_by_k) { fp8_launch<STAGES, 1, PROMOTE>(p); } else { fp8_launch<STAGES, 0, PROMOTE>(p); }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -643,11 +687,12 @@ static void check_recast(int E, int C, int O, int most) {
 }
 
 struct Rung { const char *name; void (*call)(const Fp8Product &); };
-static const Rung rungs[] = { { "v2 tensor cores, one stage", fp8_product<1, 0, 1> },
-                              { "v3 ring of 4 stages", fp8_product<4, 0, 1> },
-                              { "v4 warpgroups in turns", fp8_product<4, 1, 1> } };
+static const Rung rungs[] = { { "v2 tensor cores, one stage", fp8_product<1, 1> },
+                              { "v3 ring of 4 stages", fp8_product<4, 1> },
+                              { "v4 with a border of 16", fp8_product<4, 1> } };
+enum { RUNGS = sizeof rungs / sizeof *rungs };
 
-static void check_product(std::vector<int> counts, int N, int K) {
+static void check_product(std::vector<int> counts, int N, int K, int KU = 0) {
     int E = (int)counts.size();
     std::vector<int> offset(E + 1, 0);
     for (int e = 0; e < E; e++) { offset[e + 1] = offset[e] + counts[e]; }
@@ -663,6 +708,16 @@ static void check_product(std::vector<int> counts, int N, int K) {
     p.x = to_device(x), p.w = to_device(w), p.x_scale = to_device(sx), p.w_scale = to_device(sw);
     p.offset = to_device(offset), p.E = E, p.rows = rows, p.N = N, p.K = K, p.ldo = ldo;
     bf16 *out = p.out = device_alloc<bf16>(rows * ldo);
+    std::vector<bf16> u((size_t)rows * KU), v[2];
+    v[0].resize((size_t)E * N * KU), v[1].resize(v[0].size());
+    for (size_t i = 0; i < u.size(); i++) { u[i] = __float2bfloat16((float)(int)(hash64(i + 1) % 9) - 4); }
+    for (size_t i = 0; i < v[0].size(); i++) {
+        size_t e = i / KU / N, n = i / KU % N, k = i % KU;
+        v[0][i] = __float2bfloat16((float)(int)(hash64(i + 2) % 9) - 4);
+        v[1][(e * KU + k) * N + n] = v[0][i];
+    }
+    bf16 *dv[2] = { to_device(v[0]), to_device(v[1]) };
+    p.u = to_device(u), p.KU = KU;
     std::vector<float> want((size_t)live * N);
     for (int e = 0; e < E; e++) {
         std::vector<float> wide((size_t)N * K), row(K);
@@ -683,11 +738,16 @@ static void check_product(std::vector<int> counts, int N, int K) {
                 float sum = 0;
                 const float *w_n = &wide[(size_t)n * K];
                 for (int k = 0; k < K; k++) { sum += row[k] * w_n[k]; }
+                for (int k = 0; k < KU; k++) {
+                    sum += (float)u[(size_t)r * KU + k] * (float)v[0][((size_t)e * N + n) * KU + k];
+                }
                 want[(size_t)r * N + n] = sum;
             }
         }
     }
-    for (const Rung &rung : rungs) {
+    for (int i = 0; i < 2 * RUNGS; i++) {
+        const Rung &rung = rungs[i / 2];
+        p.v_by_k = i % 2, p.v = dv[i % 2];
         cudaCheck(cudaMemset(out, 0x41, rows * ldo * 2));
         rung.call(p);
         std::vector<bf16> got = to_host(out, rows * ldo);
@@ -700,11 +760,13 @@ static void check_product(std::vector<int> counts, int N, int K) {
             bool same = (float)got[i] == (float)__float2bfloat16(want[r * N + n]);
             if (!same && !wrong++) { first = i; }
         }
-        check(wrong == 0 && touched == 0, "%s: E %d rows %d N %d K %d: %zu wrong (first %zu, %zu), %zu "
-              "touched", rung.name, E, live, N, K, wrong, first / ldo, first % ldo, touched);
+        check(wrong == 0 && touched == 0, "%s: E %d rows %d N %d K %d KU %d by_k %d: %zu wrong (first "
+              "%zu, %zu), %zu touched", rung.name, E, live, N, K, KU, p.v_by_k, wrong, first / ldo,
+              first % ldo, touched);
     }
     cudaFree((void *)p.x), cudaFree((void *)p.w), cudaFree((void *)p.x_scale);
     cudaFree((void *)p.w_scale), cudaFree((void *)p.offset), cudaFree(out);
+    cudaFree((void *)p.u), cudaFree(dv[0]), cudaFree(dv[1]);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -734,12 +796,43 @@ static std::vector<int> skewed_offsets(int E, int rows) {
     return offset;
 }
 
+// 1 - 2xy/(xx+yy) of every step-th row with the right ones.
+static double difference(const std::vector<bf16> &got, const std::vector<float> &right, int step,
+                         int N) {
+    double xy = 0, xx = 0, yy = 0;
+    for (size_t i = 0; i < right.size(); i++) {
+        double a = (double)(float)got[i / N * step * N + i % N], b = right[i];
+        xy += a * b, xx += a * a, yy += b * b;
+    }
+    return 1 - 2 * xy / (xx + yy);
+}
+
+// What adding up every 128 k is for: the same product with all scales 1, with and without.
+static void check_promotion(void) {
+    const int rows = 512, N = 512, K = 4096;
+    Fp8Product p = {};
+    p.x = random_codes((size_t)rows * K, 11, 100), p.w = random_codes((size_t)N * K, 12, 100);
+    p.x_scale = random_bytes(rows * K / 128, 1, 127, 127), p.w_scale = p.x_scale;
+    p.offset = to_device(std::vector<int>{ 0, rows }), p.out = device_alloc<bf16>(rows * N);
+    p.ldo = N, p.E = 1, p.rows = rows, p.N = N, p.K = K;
+    float *right = device_alloc<float>(rows * N);
+    fp8_v1_kernel<double><<<dim3(N / 128, rows), 128>>>(right, p, 1);
+    std::vector<float> want = to_host(right, rows * N);
+    fp8_product<4, 1>(p);
+    double with = difference(to_host(p.out, rows * N), want, 1, N);
+    fp8_product<4, 0>(p);
+    double without = difference(to_host(p.out, rows * N), want, 1, N);
+    printf("1 - 2xy/(xx+yy) at K 4096: %.2e, with sums left inside the tensor cores %.2e\n", with,
+           without);
+    check(with < 1e-5 && without > 2 * with, "promotion: %g with, %g without", with, without);
+}
+
 // A layer of 32 experts: recast (twice N x K / 2 where two matrices stand above each other) and the
 // product, timed in turns so that all meet the same clocks. Adds the medians of recast and of the
 // best rung to sums[0], sums[1].
 static void time_product(const char *what, int rows, int N, int K, int turned, int stacked,
                          double sums[2]) {
-    const int E = 32, rounds = 9, count = sizeof rungs / sizeof *rungs;
+    const int E = 32, KU = 16, rounds = 9, count = RUNGS;
     int *offset = to_device(skewed_offsets(E, rows));
     size_t weights = (size_t)E * N * K;
     // The packed matrices are (O,C): forward N x K, turned K x N; stacked ones have half the rows.
@@ -752,7 +845,8 @@ static void time_product(const char *what, int rows, int N, int K, int turned, i
     p.x = random_codes((size_t)rows * K, 3, 100);
     p.x_scale = random_bytes((size_t)rows * K / 128, 4, 118, 121);
     p.out = device_alloc<bf16>((size_t)rows * N);
-    p.offset = offset, p.ldo = N, p.E = E, p.rows = rows, p.N = N, p.K = K;
+    p.u = random_normal((size_t)rows * KU, 5, 1), p.v = random_normal((size_t)E * N * KU, 6, 0.1f);
+    p.offset = offset, p.v_by_k = turned, p.ldo = N, p.E = E, p.rows = rows, p.N = N, p.K = K;
     auto recast = [&] {
         for (int i = 0; i <= stacked; i++) {
             recast_fp4_gpu(w, w_scale, packed + i * (weights / 4), packed_scale + i * (weights / 64),
@@ -765,26 +859,19 @@ static void time_product(const char *what, int rows, int N, int K, int turned, i
     float *right = device_alloc<float>((size_t)some * N);
     fp8_v1_kernel<double><<<dim3(N / 128, some), 128>>>(right, p, step);
     std::vector<float> want = to_host(right, (size_t)some * N);
-    for (int i = 0; i <= count; i++) {
+    for (int i = 0; i < count - 1; i++) {
         cudaCheck(cudaMemset(p.out, 0xFF, (size_t)rows * N * 2));
-        if (i < count) { rungs[i].call(p); } else { fp8_product<4, 0, 0>(p); }
-        double xy = 0, xx = 0, yy = 0;
-        std::vector<bf16> got = to_host(p.out, (size_t)rows * N);
-        for (int r = 0; r < some; r++) {
-            for (int n = 0; n < N; n++) {
-                double a = (double)(float)got[(size_t)r * step * N + n], b = want[(size_t)r * N + n];
-                xy += a * b, xx += a * a, yy += b * b;
-            }
-        }
-        double diff = 1 - 2 * xy / (xx + yy);
-        if (i < count) { check(diff < 1e-5, "%s: 1 - 2xy/(xx+yy) %g", rungs[i].name, diff); }
-        printf("    %-34s 1 - 2xy/(xx+yy) = %.2e%s\n", i < count ? rungs[i].name : "control", diff,
-               i < count ? "" : " (its scales are missing too)");
-        uint64_t bits = device_hash(p.out, (size_t)rows * N * 2);
-        for (int run = 0; i < count && run < 5; run++) {
-            rungs[i].call(p);
-            check(bits == device_hash(p.out, (size_t)rows * N * 2), "%s: other bits", rungs[i].name);
-        }
+        rungs[i].call(p);
+        double diff = difference(to_host(p.out, (size_t)rows * N), want, step, N);
+        check(diff < 1e-5, "%s: 1 - 2xy/(xx+yy) %g", rungs[i].name, diff);
+    }
+    p.KU = KU;
+    uint64_t bits = 0;
+    for (int run = 0; run < 6; run++) {
+        rungs[count - 1].call(p);
+        uint64_t now = device_hash(p.out, (size_t)rows * N * 2);
+        check(run == 0 || now == bits, "other bits in run %d", run);
+        bits = now;
     }
     std::vector<cudaEvent_t> event(2 * count + 2);
     std::vector<std::vector<float>> ms(count + 1);
@@ -795,6 +882,7 @@ static void time_product(const char *what, int rows, int N, int K, int turned, i
             recast();
             cudaCheck(cudaEventRecord(event[1], stream));
             cudaCheck(cudaEventRecord(event[2 * i + 2], stream));
+            p.KU = i == count - 1 ? KU : 0;
             rungs[i].call(p);
             cudaCheck(cudaEventRecord(event[2 * i + 3], stream));
         }
@@ -821,6 +909,7 @@ static void time_product(const char *what, int rows, int N, int K, int turned, i
     for (cudaEvent_t &e : event) { cudaCheck(cudaEventDestroy(e)); }
     cudaFree(offset), cudaFree(packed), cudaFree(packed_scale), cudaFree(w), cudaFree(w_scale);
     cudaFree((void *)p.x), cudaFree((void *)p.x_scale), cudaFree(p.out), cudaFree(right);
+    cudaFree((void *)p.u), cudaFree((void *)p.v);
 }
 
 int main(int argc, char **argv) {
@@ -837,6 +926,11 @@ int main(int argc, char **argv) {
     check_product({ 385, 127, 128, 640 }, 256, 640);
     check_product({ 2437, 5, 1100 }, 640, 128);                 // more than one band
     check_product(std::vector<int>(100, 33), 256, 128);
+    for (int KU : { 8, 16, 24, 64, 80 }) {
+        check_product({ 65, 0, 200 }, 384, 256, KU);
+        check_product({ 130, 1 }, 128, 128, KU);
+    }
+    check_promotion();
     printf("%d checks, %d failed\n", checks, failures);
     if (failures || (argc > 1 && strcmp(argv[1], "check") == 0)) { return failures != 0; }
     for (int rows = 49152; rows >= 24576; rows /= 2) {
