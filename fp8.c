@@ -21,6 +21,8 @@
 //   4 linears: tiles dealt to threads
 //   5 quantisation: real numbers into codes and scales
 //   6 the clamped SwiGLU, which sits between an expert's products
+//   7 the clamped SwiGLU between two fp8 products
+//   8 rows that stay fp8: widened, transposed, carried to their experts
 #ifndef FP8_C
 #define FP8_C
 #include "kernels.cu"       // the contract: act, real, ld, st, bf16, require, host_alloc, CPU_ONLY
@@ -438,8 +440,19 @@ static inline uint8_t e4m3_quantized(float x, float inverse) {
     return e4m3_from_float(fabsf(x) < INFINITY ? x * inverse : copysignf(NAN, x));
 }
 
-// codes (T,C), scales (T,ceil(C/128)) from inp (T,C): one scale per row and 128 columns. amax is
-// taken as at least `floor`: 1e-4 in the released inference code's forward, 0 for gradients.
+// codes (n) from x (n), which share the scale that is returned. amax is taken as at least `floor`:
+// FP8_FLOOR, as the released inference code does in its forward, or 0 for gradients, of which a
+// floor would leave next to nothing.
+#define FP8_FLOOR 1e-4f
+static inline uint8_t quantize_group(uint8_t *codes, const real *x, float floor, int n) {
+    float amax = floor;
+    for (int i = 0; i < n; i++) { amax = finite_max(amax, (float)x[i]); }
+    uint8_t scale = scale_for(amax, 448);
+    for (int i = 0; i < n; i++) { codes[i] = e4m3_quantized((float)x[i], inverse_scale(scale)); }
+    return scale;
+}
+
+// codes (T,C), scales (T,ceil(C/128)) from inp (T,C): one scale per row and 128 columns.
 void quantize_rows_fp8(uint8_t *codes, uint8_t *scales, const act *inp, float floor, int T, int C) {
     CPU_ONLY();
     int groups = ceil_div(C, FP8_BLOCK);
@@ -447,14 +460,10 @@ void quantize_rows_fp8(uint8_t *codes, uint8_t *scales, const act *inp, float fl
     for (int t = 0; t < T; t++) {
         for (int g = 0; g < groups; g++) {
             size_t from = (size_t)t * C + g * FP8_BLOCK;
-            size_t end = (size_t)t * C + min_int(C, (g + 1) * FP8_BLOCK);
-            float amax = floor;
-            for (size_t i = from; i < end; i++) { amax = finite_max(amax, (float)ld(inp + i)); }
-            uint8_t s = scale_for(amax, 448);
-            scales[(size_t)t * groups + g] = s;
-            for (size_t i = from; i < end; i++) {
-                codes[i] = e4m3_quantized((float)ld(inp + i), inverse_scale(s));
-            }
+            int n = min_int(FP8_BLOCK, C - g * FP8_BLOCK);
+            real x[FP8_BLOCK];
+            load_rows(x, inp + from, (size_t)n);
+            scales[(size_t)t * groups + g] = quantize_group(codes + from, x, floor, n);
         }
     }
 }
@@ -537,4 +546,186 @@ void swiglu_backward(act *dg, act *dv, real *dweight, const real *dh, const act 
     }
 }
 TWIN(swiglu_backward)
+
+// -------------------------------------------------------------------------------------------------
+// 7 The clamped SwiGLU between two fp8 products
+//
+// Here gate and value are halves of one row, gv = [g | v] (T,2F): what one product with w1 above w3
+// leaves. h is rounded once, straight to codes; so are its gradients, whose two halves have scales
+// of their own. Nothing of it is ever stored in between. Source: fp8-flow-moe.md, 2.6.
+
+// codes (T,F), scales (T,F/128) from gv (T,2F), weight (T) or NULL for all ones. F % 128 == 0.
+void swiglu_quantize_forward(uint8_t *codes, uint8_t *scales, const act *gv, const real *weight,
+                             float limit, float floor, int T, int F) {
+    CPU_ONLY();
+    require(F % FP8_BLOCK == 0);
+    #pragma omp parallel for
+    for (int t = 0; t < T; t++) {
+        real w = weight ? weight[t] : 1, h[FP8_BLOCK];
+        for (int c = 0; c < F; c += FP8_BLOCK) {
+            const act *g = gv + (size_t)t * 2 * F + c, *v = g + F;
+            for (int i = 0; i < FP8_BLOCK; i++) {
+                real gate = ld(g + i), value = ld(v + i);
+                gate = gate > limit ? limit : gate;
+                value = value > limit ? limit : value < -limit ? -limit : value;
+                h[i] = w * (gate * sigmoid(gate)) * value;
+            }
+            size_t group = ((size_t)t * F + c) / FP8_BLOCK;
+            scales[group] = quantize_group(codes + group * FP8_BLOCK, h, floor, FP8_BLOCK);
+        }
+    }
+}
+
+// dcodes (T,2F), dscales (T,2F/128): [dg | dv], and dweight (T), which may be NULL, from dh (T,F).
+// No floor: gradients may be as small as they like.
+void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, const act *dh,
+                              const act *gv, const real *weight, float limit, int T, int F) {
+    CPU_ONLY();
+    require(F % FP8_BLOCK == 0);
+    #pragma omp parallel for
+    for (int t = 0; t < T; t++) {
+        real w = weight ? weight[t] : 1, dw = 0, dg[FP8_BLOCK], dv[FP8_BLOCK];
+        for (int c = 0; c < F; c += FP8_BLOCK) {
+            const act *g = gv + (size_t)t * 2 * F + c, *v = g + F, *d = dh + (size_t)t * F + c;
+            for (int i = 0; i < FP8_BLOCK; i++) {
+                // forward: g' = min(g, limit), v' = clamp(v, -limit, limit)
+                real gate = ld(g + i), value = ld(v + i);
+                int gate_passes = !(gate > limit);
+                int value_passes = !(value > limit || value < -limit);
+                gate = gate_passes ? gate : limit;
+                value = value_passes ? value : value > 0 ? limit : -limit;
+                // forward: h = w silu(g') v'
+                real s = sigmoid(gate), silu = gate * s;
+                dw += ld(d + i) * silu * value;
+                dv[i] = value_passes ? w * ld(d + i) * silu : 0;
+                // forward: silu(x) = x s(x), so its slope is s + x s (1 - s)
+                dg[i] = gate_passes ? w * ld(d + i) * value * (s * (1 + gate * (1 - s))) : 0;
+            }
+            size_t group = ((size_t)t * 2 * F + c) / FP8_BLOCK, half = F / FP8_BLOCK;
+            uint8_t *to = dcodes + group * FP8_BLOCK;
+            dscales[group] = quantize_group(to, dg, 0, FP8_BLOCK);
+            dscales[group + half] = quantize_group(to + F, dv, 0, FP8_BLOCK);
+        }
+        if (dweight) { dweight[t] = dw; }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// 8 Rows that stay fp8: widened, transposed, carried to their experts
+//
+// A row is quantised once, where it comes from, and is the same number for everything that reads it
+// afterwards: the product of the forward, that of the backward, and the adapters' gradients.
+//
+// A product that sums over tokens wants the scale to be constant along tokens, not along channels.
+// Quantising anew would round twice. But scales are powers of two: to give a code another scale is
+// to shift it, and exact unless the code runs out of exponents. So a tile of 128 x 128 is brought
+// to the largest scale of its rows, and turned. The result has the form of a frozen matrix.
+// Source: fp8-flow-moe.md, 2.4 and 2.5.
+
+// out (T,C) = what codes (T,C) with scales (T,ceil(C/128)) stand for. Exact, in bf16 too.
+void widen_rows_fp8(act *out, const uint8_t *codes, const uint8_t *scales, int T, int C) {
+    CPU_ONLY();
+    int groups = ceil_div(C, FP8_BLOCK);
+    #pragma omp parallel for
+    for (int t = 0; t < T; t++) {
+        for (int c = 0; c < C; c++) {
+            float s = float_from_e8m0(scales[(size_t)t * groups + c / FP8_BLOCK]);
+            st(out + (size_t)t * C + c, float_from_e4m3(codes[(size_t)t * C + c]) * s);
+        }
+    }
+}
+
+// The code nearest to e4m3(code) / 2^k, k >= 0, ties to the even one. NaN stays, and so does -0.
+// With exponents left, this is k off the exponent. Without, the leading one becomes a digit of a
+// subnormal code, and digits are shifted out below; a carry out of the top makes it normal again.
+static inline uint8_t e4m3_shifted(uint8_t code, int k) {
+    int exponent = code >> 3 & 15, digits = exponent ? 8 + (code & 7) : code & 7;
+    if ((code & 0x7F) == 0x7F) { return code; }
+    if (exponent > k) { return (uint8_t)(code - 8 * k); }
+    int shift = k + 1 - (exponent ? exponent : 1);
+    if (shift == 0) { return code; }
+    shift = min_int(shift, 5);              // digits <= 15: nothing is left of them there
+    int odd = digits >> shift & 1;
+    return (uint8_t)((code & 0x80) | (digits + (1 << (shift - 1)) - 1 + odd) >> shift);
+}
+
+// out (C,T), out_scales (ceil(C/128), ceil(T/128)) from codes (T,C), scales (T,ceil(C/128)): the
+// transpose, with one scale per block of 128 x 128. Rows of several experts must be padded, so that
+// no block holds rows of two.
+void transpose_fp8(uint8_t *out, uint8_t *out_scales, const uint8_t *codes, const uint8_t *scales,
+                   int T, int C) {
+    CPU_ONLY();
+    int across = ceil_div(C, FP8_BLOCK), down = ceil_div(T, FP8_BLOCK);
+    #pragma omp parallel for
+    for (int b = 0; b < across * down; b++) {
+        int t0 = b / across * FP8_BLOCK, t_end = min_int(T, t0 + FP8_BLOCK), g = b % across;
+        uint8_t largest = 0;
+        for (int t = t0; t < t_end; t++) {
+            uint8_t s = scales[(size_t)t * across + g];
+            largest = s > largest ? s : largest;
+        }
+        out_scales[(size_t)g * down + b / across] = largest;
+        for (int c = g * FP8_BLOCK; c < min_int(C, (g + 1) * FP8_BLOCK); c++) {
+            for (int t = t0; t < t_end; t++) {
+                out[(size_t)c * T + t] = e4m3_shifted(codes[(size_t)t * C + c],
+                                                      largest - scales[(size_t)t * across + g]);
+            }
+        }
+    }
+}
+
+// padded (E+1) from offset (E+1): the same experts, each with its rows rounded up to a multiple of
+// `align`. place, if given, says where row r goes: place[row_slot[r]] for its slot t*K + k; slots
+// whose expert is elsewhere keep what they hold, -1.
+void pad_offsets(int *padded, int *place, const int *row_slot, const int *offset, int E,
+                 int align) {
+    padded[0] = 0;
+    for (int e = 0; e < E; e++) {
+        int rows = offset[e + 1] - offset[e];
+        padded[e + 1] = padded[e] + ceil_div(rows, align) * align;
+        for (int r = 0; place && r < rows; r++) {
+            place[row_slot[offset[e] + r]] = padded[e] + r;
+        }
+    }
+}
+
+// Rows for the experts, by copying bytes: out (P,C), out_scales (P,ceil(C/128)), out_weight (P),
+// P = padded[E], from tokens' codes (T,C), scales, and weight (T,K). All of a padding row is zero.
+void permute_pad_fp8(uint8_t *out, uint8_t *out_scales, real *out_weight, const uint8_t *codes,
+                     const uint8_t *scales, const real *weight, const int *row_slot,
+                     const int *offset, const int *padded, int E, int K, int C) {
+    CPU_ONLY();
+    size_t groups = ceil_div(C, FP8_BLOCK);
+    #pragma omp parallel for schedule(dynamic)
+    for (int e = 0; e < E; e++) {
+        for (int p = padded[e]; p < padded[e + 1]; p++) {
+            int row = offset[e] + p - padded[e], real_row = row < offset[e + 1];
+            size_t slot = real_row ? row_slot[row] : 0, t = slot / K;
+            memset(out + (size_t)p * C, 0, (size_t)C);
+            memset(out_scales + p * groups, 0, groups);
+            out_weight[p] = real_row ? weight[slot] : 0;
+            if (real_row) {
+                memcpy(out + (size_t)p * C, codes + t * C, (size_t)C);
+                memcpy(out_scales + p * groups, scales + t * groups, groups);
+            }
+        }
+    }
+}
+
+// The way back, where numbers are added, and so are wide: out (T,C) = the sum of the token's rows
+// inp (P,C), in the order of its slots. A slot with place < 0 is not here.
+void unpermute_unpad(act *out, const act *inp, const int *place, int T, int K, int C) {
+    CPU_ONLY();
+    #pragma omp parallel for
+    for (int t = 0; t < T; t++) {
+        for (int c = 0; c < C; c++) {
+            real sum = 0;
+            for (int k = 0; k < K; k++) {
+                int p = place[(size_t)t * K + k];
+                if (p >= 0) { sum += ld(inp + (size_t)p * C + c); }
+            }
+            st(out + (size_t)t * C + c, sum);
+        }
+    }
+}
 #endif // FP8_C

@@ -21,6 +21,7 @@
 //   1 e2m1, code by code
 //   2 widening and packing rows
 //   3 the grouped products
+//   4 recast to e4m3: the packed matrices as an fp8 product wants them
 #ifndef MXFP4_C
 #define MXFP4_C
 #include "fp8.c"            // Frozen, frozen_forward, frozen_backward, tile_rows, scale_for
@@ -165,4 +166,111 @@ void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const 
     free(list);
 }
 TWIN(experts_fp4_backward)
+
+// -------------------------------------------------------------------------------------------------
+// 4 Recast to e4m3: the packed matrices as an fp8 product wants them
+//
+// Tensor cores multiply fp8 by fp8, and sum 128 terms before a scale can be applied. A packed row
+// has four scales there. But e4m3 has exponents to spare: in a block of 128 x 128 the largest scale
+// 2^m is kept, as 2^(m-6), and what a group's own scale 2^e lacks goes into its codes:
+//
+//     e2m1 * 2^e = (e2m1 * 2^(6-d)) * 2^(m-6),    d = m - e,    6 * 2^6 = 384 <= 448.
+//
+// That is exact while d <= 14: 0.5 * 2^(6-14) is the smallest subnormal e4m3 number. So it is a
+// change of form, not a quantisation; a block with a wider spread stays with the bf16 product.
+//
+// The block's one scale also makes the backward possible: the transpose of the codes, with the
+// transposed grid of scales, is the transpose of the matrix, and dx = dy W is a forward product
+// with it. One layer at a time is recast, into scratch. Source: fp8-flow-moe.md, 2.10 and 3.
+
+enum { RECAST_LIFT = 6, RECAST_SPREAD = 14 };   // the largest d that loses nothing
+
+// The largest scale byte of block b = (o/128, c/128) of a matrix with scale (O,C/32).
+static inline int recast_largest(const uint8_t *scale, int o0, int c0, int C) {
+    int largest = RECAST_LIFT;          // of a block of zeros, say: the scale byte must not wrap
+    for (int o = o0; o < o0 + FP8_BLOCK; o++) {
+        for (int g = c0 / FP4_BLOCK; g < (c0 + FP8_BLOCK) / FP4_BLOCK; g++) {
+            int s = scale[(size_t)o * (C / FP4_BLOCK) + g];
+            largest = s > largest ? s : largest;
+        }
+    }
+    return largest;
+}
+
+// blocks_h[d] (RECAST_SPREAD + 2) += the number of 128 x 128 blocks of w (E,O,C/2), scale
+// (E,O,C/32), whose widest group, among those that hold a number, lies d below the largest scale;
+// in the last place those that a recast would round. O, C: multiples of 128.
+void recast_spread(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E, int C, int O) {
+    CPU_ONLY();
+    require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
+    for (int o0 = 0; o0 < E * O; o0 += FP8_BLOCK) {
+        for (int c0 = 0; c0 < C; c0 += FP8_BLOCK) {
+            int largest = recast_largest(scale, o0, c0, C), widest = 0;
+            for (size_t i = 0; i < FP8_BLOCK * FP8_BLOCK / 2; i++) {
+                size_t at = ((o0 + i / 64) * C + c0) / 2 + i % 64;
+                int d = largest - scale[at / (FP4_BLOCK / 2)];
+                if ((w[at] & 0x77) != 0 && d > widest) { widest = d; }
+            }
+            blocks_h[widest <= RECAST_SPREAD ? widest : RECAST_SPREAD + 1]++;
+        }
+    }
+}
+
+// codes (E,rows,C), scales (E,rows/128,C/128) from w (E,O,C/2), scale (E,O,C/32): the O rows become
+// rows at .. at+O-1 of each expert's, so that two matrices may stand one above the other. turned:
+// codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128.
+void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale, int turned,
+                int at, int rows, int E, int C, int O) {
+    CPU_ONLY();
+    require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0 && at % FP8_BLOCK == 0
+            && rows % FP8_BLOCK == 0);
+    int across = C / FP8_BLOCK, down = rows / FP8_BLOCK;
+    #pragma omp parallel for
+    for (int b = 0; b < E * (O / FP8_BLOCK) * across; b++) {
+        int o0 = b / across * FP8_BLOCK, c0 = b % across * FP8_BLOCK;   // o0: of all experts' rows
+        size_t e = o0 / O, row0 = o0 % O + at;
+        int largest = recast_largest(scale, o0, c0, C);
+        size_t grid = e * down * across + (turned ? c0 / FP8_BLOCK * down + row0 / FP8_BLOCK
+                                                  : row0 / FP8_BLOCK * across + c0 / FP8_BLOCK);
+        scales[grid] = (uint8_t)(largest - RECAST_LIFT);
+        for (int i = 0; i < FP8_BLOCK; i++) {
+            for (int c = c0; c < c0 + FP8_BLOCK; c++) {
+                size_t from = (size_t)(o0 + i) * C + c, row = row0 + i;
+                int shift = RECAST_LIFT - largest + scale[from / FP4_BLOCK];
+                float value = float_from_e2m1(w[from / 2] >> (c % 2 * 4));
+                size_t to = e * rows * C + (turned ? c * (size_t)rows + row : row * C + c);
+                codes[to] = e4m3_from_float(ldexpf(value, shift));
+            }
+        }
+    }
+}
+
+// out (T,O) = the rows that inp (T,C), inp_scale (T,C/128) stand for, times the transpose of their
+// expert's matrix: w (E,O,C) e4m3 codes, scale (E,O/128,C/128), as recast_fp4 leaves them. Sums of
+// 128 terms are scaled and added in fp32. With a turned matrix this is the backward.
+void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale, const int *offset,
+                         const uint8_t *w, const uint8_t *scale, int E, int C, int O) {
+    CPU_ONLY();
+    require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
+    Frozen m = { w, scale, widen_fp8 };     // E * O rows: the grids of scales follow each other too
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C + O));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        size_t row = list[i].row, n = list[i].n;
+        real *x = tile_alloc(n * C), *y = tile_alloc(n * O);
+        for (size_t r = 0; r < n; r++) {
+            for (int c = 0; c < C; c++) {
+                size_t at = (row + r) * C + c;
+                real s = float_from_e8m0(inp_scale[at / FP8_BLOCK]);
+                x[r * C + c] = float_from_e4m3(inp[at]) * s;
+            }
+        }
+        frozen_forward(y, x, m, (size_t)list[i].expert * O, (int)n, C, O);
+        store_rows(out + row * O, y, n * O);
+        free(x);
+        free(y);
+    }
+    free(list);
+}
 #endif // MXFP4_C

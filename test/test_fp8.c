@@ -783,6 +783,310 @@ static void test_swiglu_slopes(void) {
 #endif
 }
 
+// -------------------------------------------------------------------------------------------------
+// The quantising SwiGLU
+
+// Whether `code` is what x / 2^t rounds to, for some x within tol: the reference and the float
+// arithmetic need not agree on which side of a tie a number lies.
+static int code_fits(int code, double x, double tol, int t) {
+    if (code == e4m3_nearest(ldexp(x - tol, -t)) || code == e4m3_nearest(ldexp(x + tol, -t))) {
+        return 1;
+    }
+    double value = ldexp(e4m3_value(code), t);
+    return (code & 0x7F) == 0 && fabs(value - x) <= tol;     // a zero of the other sign
+}
+
+// Counts what is wrong with one group of 128 codes that should be those of x, each known to tol.
+static int group_wrong(const uint8_t *codes, uint8_t scale, const double *x, const double *tol,
+                       double floor) {
+    double low = floor, high = floor;
+    int wrong = 0;
+    for (int i = 0; i < 128; i++) {
+        if (!isfinite(x[i])) { continue; }
+        low = fmax(low, fabs(x[i]) - tol[i]);
+        high = fmax(high, fabs(x[i]) + tol[i]);
+    }
+    wrong += scale != exponent_for(low, 448) + 127 && scale != exponent_for(high, 448) + 127;
+    for (int i = 0; i < 128; i++) {
+        wrong += isfinite(x[i]) ? !code_fits(codes[i], x[i], tol[i], scale - 127)
+                                : (codes[i] & 0x7F) != 0x7F;
+    }
+    return wrong;
+}
+
+// Codes and scales against the formulas in double, at limits, at weight 0, tiny and huge gradients,
+// and with a NaN, which must show as one. Where activations are wide, the fused text must also give
+// the codes of its unfused parts, bit by bit.
+static void test_swiglu_quantize(void) {
+    enum { T = 13, F = 256, N = T * F };
+    static act gv[2 * N], g[N], v[N], dh[N], h[N], dg[N], dv[N];
+    static uint8_t codes[N], scales[N / 128], dcodes[2 * N], dscales[2 * N / 128], want[N];
+    static real wide_dh[N], weight[T], dw[T], want_dw[T];
+    uint8_t want_scales[N / 128];
+    int wrong = 0, wrong_back = 0, unlike = 0;
+    for (int t = 0; t < T; t++) {
+        weight[t] = (real)(t == 3 ? 0 : t == 4 ? 1e-30 : uniform());
+        for (int c = 0; c < F; c++) {
+            int i = t * F + c;
+            double d = uniform() * (t == 5 ? 1e-9 : t == 6 ? 1e9 : 1);
+            st(g + i, (real)(c % 50 == 7 ? 10 : 15 * uniform()));
+            st(v + i, (real)(c % 50 == 9 ? -10 : 15 * uniform()));
+            if (t == 7 && c == 200) { st(g + i, (real)NAN); }
+            gv[2 * t * F + c] = g[i];
+            gv[2 * t * F + F + c] = v[i];
+            st(dh + i, (real)d);
+            wide_dh[i] = ld(dh + i);
+        }
+    }
+    for (int weighted = 0; weighted < 2; weighted++) {
+        const real *w = weighted ? weight : NULL;
+        swiglu_quantize_forward(codes, scales, gv, w, 10, FP8_FLOOR, T, F);
+        swiglu_quantize_backward(dcodes, dscales, weighted ? dw : NULL, dh, gv, w, 10, T, F);
+        for (int t = 0; t < T; t++) {
+            double dw_t = 0, size = 0, w_t = weighted ? (double)weight[t] : 1;
+            for (int c = 0; c < F; c += 128) {
+                double x[3][128], tol[3][128];
+                for (int i = 0; i < 128; i++) {
+                    double by_g, by_v, d = (double)ld(dh + t * F + c + i);
+                    double a = (double)ld(g + t * F + c + i), b = (double)ld(v + t * F + c + i);
+                    double y = swiglu_row(a, b, 10, &by_g, &by_v);
+                    x[0][i] = w_t * y;
+                    x[1][i] = w_t * d * by_g;
+                    x[2][i] = w_t * d * by_v;
+                    tol[0][i] = fabs(x[0][i]) * 0x1p-20;
+                    tol[1][i] = fabs(w_t * d * 10) * 0x1p-20;   // its slope has a cancellation
+                    tol[2][i] = fabs(x[2][i]) * 0x1p-20;
+                    dw_t += d * y;
+                    size += fabs(d * y);
+                }
+                int at = t * F + c, left = 2 * t * F + c, right = left + F;
+                wrong += group_wrong(codes + at, scales[at / 128], x[0], tol[0], 1e-4f);
+                wrong_back += group_wrong(dcodes + left, dscales[left / 128], x[1], tol[1], 0);
+                wrong_back += group_wrong(dcodes + right, dscales[right / 128], x[2], tol[2], 0);
+            }
+            if (weighted && t != 7) {
+                check_close("dweight", t, (double)dw[t], dw_t, 1e-5 * size);
+            }
+        }
+        if (!IN_BF16) {
+            const act *part[3] = { h, dg, dv };
+            swiglu_forward(h, g, v, w, 10, T, F);
+            swiglu_backward(dg, dv, want_dw, wide_dh, g, v, w, 10, T, F);
+            for (int k = 0; k < 3; k++) {
+                quantize_rows_fp8(want, want_scales, part[k], k == 0 ? FP8_FLOOR : 0, T, F);
+                for (int t = 0; t < T; t++) {
+                    uint8_t *got = k == 0 ? codes + t * F : dcodes + (2 * t + k - 1) * F;
+                    uint8_t *s = k == 0 ? scales + t * F / 128
+                                        : dscales + (2 * t + k - 1) * F / 128;
+                    unlike += memcmp(got, want + t * F, F) != 0;
+                    unlike += memcmp(s, want_scales + t * F / 128, F / 128) != 0;
+                    unlike += weighted && t != 7 && dw[t] != want_dw[t];
+                }
+            }
+        }
+    }
+    check(wrong == 0, "swiglu_quantize_forward: %d codes or scales wrong", wrong);
+    check(wrong_back == 0, "swiglu_quantize_backward: %d codes or scales wrong", wrong_back);
+    check(unlike == 0, "the fused SwiGLU differs from its parts in %d rows", unlike);
+    check(scales[3 * F / 128] == 127 - 22 && dscales[2 * 3 * F / 128] == 1,
+          "a row of weight 0: the floor's scale forward, none backward");
+    check(dscales[2 * 5 * F / 128] < 127 - 30, "tiny gradients keep their scale");
+}
+
+// -------------------------------------------------------------------------------------------------
+// Rows that stay fp8
+
+// The rule of the first published kernel, compiled nowhere else: it takes k off the exponent, and
+// clamps that at 0 without a look at the digits.
+static int shifted_published(int code, int k) {
+    int exponent = code >> 3 & 15, moved = exponent - k;
+    if (exponent == 0) { return 0; }
+    return (code & 0x80) | (moved < 1 ? 0 : moved) << 3 | (code & 7);
+}
+
+// All codes by all shifts; then what the published rule does instead.
+static void test_shift(void) {
+    int wrong = 0, differ = 0, last = 0;
+    for (int k = 0; k < 256; k++) {
+        for (int code = 0; code < 256; code++) {
+            int nan = (code & 0x7F) == 0x7F;
+            int want = nan ? code : e4m3_nearest(ldexp(e4m3_value(code), -k));
+            wrong += e4m3_shifted((uint8_t)code, k) != want;
+            differ += !nan && k < 16
+                    && e4m3_value(shifted_published(code, k)) != e4m3_value(want);
+            if (!nan && (want & 0x7F) != 0) { last = k; }
+        }
+    }
+    check(wrong == 0, "e4m3_shifted: %d of 65536 wrong", wrong);
+    check(last == 18, "the last shift that leaves anything is %d, want 18", last);
+    check(e4m3_shifted(0x7F, 40) == 0x7F && e4m3_shifted(0xFF, 1) == 0xFF, "NaN is shifted");
+    check(e4m3_shifted(0x80, 0) == 0x80 && e4m3_shifted(0x80, 9) == 0x80, "-0 is shifted");
+    // (a) an implicit one is lost, (b) subnormals vanish without any shift, (c) NaN becomes 240.
+    check(differ == 1698, "the published rule: %d of 4064 numbers differ, want 1698", differ);
+    check(shifted_published(0x07, 0) == 0, "(b)");
+    check(e4m3_value(shifted_published(0x7F, 1)) == 240, "(c)");
+}
+
+static void check_transpose(int T, int C, int spread) {
+    static const int shifts[] = { 0, 1, 6, 7, 14, 15, 16, 40, 126, 253 };
+    int across = (C + 127) / 128, down = (T + 127) / 128, bad_scale = 0, bad = 0, far = 0;
+    uint8_t *codes = malloc((size_t)T * C + 1), *out = malloc((size_t)T * C + 1);
+    uint8_t *back = malloc((size_t)T * C + 1), *scales = malloc((size_t)T * across + 1);
+    uint8_t *out_scales = malloc((size_t)across * down + 1), *rows = malloc((size_t)C * down + 1);
+    uint8_t *back_scales = malloc((size_t)across * down + 1);
+    for (int i = 0; i < T * C; i++) { codes[i] = (uint8_t)below(256); }
+    for (int i = 0; i < T * across; i++) {
+        scales[i] = (uint8_t)(spread ? 253 - shifts[below(spread)] : 130);
+    }
+    transpose_fp8(out, out_scales, codes, scales, T, C);
+    for (int c = 0; c < C; c++) {
+        for (int t = 0; t < T; t++) {
+            int largest = 0, s = scales[t * across + c / 128], code = codes[t * C + c];
+            for (int r = t / 128 * 128; r < T && r < t / 128 * 128 + 128; r++) {
+                int other = scales[r * across + c / 128];
+                largest = other > largest ? other : largest;
+            }
+            int got = out[(size_t)c * T + t], k = largest - s;
+            bad_scale += out_scales[c / 128 * down + t / 128] != largest;
+            if ((code & 0x7F) == 0x7F) { bad += got != code; continue; }
+            bad += got != e4m3_nearest(ldexp(e4m3_value(code), -k));
+            // The number itself: the same wherever an exponent is left, else half a digit off.
+            double off = fabs(ldexp(e4m3_value(got), k) - e4m3_value(code));
+            far += off > ((code >> 3 & 15) > k ? 0 : ldexp(1, k - 10));
+        }
+    }
+    check(!bad_scale && !bad && !far, "transpose_fp8 %d x %d: %d scales, %d codes, %d numbers", T, C,
+          bad_scale, bad, far);
+    for (int c = 0; c < C; c++) {
+        for (int b = 0; b < down; b++) { rows[c * down + b] = out_scales[c / 128 * down + b]; }
+    }
+    transpose_fp8(back, back_scales, out, rows, C, T);
+    if (spread == 0) {
+        check(memcmp(back, codes, (size_t)T * C) == 0, "transposing %d x %d twice", T, C);
+    }
+    free(codes);
+    free(out);
+    free(back);
+    free(scales);
+    free(out_scales);
+    free(rows);
+    free(back_scales);
+}
+
+// Why powers of two: a second quantisation along the columns moves no number that has a normal code
+// under both scales, while the same with scales amax / 448 moves many.
+static void test_double_quantisation(void) {
+    enum { N = 128 };
+    static act x[N * N];
+    static uint8_t codes[N * N];
+    uint8_t scales[N];
+    int moved[2] = { 0, 0 };
+    for (int t = 0; t < N; t++) {
+        double size = ldexp(1, below(5));
+        for (int c = 0; c < N; c++) { st(x + t * N + c, (real)(size * (uniform() + uniform()))); }
+    }
+    quantize_rows_fp8(codes, scales, x, 0, N, N);
+    for (int c = 0; c < N; c++) {
+        double amax = 0, value[N];
+        for (int t = 0; t < N; t++) {
+            value[t] = ldexp(e4m3_value(codes[t * N + c]), scales[t] - 127);
+            amax = fmax(amax, fabs(value[t]));
+        }
+        double step[2] = { ldexp(1, exponent_for(amax, 448)), amax / 448 };
+        for (int t = 0; t < N; t++) {
+            for (int k = 0; k < 2; k++) {
+                if (fabs(value[t]) < step[k] * 0x1p-6) { continue; }
+                moved[k] += e4m3_value(e4m3_nearest(value[t] / step[k])) * step[k] != value[t];
+            }
+        }
+    }
+    check(moved[0] == 0, "powers of two: a second quantisation moves %d numbers", moved[0]);
+    check(moved[1] > N * N / 4, "scales amax / 448 move only %d numbers: no control", moved[1]);
+}
+
+// Tokens to experts and back, against a copy by hand. Experts get rows[e] of the slots.
+static void check_permute(const int *rows, int E, int T, int K, int C, int align) {
+    int offset[16] = { 0 }, padded[16], groups = (C + 127) / 128, slots = T * K, wrong = 0;
+    int *row_slot = malloc(sizeof(int) * slots), *place = malloc(sizeof(int) * slots);
+    real *weight = malloc(sizeof(real) * slots);
+    uint8_t *codes = malloc((size_t)T * C), *scales = malloc((size_t)T * groups);
+    for (int e = 0; e < E; e++) { offset[e + 1] = offset[e] + rows[e]; }
+    for (int i = 0; i < slots; i++) {       // a permutation: 7 is prime to all slots used here
+        if (i < offset[E]) { row_slot[i] = i * 7 % slots; }
+        weight[i] = (real)(i + 1);
+        place[i] = -1;
+    }
+    for (int i = 0; i < T * C; i++) { codes[i] = (uint8_t)e4m3_nearest(below(9) - 4); }
+    for (int i = 0; i < T * groups; i++) { scales[i] = (uint8_t)(127 + i % 3); }
+    pad_offsets(padded, place, row_slot, offset, E, align);
+    size_t P = padded[E];
+    uint8_t *out = malloc(P * C + 1), *out_scales = malloc(P * groups + 1);
+    real *out_weight = malloc(sizeof(real) * (P + 1));
+    memset(out, 0xEE, P * C + 1);
+    memset(out_scales, 0xEE, P * groups + 1);
+    permute_pad_fp8(out, out_scales, out_weight, codes, scales, weight, row_slot, offset, padded, E,
+                    K, C);
+    for (int e = 0; e < E; e++) {
+        int own = padded[e + 1] - padded[e];
+        wrong += padded[e] % align != 0 || own < rows[e] || own >= rows[e] + align;
+        for (int r = 0; r < own; r++) {
+            size_t p = padded[e] + r, slot = r < rows[e] ? row_slot[offset[e] + r] : 0;
+            for (int c = 0; c < C; c++) {
+                wrong += out[p * C + c] != (r < rows[e] ? codes[slot / K * C + c] : 0);
+            }
+            for (int g = 0; g < groups; g++) {
+                size_t from = slot / K * groups + g;
+                wrong += out_scales[p * groups + g] != (r < rows[e] ? scales[from] : 0);
+            }
+            wrong += out_weight[p] != (r < rows[e] ? weight[slot] : 0);
+            wrong += r < rows[e] && place[slot] != (int)p;
+        }
+    }
+    wrong += out[P * C] != 0xEE || out_scales[P * groups] != 0xEE;
+    check(wrong == 0, "permute_pad E %d T %d K %d align %d: %d wrong", E, T, K, align, wrong);
+
+    act *wide = malloc(sizeof(act) * (P * C + 1)), *sum = malloc(sizeof(act) * (size_t)T * C);
+    wrong = 0;
+    widen_rows_fp8(wide, out, out_scales, (int)P, C);
+    unpermute_unpad(sum, wide, place, T, K, C);
+    for (int t = 0; t < T; t++) {
+        int times = 0;
+        for (int k = 0; k < K; k++) { times += place[t * K + k] >= 0; }
+        for (int c = 0; c < C; c++) {
+            double x = ldexp(e4m3_value(codes[t * C + c]), scales[t * groups + c / 128] - 127);
+            wrong += (double)ld(sum + t * C + c) != times * x;
+        }
+    }
+    check(wrong == 0, "unpermute_unpad E %d T %d K %d align %d: %d wrong", E, T, K, align, wrong);
+    free(row_slot);
+    free(place);
+    free(weight);
+    free(codes);
+    free(scales);
+    free(out);
+    free(out_scales);
+    free(out_weight);
+    free(wide);
+    free(sum);
+}
+
+static void test_rows_fp8(void) {
+    const int sizes[] = { 1, 5, 127, 128, 129, 300 };
+    test_shift();
+    for (int i = 0; i < 6; i++) {
+        for (int spread = 0; spread <= 10; spread += spread ? 3 : 1) {
+            check_transpose(sizes[i], sizes[(i * 5 + 2) % 6], spread);
+        }
+    }
+    check_transpose(256, 384, 7);
+    test_double_quantisation();
+    check_permute((const int[]){ 5, 0, 17, 11, 0 }, 5, 11, 3, 200, 8);      // all slots are here
+    check_permute((const int[]){ 0, 33, 0 }, 3, 11, 3, 128, 16);            // all on one expert
+    check_permute((const int[]){ 16, 1, 3 }, 3, 11, 3, 129, 16);            // a full block, few
+    check_permute((const int[]){ 0, 0 }, 2, 4, 1, 64, 128);                 // none at all
+    check_permute((const int[]){ 1, 2, 128, 129 }, 4, 130, 2, 64, 128);
+}
+
 // A rank without rows calls everything with T = 0: nothing is read or written.
 static void test_no_rows(void) {
     linear_fp8_forward(NULL, NULL, NULL, NULL, 0, 128, 128);
@@ -790,6 +1094,10 @@ static void test_no_rows(void) {
     linear_bf16_forward(NULL, NULL, NULL, 0, 128, 128);
     linear_f32_backward(NULL, NULL, NULL, 0, 128, 128);
     quantize_rows_fp8(NULL, NULL, NULL, 0, 0, 128);
+    widen_rows_fp8(NULL, NULL, NULL, 0, 128);
+    transpose_fp8(NULL, NULL, NULL, NULL, 0, 128);
+    swiglu_quantize_forward(NULL, NULL, NULL, NULL, 10, 0, 0, 128);
+    swiglu_quantize_backward(NULL, NULL, NULL, NULL, NULL, NULL, 10, 0, 128);
     swiglu_forward(NULL, NULL, NULL, NULL, 10, 0, 128);
     swiglu_backward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 10, 0, 128);
     check(1, "T = 0");
@@ -811,6 +1119,8 @@ int main(void) {
     test_swiglu_random(10);
     test_swiglu_random(INFINITY);
     test_swiglu_slopes();
+    test_swiglu_quantize();
+    test_rows_fp8();
     test_no_rows();
     return finish("test_fp8");
 }

@@ -403,6 +403,194 @@ static void test_tiles(void) {
     }
 }
 
+// -------------------------------------------------------------------------------------------------
+// Recast to e4m3
+
+// deepseek-v4-flash.md 2.3, in double.
+static double e4m3_value(int code) {
+    int E = code >> 3 & 15, M = code & 7;
+    double magnitude = E == 0 ? ldexp(M, -9) : ldexp(8 + M, E - 10);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+// All codes at all distances from the block's largest scale: exact up to 14; at 15 just 0.5 and 1.5
+// are lost, at 16 also 1 and 3. And what recast_spread says of such a block.
+static void test_recast_distances(void) {
+    static uint8_t w[128 * 64], scale[128 * 4], codes[2][128 * 128], scales[2][1];
+    for (int d = 0; d <= 20; d++) {
+        int wrong = 0, lost = 0, turned_wrong = 0, blocks[RECAST_SPREAD + 2] = { 0 };
+        memset(scale, 127, sizeof scale);
+        for (int i = 0; i < 128 * 64; i++) { w[i] = (uint8_t)(i * 37 + i / 64); }
+        for (int o = 0; o < 128; o++) { scale[4 * o + (o % 4)] = (uint8_t)(127 - d); }
+        // A group of zeros has no say, however small its scale.
+        memset(w + 64 * 9 + 48, 0x80, 16);
+        scale[4 * 9 + 3] = 1;
+        for (int turned = 0; turned < 2; turned++) {
+            recast_fp4(codes[turned], scales[turned], w, scale, turned, 0, 128, 1, 128, 128);
+            check(scales[turned][0] == 127 - 6, "the block's scale is %d", scales[turned][0]);
+        }
+        for (int o = 0; o < 128; o++) {
+            for (int c = 0; c < 128; c++) {
+                int i = o * 128 + c, nibble = w[i / 2] >> c % 2 * 4 & 15;
+                double want = ldexp(e2m1_values[nibble], scale[i / 32] - 127);
+                double got = ldexp(e4m3_value(codes[0][i]), scales[0][0] - 127);
+                int m = nibble & 7, may_be_lost = m == 1 || m == 3 || (d > 15 && (m == 2 || m == 5));
+                if (d <= 16) {
+                    lost += got != want;
+                    wrong += got != want && !(d > 14 && scale[i / 32] != 127 && may_be_lost);
+                }
+                turned_wrong += codes[1][c * 128 + o] != codes[0][i];
+            }
+        }
+        check(wrong == 0 && (lost > 0) == (d == 15 || d == 16), "distance %d: %d wrong, %d lost", d,
+              wrong, lost);
+        check(turned_wrong == 0, "distance %d: %d codes differ when turned", d, turned_wrong);
+        recast_spread(blocks, w, scale, 1, 128, 128);
+        check(blocks[d <= 14 ? d : 15] == 1, "distance %d is not counted there", d);
+    }
+}
+
+// Two matrices one above the other, several experts: every number in its place, nothing beside it.
+static void test_recast_places(void) {
+    enum { E = 3, O = 256, C = 384, ROWS = 512, N = E * O * C, ALL = E * ROWS * C };
+    uint8_t *w = malloc(N / 2), *scale = malloc(N / 32), *codes = malloc(ALL);
+    uint8_t *scales = malloc(ALL / 128 / 128);
+    int blocks[RECAST_SPREAD + 2] = { 0 }, sum = 0;
+    for (int i = 0; i < N / 2; i++) { w[i] = (uint8_t)below(256); }
+    for (int i = 0; i < N / 32; i++) {      // each block has its own range of scales
+        int block = i / (C / 32) / 128 * (C / 128) + i % (C / 32) / 4;
+        scale[i] = (uint8_t)(100 + block + below(8));
+    }
+    for (int variant = 0; variant < 4; variant++) {
+        int turned = variant % 2, at = variant / 2 * 256, wrong = 0, untouched = 0;
+        memset(codes, 0x7E, ALL);
+        memset(scales, 200, ALL / 128 / 128);
+        recast_fp4(codes, scales, w, scale, turned, at, ROWS, E, C, O);
+        for (int e = 0; e < E; e++) {
+            for (int r = 0; r < ROWS; r++) {
+                for (int c = 0; c < C; c++) {
+                    int i = turned ? (e * C + c) * ROWS + r : (e * ROWS + r) * C + c;
+                    int s = turned ? (e * C + c) / 128 * (ROWS / 128) + r / 128
+                                   : (e * ROWS + r) / 128 * (C / 128) + c / 128;
+                    if (r < at || r >= at + O) {
+                        untouched += codes[i] == 0x7E && scales[s] == 200;
+                        continue;
+                    }
+                    int from = (e * O + r - at) * C + c;
+                    double want = ldexp(e2m1_values[w[from / 2] >> from % 2 * 4 & 15],
+                                        scale[from / 32] - 127);
+                    wrong += ldexp(e4m3_value(codes[i]), scales[s] - 127) != want;
+                }
+            }
+        }
+        check(wrong == 0 && untouched == E * (ROWS - O) * C, "recast at %d, turned %d: %d wrong", at,
+              turned, wrong);
+    }
+    recast_spread(blocks, w, scale, E, C, O);
+    for (int d = 0; d < 16; d++) { sum += blocks[d]; }
+    check(sum == E * 2 * 3 && blocks[7] == sum, "%d blocks, %d with a spread of 7", sum, blocks[7]);
+    free(w);
+    free(scale);
+    free(codes);
+    free(scales);
+}
+
+// Rows of fp8 integers, each row and block of 128 with another power of two, through experts whose
+// blocks all differ too: forward and, by the turned matrix, backward, exactly.
+static void check_fp8_product(int E, const int *counts, int C, int O) {
+    Case k = case_new(E, counts, C, O, 1);
+    size_t n = (size_t)E * O * C;
+    uint8_t *codes = malloc(n), *scales = malloc(n / 128 / 128 + 1);
+    for (size_t i = 0; i < n / 32; i++) {   // 2^0 .. 2^3, and 2 more from block to block
+        int o = (int)(i / (C / 32)), g = (int)(i % (C / 32));
+        k.scale[i] = (uint8_t)(128 + (i + o) % 2 + (o / 128 + g / 4) % 3);
+    }
+    for (size_t i = 0; i < n; i++) {
+        k.value[i] = ldexp(e2m1_values[k.w[i / 2] >> 4 * (i % 2) & 15], k.scale[i / 32] - 127);
+    }
+    for (int back = 0; back < 2; back++) {
+        int from = back ? O : C, to = back ? C : O, bad = 0;
+        size_t groups = from / 128;
+        uint8_t *x = malloc((size_t)k.T * from + 1), *x_scale = malloc(k.T * groups + 1);
+        act *out = calloc((size_t)k.T * to + 1, sizeof(act));
+        for (int i = 0; i < k.T * from; i++) { x[i] = e4m3_from_float((float)(below(9) - 4)); }
+        for (int i = 0; i < k.T * (int)groups; i++) { x_scale[i] = (uint8_t)(127 + i * 5 % 4); }
+        recast_fp4(codes, scales, k.w, k.scale, back, 0, O, E, C, O);
+        experts_fp8_product(out, x, x_scale, k.offset, codes, scales, E, from, to);
+        for (int t = 0; t < k.T; t++) {
+            const double *w = k.value + (size_t)expert_of(&k, t) * O * C;
+            for (int j = 0; j < to; j++) {
+                double want = 0;
+                for (int i = 0; i < from; i++) {
+                    double x_i = ldexp(e4m3_value(x[t * from + i]),
+                                       x_scale[t * groups + i / 128] - 127);
+                    want += x_i * (back ? w[(size_t)i * C + j] : w[(size_t)j * C + i]);
+                }
+                bad += (double)ld(out + (size_t)t * to + j) != stored(want);
+            }
+        }
+        check(bad == 0, "fp8 product, %d experts, C %d, O %d, back %d: %d wrong", E, C, O, back,
+              bad);
+        free(x);
+        free(x_scale);
+        free(out);
+    }
+    free(codes);
+    free(scales);
+    case_free(&k);
+}
+
+// <dy, W x> = <W^T dy, x>, exactly: few enough terms for bf16 to hold every sum.
+static void test_fp8_adjoint(void) {
+    enum { T = 40, C = 256, O = 384 };
+    const int counts[3] = { 17, 0, 23 };
+    Case k = case_new(3, counts, C, O, 1);
+    static uint8_t x[T * C], dy[T * O], x_scale[T * C / 128], dy_scale[T * O / 128];
+    static act y[T * O], dx[T * C];
+    uint8_t *codes = malloc(3 * O * C), *scales = malloc(3 * O * C / 128 / 128);
+    double left = 0, right = 0, size = 0;
+    memset(k.scale, 128, 3 * O * C / 32);
+    memset(x, 0, sizeof x);
+    memset(dy, 0, sizeof dy);
+    for (int t = 0; t < T; t++) {
+        for (int i = 0; i < 4; i++) {
+            x[t * C + below(C)] = e4m3_from_float((float)(below(5) - 2));
+            dy[t * O + below(O)] = e4m3_from_float((float)(below(5) - 2));
+        }
+        for (int g = 0; g < C / 128; g++) { x_scale[t * C / 128 + g] = (uint8_t)(127 + t % 4); }
+        for (int g = 0; g < O / 128; g++) { dy_scale[t * O / 128 + g] = (uint8_t)(127 - t % 5); }
+    }
+    recast_fp4(codes, scales, k.w, k.scale, 0, 0, O, 3, C, O);
+    experts_fp8_product(y, x, x_scale, k.offset, codes, scales, 3, C, O);
+    recast_fp4(codes, scales, k.w, k.scale, 1, 0, O, 3, C, O);
+    experts_fp8_product(dx, dy, dy_scale, k.offset, codes, scales, 3, O, C);
+    for (int t = 0; t < T; t++) {
+        for (int o = 0; o < O; o++) {
+            double d = ldexp(e4m3_value(dy[t * O + o]), dy_scale[t * O / 128 + o / 128] - 127);
+            left += d * (double)ld(y + t * O + o);
+            size += fabs(d * (double)ld(y + t * O + o));
+        }
+        for (int c = 0; c < C; c++) {
+            right += ldexp(e4m3_value(x[t * C + c]), x_scale[t * C / 128 + c / 128] - 127)
+                   * (double)ld(dx + t * C + c);
+        }
+    }
+    check(left == right && size > 1000, "adjoint: %.9g and %.9g of %g", left, right, size);
+    free(codes);
+    free(scales);
+    case_free(&k);
+}
+
+static void test_recast(void) {
+    const int mixed[6] = { 5, 0, 1, 33, 0, 2 }, one[3] = { 0, 19, 0 };
+    test_recast_distances();
+    test_recast_places();
+    check_fp8_product(6, mixed, 128, 256);
+    check_fp8_product(6, mixed, 384, 128);
+    check_fp8_product(3, one, 256, 512);
+    test_fp8_adjoint();
+}
+
 // Widths that are not whole groups are a bug of the caller.
 static void odd_width(void *arg) {
     (void)arg;
@@ -418,6 +606,7 @@ int main(void) {
     test_experts_exact();
     test_experts_random();
     test_tiles();
+    test_recast();
     int code = run_child(odd_width, NULL, text, sizeof text);
     check(code == EXIT_USAGE && strstr(text, "FP4_BLOCK"), "C = 48: exit code %d, %s", code, text);
     return finish("test_mxfp4");
