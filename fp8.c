@@ -674,6 +674,21 @@ void transpose_fp8(uint8_t *out, uint8_t *out_scales, const uint8_t *codes, cons
     }
 }
 
+// out (C,O), out_scales (ceil(C/128), ceil(O/128)): the transpose of a frozen matrix w (O,C), scale
+// (ceil(O/128), ceil(C/128)). Codes and scales only move, and a backward is a forward with it.
+void turn_fp8(uint8_t *out, uint8_t *out_scales, const uint8_t *w, const uint8_t *scale, int O,
+              int C) {
+    CPU_ONLY();
+    int across = ceil_div(C, FP8_BLOCK), down = ceil_div(O, FP8_BLOCK);
+    for (int b = 0; b < across * down; b++) {
+        out_scales[(size_t)(b % across) * down + b / across] = scale[b];
+    }
+    #pragma omp parallel for
+    for (int c = 0; c < C; c++) {
+        for (int o = 0; o < O; o++) { out[(size_t)c * O + o] = w[(size_t)o * C + c]; }
+    }
+}
+
 // padded (E+1) from offset (E+1): the same experts, each with its rows rounded up to a multiple of
 // `align`. place, if given, says where row r goes: place[row_slot[r]] for its slot t*K + k; slots
 // whose expert is elsewhere keep what they hold, -1.

@@ -804,7 +804,7 @@ static inline void *trip_place(void *home, void *rows) { return comm_ep() == 1 ?
 // One leg of a trip: so many rows from and to each rank.
 static inline void trip_leg(void *recv, const int *from, const void *send, const int *to,
                             size_t row_bytes, const char *phase) {
-    size_t send_bytes[COMM_RANKS_MAX], recv_bytes[COMM_RANKS_MAX];
+    size_t send_bytes[COMM_RANKS_MAX] = {0}, recv_bytes[COMM_RANKS_MAX] = {0};
     for (int r = 0; r < comm_ep(); r++) {
         send_bytes[r] = to[r] * row_bytes;
         recv_bytes[r] = from[r] * row_bytes;

@@ -248,8 +248,12 @@ void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t
 // out (T,O) = the rows that inp (T,C), inp_scale (T,C/128) stand for, times the transpose of their
 // expert's matrix: w (E,O,C) e4m3 codes, scale (E,O/128,C/128), as recast_fp4 leaves them. Sums of
 // 128 terms are scaled and added in fp32. With a turned matrix this is the backward.
+//
+// An adapter is a border of the matrix: out also gets s u v^T, u (T,R), before it is rounded. In
+// the forward v is B (E,O,R), in the backward A (E,R,O), v_by_k. Without one u is NULL or R 0.
 void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale, const int *offset,
-                         const uint8_t *w, const uint8_t *scale, int E, int C, int O) {
+                         const uint8_t *w, const uint8_t *scale, const real *u, const real *v,
+                         int v_by_k, float s, int E, int C, int O, int R) {
     CPU_ONLY();
     require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
     Frozen m = { w, scale, widen_fp8 };     // E * O rows: the grids of scales follow each other too
@@ -257,16 +261,24 @@ void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale,
     ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C + O));
     #pragma omp parallel for schedule(dynamic)
     for (int i = 0; i < count; i++) {
-        size_t row = list[i].row, n = list[i].n;
+        size_t e = list[i].expert, row = list[i].row, n = list[i].n;
         real *x = tile_alloc(n * C), *y = tile_alloc(n * O);
         for (size_t r = 0; r < n; r++) {
             for (int c = 0; c < C; c++) {
                 size_t at = (row + r) * C + c;
-                real s = float_from_e8m0(inp_scale[at / FP8_BLOCK]);
-                x[r * C + c] = float_from_e4m3(inp[at]) * s;
+                real of_group = float_from_e8m0(inp_scale[at / FP8_BLOCK]);
+                x[r * C + c] = float_from_e4m3(inp[at]) * of_group;
             }
         }
-        frozen_forward(y, x, m, (size_t)list[i].expert * O, (int)n, C, O);
+        frozen_forward(y, x, m, e * O, (int)n, C, O);
+        for (size_t k = 0; u != NULL && R > 0 && k < n * O; k++) {
+            size_t r = row + k / O, o = k % O;
+            real sum = 0;
+            for (size_t j = 0; j < (size_t)R; j++) {
+                sum += u[r * R + j] * (v_by_k ? v[(e * R + j) * O + o] : v[(e * O + o) * R + j]);
+            }
+            y[k] += s * sum;
+        }
         store_rows(out + row * O, y, n * O);
         free(x);
         free(y);

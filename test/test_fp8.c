@@ -19,7 +19,10 @@
 // quantisation: > as >=, scale one off, a group's first or last number or row not looked at, its
 //   neighbour's looked at, floor ignored, infinity saturated or setting the scale, signs dropped;
 // SwiGLU: each clamp dropped, one-sided, added below g, hiding a NaN; its end point not passed;
-//   weight dropped or applied twice; slopes with a term lost or a sign changed.
+//   weight dropped or applied twice; slopes with a term lost or a sign changed;
+// rows in fp8: a shift one short, rounded up or cut off one exponent early; the smallest scale for
+//   the largest, scales not turned; a half's scale in the other's place, dweight lacking a factor;
+//   a weight by token, not slot; row 0 taken for absent; a turned matrix read at a wrong stride.
 // One survived because it is no fault: the last whole step of a dot product taken as a short one.
 #include "../fp8.c"
 #include "check.h"
@@ -815,8 +818,8 @@ static int group_wrong(const uint8_t *codes, uint8_t scale, const double *x, con
 }
 
 // Codes and scales against the formulas in double, at limits, at weight 0, tiny and huge gradients,
-// and with a NaN, which must show as one. Where activations are wide, the fused text must also give
-// the codes of its unfused parts, bit by bit.
+// and with a NaN, which must show as one. In double, where no last bit decides, the fused text must
+// also give the codes of its unfused parts.
 static void test_swiglu_quantize(void) {
     enum { T = 13, F = 256, N = T * F };
     static act gv[2 * N], g[N], v[N], dh[N], h[N], dg[N], dv[N];
@@ -868,19 +871,19 @@ static void test_swiglu_quantize(void) {
                 check_close("dweight", t, (double)dw[t], dw_t, 1e-5 * size);
             }
         }
-        if (!IN_BF16) {
+        if (IN_DOUBLE) {
             const act *part[3] = { h, dg, dv };
             swiglu_forward(h, g, v, w, 10, T, F);
             swiglu_backward(dg, dv, want_dw, wide_dh, g, v, w, 10, T, F);
             for (int k = 0; k < 3; k++) {
                 quantize_rows_fp8(want, want_scales, part[k], k == 0 ? FP8_FLOOR : 0, T, F);
                 for (int t = 0; t < T; t++) {
+                    if (t == 7) { continue; }       // a NaN's sign is nobody's promise
                     uint8_t *got = k == 0 ? codes + t * F : dcodes + (2 * t + k - 1) * F;
                     uint8_t *s = k == 0 ? scales + t * F / 128
                                         : dscales + (2 * t + k - 1) * F / 128;
                     unlike += memcmp(got, want + t * F, F) != 0;
                     unlike += memcmp(s, want_scales + t * F / 128, F / 128) != 0;
-                    unlike += weighted && t != 7 && dw[t] != want_dw[t];
                 }
             }
         }
@@ -955,8 +958,8 @@ static void check_transpose(int T, int C, int spread) {
             far += off > ((code >> 3 & 15) > k ? 0 : ldexp(1, k - 10));
         }
     }
-    check(!bad_scale && !bad && !far, "transpose_fp8 %d x %d: %d scales, %d codes, %d numbers", T, C,
-          bad_scale, bad, far);
+    check(!bad_scale && !bad && !far, "transpose_fp8 %d x %d: %d scales, %d codes, %d numbers", T,
+          C, bad_scale, bad, far);
     for (int c = 0; c < C; c++) {
         for (int b = 0; b < down; b++) { rows[c * down + b] = out_scales[c / 128 * down + b]; }
     }
@@ -964,6 +967,13 @@ static void check_transpose(int T, int C, int spread) {
     if (spread == 0) {
         check(memcmp(back, codes, (size_t)T * C) == 0, "transposing %d x %d twice", T, C);
     }
+    // A frozen matrix has one scale per block: nothing is shifted, and twice is nothing at all.
+    turn_fp8(back, back_scales, out, out_scales, C, T);
+    for (int i = 0; i < across * down; i++) {
+        bad_scale += back_scales[i % down * across + i / down] != out_scales[i];
+    }
+    for (int i = 0; i < T * C; i++) { bad += back[i % T * C + i / T] != out[i]; }
+    check(!bad_scale && !bad, "turn_fp8 %d x %d: %d scales, %d codes", C, T, bad_scale, bad);
     free(codes);
     free(out);
     free(back);
