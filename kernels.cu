@@ -842,7 +842,214 @@ static void product_transposed(void *dx, cudaDataType type, const bf16 *dy, cons
 }
 
 // -------------------------------------------------------------------------------------------------
-// 2.1 The device: start, memory, copies
+// 2.1 Barriers, the copy engine, tensor cores
+//
+// A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
+// flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
+// bytes on it.
+//
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+// One arrival, and that many bytes to come.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+// An arrival when this thread's copy16s so far have landed.
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
+}
+
+// Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
+// tensor become zeros, and count as bytes.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier,
+                                         int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// The way back. Elements outside are dropped. What this thread started since its last commit is a
+// group.
+__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y,
+                                          int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group"
+                 " [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+__device__ __forceinline__ void tma_commit(void) {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until shared memory of all but the last `left` groups has been read; until all is written.
+template <int left> __device__ __forceinline__ void tma_wait_read(void) {
+    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory");
+}
+__device__ __forceinline__ void tma_wait_all(void) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Writes to shared memory that this thread made or waited for are seen by the copy engine and the
+// tensor cores.
+__device__ __forceinline__ void proxy_fence(void) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
+// how its groups of 8 rows of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64
+// elements wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other,
+// and the next 16 k are 32 bytes on; `stride` does not matter. Across K (the right operand): a row
+// is 64 n of one k, the next 64 n are `stride` bytes further on (8,192: a box of 64 k), and the next
+// 16 k are 16 rows (2,048 bytes) on. The low word holds the address, in units of 16 bytes, so it can
+// be moved by adding.
+__device__ __forceinline__ uint32_t operand_low(uint32_t at, int stride = 8192) {
+    return at / 16 | stride / 16 << 16;
+}
+__device__ __forceinline__ uint64_t operand(uint32_t low) {
+    return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;         // bit 62: swizzle of 128 bytes
+}
+__device__ __forceinline__ uint64_t operand_at(uint32_t at, int stride = 8192) {
+    return operand(operand_low(at, stride));
+}
+
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
+
+// d (64,BN) = (add ? d : 0) + x (64,16) w (BN,16)^T, for a warpgroup. Asynchronous: d must not be
+// touched between fence and wait.
+template <int BN, int W_BY_K>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uint64_t w, int add) {
+    static_assert(BN == 256 || BN == 128, "two widths are spelled out");
+    if constexpr (BN == 256) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
+            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
+            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
+            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
+            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "}, %128, %129, p, 1, 1, 0, %131; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
+            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
+            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "}, %64, %65, p, 1, 1, 0, %67; }"
+            : SUMS_32(d, 0), SUMS_32(d, 32)
+            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
+    }
+}
+// d (64,64) = (add ? d : 0) + a (64,16) b (64,16)^T, both along K.
+__device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, int add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
+        : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(add));
+}
+// Registers written before are seen by the tensor cores.
+__device__ __forceinline__ void wgmma_fence(void) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit(void) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most `left` committed groups are running.
+template <int left> __device__ __forceinline__ void wgmma_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory");
+}
+// The compiler does not know that d changes between commit and wait: no use of d moves up over
+// this.
+template <int n> __device__ __forceinline__ void keep_order(float (&d)[n]) {
+    #pragma unroll
+    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
+}
+
+template <int n> __device__ __forceinline__ void keep_order(uint32_t (&d)[n]) {
+    #pragma unroll
+    for (int i = 0; i < n; i++) { asm volatile("" : "+r"(d[i]) :: "memory"); }
+}
+template <int m, int n> __device__ __forceinline__ void keep_order(float (&d)[m][n]) {
+    #pragma unroll
+    for (int i = 0; i < m; i++) { keep_order(d[i]); }
+}
+// Until all are complete; d: their sums.
+template <int n> __device__ __forceinline__ void wgmma_wait(float (&d)[n]) {
+    wgmma_wait<0>();
+    keep_order(d);
+}
+
+// Registers move from the warpgroup that only starts copies to those that hold sums.
+template <int n> __device__ __forceinline__ void registers_give(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
+}
+template <int n> __device__ __forceinline__ void registers_take(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&two;
+}
+
+// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
+// box_height rows of 128 bytes, swizzled. pitch and slice are in elements.
+static CUtensorMap tensor_map(const void *base, int is_f32, int width, int height, int depth,
+                              size_t pitch, size_t slice, int box_height) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (encode == NULL) {
+        cudaDriverEntryPointQueryResult found;
+        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                   12000, cudaEnableDefault, &found));
+    }
+    CUtensorMap map;
+    size_t size_of = is_f32 ? 4 : 2;
+    cuuint64_t size[3] = { (cuuint64_t)width, (cuuint64_t)height, (cuuint64_t)depth };
+    cuuint64_t bytes[2] = { pitch * size_of, slice * size_of };
+    cuuint32_t box[3] = { (cuuint32_t)(128 / size_of), (cuuint32_t)box_height, 1 };
+    cuuint32_t every[3] = { 1, 1, 1 };
+    CUresult r = encode(&map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size,
+                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) {
+        gpuRequire(!"a tensor map of this shape");
+    }
+    return map;
+}
+
+// -------------------------------------------------------------------------------------------------
+// 2.2 The device: start, memory, copies
 //
 // One process drives one GPU. Copies are ordered after the kernels before them; a download waits.
 
@@ -1220,157 +1427,7 @@ extern "C" void group_output_backward_gpu(act *do_, const real *dv, const uint8_
 namespace grouped {        // its helpers' names are common ones
 
 // -------------------------------------------------------------------------------------------------
-// 4.1 Helpers of the grouped product: barriers, the copy engine, tensor cores
-//
-// A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
-// flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
-// bytes on it.
-//
-// Shared memory is addressed by 32-bit numbers here: what these instructions take.
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                 :: "r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do {
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    } while (!done);
-}
-
-// One arrival, and that many bytes to come.
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-
-// Box (x, y, z) of the map's tensor -> shared memory, counted on the barrier. Elements outside the
-// tensor become zeros, and count as bytes.
-__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, uint32_t barrier,
-                                         int x, int y, int z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 " [%0], [%1, {%3, %4, %5}], [%2];"
-                 :: "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
-}
-
-// The way back. Elements outside are dropped. What this thread started since its last commit is a
-// group.
-__device__ __forceinline__ void tma_store(const CUtensorMap *map, uint32_t from, int x, int y,
-                                          int z) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group"
-                 " [%0, {%2, %3, %4}], [%1];"
-                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
-}
-__device__ __forceinline__ void tma_commit(void) {
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-// Until shared memory of all but the last `left` groups has been read; until all is written.
-template <int left> __device__ __forceinline__ void tma_wait_read(void) {
-    asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(left) : "memory");
-}
-__device__ __forceinline__ void tma_wait_all(void) {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-// Ordinary stores of this thread to shared memory are seen by the copy engine.
-__device__ __forceinline__ void tma_fence(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// A tensor core reads its operands through descriptors: where a matrix starts in shared memory, and
-// how its groups of 8 rows of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64
-// elements wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other,
-// and the next 16 k are 32 bytes on. Across K (only W): a row is 64 n of one k, the next 64 n are a
-// box of 64 k (8,192 bytes) further on, and the next 16 k are 16 rows (2,048 bytes) on. The low
-// word holds the address, in units of 16 bytes, so it can be moved by adding.
-__device__ __forceinline__ uint32_t operand_low(uint32_t at, int across_k) {
-    return at / 16 | (across_k ? 8192 / 16 : 1) << 16;
-}
-__device__ __forceinline__ uint64_t operand(uint32_t low) {
-    return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;         // bit 62: swizzle of 128 bytes
-}
-
-#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
-#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
-
-// d (64,BN) = (add ? d : 0) + x (64,16) w (BN,16)^T, for a warpgroup. Asynchronous: d must not be
-// touched between fence and wait.
-template <int BN, int W_BY_K>
-__device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uint64_t w, int add) {
-    static_assert(BN == 256 || BN == 128, "two widths are spelled out");
-    if constexpr (BN == 256) {
-        asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
-            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
-            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
-            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
-            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
-            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-            "}, %128, %129, p, 1, 1, 0, %131; }"
-            : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
-            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
-    } else {
-        asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, %64, %65, p, 1, 1, 0, %67; }"
-            : SUMS_32(d, 0), SUMS_32(d, 32)
-            : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
-    }
-}
-// Registers written before are seen by the tensor cores.
-__device__ __forceinline__ void wgmma_fence(void) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Until at most `left` committed groups are running.
-template <int left> __device__ __forceinline__ void wgmma_wait(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(left) : "memory");
-}
-// The compiler does not know that d changes between commit and wait: no use of d moves up over
-// this.
-template <int n> __device__ __forceinline__ void keep_order(float (&d)[n]) {
-    #pragma unroll
-    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
-}
-
-// Registers move from the warpgroup that only starts copies to those that hold sums.
-template <int n> __device__ __forceinline__ void registers_give(void) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
-}
-template <int n> __device__ __forceinline__ void registers_take(void) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n));
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return *(uint32_t *)&two;
-}
+// 4.1 Helpers of the grouped product
 
 __device__ __forceinline__ void store_two(uint32_t to, float a, float b) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(a), "f"(b) : "memory");
@@ -1589,7 +1646,7 @@ __device__ __forceinline__ void product_store(const CUtensorMap *map, const floa
                                pack_bf16(d[4 * j + 6], d[4 * j + 7]));
             }
         }
-        tma_fence();
+        proxy_fence();
         __syncwarp();
         if (lane == 0) {
             tma_store(map, to, n + box * wide, row, slice);
@@ -1710,7 +1767,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 if (threadIdx.x % 128 == 0) { load(of, at, in); }
                 if (at < border) {
                     product_widen<BN>(base + M::W + in * M::W_STAGE, codes);
-                    tma_fence();                // the tensor cores read through the same door
+                    proxy_fence();                // the tensor cores read through the same door
                     __syncwarp();
                 }
                 if (lane == 0) { barrier_arrive(base + M::FULL + 8 * in); }
@@ -1722,8 +1779,8 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
         int blocks = (s.K + PRODUCT_K - 1) / PRODUCT_K + s.KU / PRODUCT_K;
         int steps = (s.KU % PRODUCT_K + 15) / 16;
         const int x_step = 32 / 16, w_step = (W_BY_K ? 2048 : 32) / 16;
-        uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 0);
-        uint32_t w0 = operand_low(base + M::W, W_BY_K), empty = base + M::EMPTY;
+        uint32_t x0 = operand_low(base + M::X + warpgroup * 64 * 128, 16);
+        uint32_t w0 = operand_low(base + M::W, W_BY_K ? 8192 : 16), empty = base + M::EMPTY;
         const int x_block = PRODUCT_ROWS * PRODUCT_K * 2 / 16;
         float sum[MT][BN / 2];
         uint32_t before = 0, last = 0;          // `empty` of the stages that are still being read
@@ -1806,33 +1863,6 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
         }
         if (lane == 0) { tma_wait_all(); }
     }
-}
-
-// A tensor (depth, height, width) with the last contiguous, and how TMA cuts it: boxes of
-// box_height rows of 128 bytes, swizzled. pitch and slice are in elements.
-static CUtensorMap tensor_map(const void *base, int is_f32, int width, int height, int depth,
-                              size_t pitch, size_t slice, int box_height) {
-    static PFN_cuTensorMapEncodeTiled_v12000 encode;
-    if (encode == NULL) {
-        cudaDriverEntryPointQueryResult found;
-        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
-                                                   12000, cudaEnableDefault, &found));
-    }
-    CUtensorMap map;
-    size_t size_of = is_f32 ? 4 : 2;
-    cuuint64_t size[3] = { (cuuint64_t)width, (cuuint64_t)height, (cuuint64_t)depth };
-    cuuint64_t bytes[2] = { pitch * size_of, slice * size_of };
-    cuuint32_t box[3] = { (cuuint32_t)(128 / size_of), (cuuint32_t)box_height, 1 };
-    cuuint32_t every[3] = { 1, 1, 1 };
-    CUresult r = encode(&map, is_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size,
-                        bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) {
-        gpuRequire(!"a tensor map of this shape");
-    }
-    return map;
 }
 
 // What a product reads and writes. All zero but what is set. N, K, KU, the strides are multiples of
@@ -3556,11 +3586,6 @@ __device__ inline void next_round(HcRound &r) {
     if (++r.group == r.groups) { r.group = 0; r.tile += r.stride; }
 }
 
-__device__ inline uint32_t pack_pair(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
 // 8 bf16 in 4 registers, as floats.
 __device__ inline void unpack8(float *x, const uint4 &raw) {
     const uint32_t word[4] = { raw.x, raw.y, raw.z, raw.w };
@@ -3680,8 +3705,8 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             }
             #pragma unroll
             for (int j = 0; j < HC; j++) {
-                y4[h][j] = DEAL ? make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
-                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]))
+                y4[h][j] = DEAL ? make_uint4(pack_bf16(y[j][0], y[j][1]), pack_bf16(y[j][2], y[j][3]),
+                                             pack_bf16(y[j][4], y[j][5]), pack_bf16(y[j][6], y[j][7]))
                                 : from[(h * HC + j) * HC_THREADS];
                 if (DEAL && t0 + 8 * h < T) {
                     *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
@@ -4456,6 +4481,11 @@ static void attention_forward_naive(act *out, real *lse, const act *q, const act
     cudaCheck(cudaGetLastError());
 }
 
+// A tensor (rows,512) of bf16, in boxes of box_rows x 64 for the copy engine.
+static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
+    return tensor_map(p, 0, 512, rows, 1, 512, (size_t)rows * 512, box_rows);
+}
+
 // -------------------------------------------------------------------------------------------------
 // 9.1 Attention forward on tensor cores: 64 heads of 512 dims (dev/cuda/attention_forward.cu)
 //
@@ -4478,10 +4508,6 @@ enum { TILE = 64, ATT_H = 64, ATT_D = 512, BLOCK_BYTES = TILE * 128, TILE_BYTES 
 #define RISE 8.0f
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-
-__device__ inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
 
 __device__ inline uint32_t chunk_offset(int row, int chunk) {
     return chunk / 8 * BLOCK_BYTES + row * 128 + ((chunk ^ row) & 7) * 16;
@@ -4530,11 +4556,6 @@ __device__ inline float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ inline uint32_t pack2(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
 // Of four blocks of 8 columns a lane of a quad holds the columns 2 lane, 2 lane + 1 of each. It
 // gets block `lane` whole, and stores its 16 bytes: a quad writes 64 bytes of one row.
 __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
@@ -4550,11 +4571,11 @@ __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t
 
 // Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
 __device__ inline void store_fragments(act *at, const float *o, float scale0, float scale1) {
-    store_blocks(at, pack2(o[0] * scale0, o[1] * scale0), pack2(o[4] * scale0, o[5] * scale0),
-                 pack2(o[8] * scale0, o[9] * scale0), pack2(o[12] * scale0, o[13] * scale0));
+    store_blocks(at, pack_bf16(o[0] * scale0, o[1] * scale0), pack_bf16(o[4] * scale0, o[5] * scale0),
+                 pack_bf16(o[8] * scale0, o[9] * scale0), pack_bf16(o[12] * scale0, o[13] * scale0));
     store_blocks(at + 8 * ATT_D,
-                 pack2(o[2] * scale1, o[3] * scale1), pack2(o[6] * scale1, o[7] * scale1),
-                 pack2(o[10] * scale1, o[11] * scale1), pack2(o[14] * scale1, o[15] * scale1));
+                 pack_bf16(o[2] * scale1, o[3] * scale1), pack_bf16(o[6] * scale1, o[7] * scale1),
+                 pack_bf16(o[10] * scale1, o[11] * scale1), pack_bf16(o[14] * scale1, o[15] * scale1));
 }
 
 
@@ -4577,44 +4598,6 @@ __device__ inline void store_fragments(act *at, const float *o, float scale0, fl
 // Full and free are mbarriers; the producer's cp.async arrive on full by themselves. P is handed
 // over by named barriers. Nobody waits in a cycle: see the order of the steps in consume().
 
-// The 128-byte swizzle's descriptor. K-major operands (Q, K, P): stride is between 8 rows, leading
-// is not used. MN-major (V): leading is between blocks of 64 dims, stride between 8 keys.
-__device__ inline uint64_t matrix_descriptor(uint32_t at) {
-    return (uint64_t)(at >> 4) | (uint64_t)(BLOCK_BYTES >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-         | 1ull << 62;
-}
-
-__device__ inline void wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Waits for all products of this warpgroup. d: their accumulators, which the compiler must not read
-// before.
-template <int N> __device__ inline void wgmma_wait(float (&d)[N]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    #pragma unroll
-    for (int i = 0; i < N; i++) { asm volatile("" : "+f"(d[i]) :: "memory"); }
-}
-// Ordinary and cp.async writes that this thread knows of, before what it lets wgmma read.
-__device__ inline void proxy_fence(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-#define ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define ACC16(d, i) ACC4(d, i), ACC4(d, i + 4), ACC4(d, i + 8), ACC4(d, i + 12)
-#define ACC32(d, i) ACC16(d, i), ACC16(d, i + 16)
-
-// d (64 x 64) = or += a (64 x 16) b (64 x 16)^T.
-__device__ inline void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, %32, %33, p, 1, 1, 0, 0;}"
-                 : ACC32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
 // d (64 x 256) += a (64 x 16) b (16 x 256), a from registers.
 __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
@@ -4630,42 +4613,13 @@ __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_
                  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
                  "%120, %121, %122, %123, %124, %125, %126, %127"
                  "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-                 : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96)
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // The same, a from shared memory.
 __device__ inline void wgmma_outputs(float (&d)[128], uint64_t a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-                 "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
-                 "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
-                 "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
-                 "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
-                 "%120, %121, %122, %123, %124, %125, %126, %127"
-                 "}, %128, %129, 1, 1, 1, 0, 1;"
-                 : ACC32(d, 0), ACC32(d, 32), ACC32(d, 64), ACC32(d, 96) : "l"(a), "l"(b));
-}
-
-__device__ inline void barrier_init(uint32_t at, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(at), "r"(count) : "memory");
-}
-__device__ inline void barrier_arrive(uint32_t at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(at) : "memory");
-}
-// Arrives when the cp.async that this thread has issued so far are complete.
-__device__ inline void barrier_arrive_after_copies(uint32_t at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(at) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t at, int parity) {
-    asm volatile("{.reg .pred p;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@!p bra again;}" :: "r"(at), "r"(parity) : "memory");
+    wgmma_m64k16<256, 1>(d, a, b, 1);
 }
 
 // Barriers between the two consumers' 256 threads.
@@ -4721,7 +4675,7 @@ __device__ inline void produce(const ForwardArguments &f, uint32_t base) {
         barrier_wait(base + V3_Q_FREE, ~i & 1);
         copy_half(base + V3_Q, row, 0);
         copy_half(base + V3_Q, row, 1);
-        barrier_arrive_after_copies(base + V3_Q_FULL);
+        barrier_arrive_copies(base + V3_Q_FULL);
         if (block_token(f.a, i + 1) >= 0 && threadIdx.x % 128 == 0) {
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
                          :: "l"(f.q + (size_t)block_token(f.a, i + 1) * ATT_H * ATT_D),
@@ -4734,7 +4688,7 @@ __device__ inline void produce(const ForwardArguments &f, uint32_t base) {
             for (int half = 0; half < 2; half++) {
                 barrier_wait(base + V3_FREE + (2 * b + half) * 8, ~(b ? use[1] : use[0]) & 1);
                 copy_half(base + V3_KV + b * TILE_BYTES, row, half);
-                barrier_arrive_after_copies(base + V3_FULL + (2 * b + half) * 8);
+                barrier_arrive_copies(base + V3_FULL + (2 * b + half) * 8);
             }
             if (b) { use[1]++; } else { use[0]++; }
         }
@@ -4748,8 +4702,8 @@ typedef struct {
 
 // s = Q K^T of the tile in that buffer, whose halves are filled for the use-th time.
 __device__ inline void scores(float (&s)[32], uint32_t base, int buffer, int use) {
-    const uint64_t q = matrix_descriptor(base + V3_Q);
-    const uint64_t k = matrix_descriptor(base + V3_KV + buffer * TILE_BYTES);
+    const uint64_t q = operand_at(base + V3_Q);
+    const uint64_t k = operand_at(base + V3_KV + buffer * TILE_BYTES);
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         barrier_wait(base + V3_FULL + (2 * buffer + half) * 8, use & 1);
@@ -4758,7 +4712,7 @@ __device__ inline void scores(float (&s)[32], uint32_t base, int buffer, int use
         #pragma unroll
         for (int i = 16 * half; i < 16 * half + 16; i++) {
             const int step = (i / 4 * BLOCK_BYTES + i % 4 * 32) >> 4;
-            wgmma_scores(s, q + step, k + step, i > 0);
+            wgmma_m64n64k16(s, q + step, k + step, i > 0);
         }
     }
     wgmma_commit();
@@ -4788,7 +4742,7 @@ __device__ inline void softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x, un
         const float p0 = power2(s[i] * scale - x.reference[high]);
         const float p1 = power2(s[i + 1] * scale - x.reference[high]);
         x.sum[high] += p0 + p1;
-        p[i / 2] = pack2(p0, p1);
+        p[i / 2] = pack_bf16(p0, p1);
         *(uint32_t *)(to + chunk_offset(row + 8 * high, i / 4) + lane % 4 * 4) = p[i / 2];
     }
 }
@@ -4816,7 +4770,7 @@ __device__ inline void follow(float (&o)[128], Softmax &x, const float *referenc
 // o += P V, half of the dims; P of the own tile from registers, of the other's from shared memory.
 template <typename P>
 __device__ inline void outputs(float (&o)[128], P p, int step, uint32_t values) {
-    const uint64_t v = matrix_descriptor(values);
+    const uint64_t v = operand_at(values);
     wgmma_fence();
     #pragma unroll
     for (int i = 0; i < 4; i++) { wgmma_outputs(o, p + i * step, v + i * (16 * 128 >> 4)); }
@@ -4859,7 +4813,7 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
     float *reference = (float *)(shared + V3_REFERENCE), *mine = reference + 64 * SIDE;
     const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
     const uint32_t values = base + V3_KV + SIDE * V3_HALF;
-    const uint64_t others = matrix_descriptor(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
+    const uint64_t others = operand_at(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
     unsigned char *own = shared + V3_P + SIDE * BLOCK_BYTES;
     int use[2] = {0, 0}, window, next = block_token(f.a, 0);
     int count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
@@ -4956,10 +4910,10 @@ void attention_forward_wgmma_kernel(const __grid_constant__ ForwardArguments f) 
     __syncthreads();
     const int group = threadIdx.x / 128;
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        registers_give<72>();
         produce(f, base);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        registers_take<216>();
         if (group == 0) { consume<0>(f, shared); } else { consume<1>(f, shared); }
     }
 }
@@ -5000,18 +4954,10 @@ typedef struct {
 
 // A producer warp's 32 arrivals, by one lane; one of them announces so many bytes of the copy
 // engine.
-__device__ inline void barrier_expect(uint32_t at, int bytes) {
+__device__ inline void warp_expect(uint32_t at, int bytes) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 31;\n"
                  "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(bytes)
                  : "memory");
-}
-
-// 32 rows of 64 columns, by the copy engine; rows past the tensor's end become zeros.
-__device__ inline void load_box(uint32_t to, const CUtensorMap *map, uint32_t barrier, int column,
-                                int row) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 " [%0], [%1, {%3, %4, %5}], [%2];"
-                 :: "r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(0) : "memory");
 }
 
 // Half a tile of up to 64 consecutive rows of a tensor; each producer warp has one of its blocks
@@ -5021,9 +4967,9 @@ __device__ inline void load_half(uint32_t tile, const CUtensorMap *map, uint32_t
     if (threadIdx.x % 32 == 0) {
         const int block = half * 4 + threadIdx.x / 32 % 4;
         const uint32_t to = tile + block * BLOCK_BYTES;
-        barrier_expect(barrier, rows > 32 ? BLOCK_BYTES : BLOCK_BYTES / 2);
-        load_box(to, map, barrier, block * 64, row);
-        if (rows > 32) { load_box(to + BLOCK_BYTES / 2, map, barrier, block * 64, row + 32); }
+        warp_expect(barrier, rows > 32 ? BLOCK_BYTES : BLOCK_BYTES / 2);
+        tma_load(to, map, barrier, block * 64, row, 0);
+        if (rows > 32) { tma_load(to + BLOCK_BYTES / 2, map, barrier, block * 64, row + 32, 0); }
     }
 }
 
@@ -5059,7 +5005,7 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
                               half, start, end - first);
                 } else {
                     copy_half(base + V3_KV + b * TILE_BYTES, row, half);
-                    barrier_arrive_after_copies(full);
+                    barrier_arrive_copies(full);
                 }
             }
             if (b) { use[1]++; } else { use[0]++; }
@@ -5072,16 +5018,11 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
     }
 }
 
-// Waits for all but the last N groups of products.
-template <int N> __device__ inline void wgmma_wait_but(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
-}
-
 // s = Q K^T of the tile in that buffer. last: of this consumer with this Q, which is then free.
 __device__ inline void scores_tiled(float (&s)[32], uint32_t base, int buffer, int use, int token,
                                     bool last) {
-    const uint64_t q = matrix_descriptor(base + V3_Q);
-    const uint64_t k = matrix_descriptor(base + V3_KV + buffer * TILE_BYTES);
+    const uint64_t q = operand_at(base + V3_Q);
+    const uint64_t k = operand_at(base + V3_KV + buffer * TILE_BYTES);
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         barrier_wait(base + V4_Q_FULL + half * 8, token & 1);
@@ -5091,11 +5032,11 @@ __device__ inline void scores_tiled(float (&s)[32], uint32_t base, int buffer, i
         #pragma unroll
         for (int i = 16 * half; i < 16 * half + 16; i++) {
             const int step = (i / 4 * BLOCK_BYTES + i % 4 * 32) >> 4;
-            wgmma_scores(s, q + step, k + step, i > 0);
+            wgmma_m64n64k16(s, q + step, k + step, i > 0);
         }
         wgmma_commit();
     }
-    wgmma_wait_but<1>();
+    wgmma_wait<1>();
     if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE); }
     wgmma_wait(s);
     if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE + 8); }
@@ -5155,7 +5096,7 @@ __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Soft
                                     int row) {
     const uint32_t base = shared_address(shared), values = base + V3_KV + SIDE * V3_HALF;
     const float *reference = (const float *)(shared + V3_REFERENCE);
-    const uint64_t others = matrix_descriptor(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
+    const uint64_t others = operand_at(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
     float s[32], before[2] = {x.reference[0], x.reference[1]};
     uint32_t p[16];
     if (SIDE == 0 || both) { scores_tiled(s, base, SIDE, use[SIDE], token, last); }
@@ -5193,7 +5134,7 @@ __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Soft
         }
     }
     if (EAGER && both) {
-        wgmma_wait_but<1>();
+        wgmma_wait<1>();
         free_half<SIDE>(base, 0);
     }
     wgmma_wait(o);
@@ -5258,39 +5199,16 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
     __syncthreads();
     const int group = threadIdx.x / 128;
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        registers_give<72>();
         produce_tiled(g, base);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+        registers_take<216>();
         if (group == 0) {
             consume_tiled<0, EAGER>(g.f, shared);
         } else {
             consume_tiled<1, EAGER>(g.f, shared);
         }
     }
-}
-
-// A tensor of bf16, (rows,D), in swizzled boxes of 32 rows x 64 columns for the copy engine.
-static CUtensorMap rows_map(const act *base, int rows) {
-    static PFN_cuTensorMapEncodeTiled_v12000 encode;
-    if (encode == NULL) {
-        cudaDriverEntryPointQueryResult found;
-        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
-                                                   12000, cudaEnableDefault, &found));
-    }
-    CUtensorMap map;
-    cuuint64_t size[3] = { ATT_D, (cuuint64_t)rows, 1 };
-    cuuint64_t bytes[2] = { ATT_D * sizeof(act), (cuuint64_t)rows * ATT_D * sizeof(act) };
-    cuuint32_t box[3] = { 64, 32, 1 }, every[3] = { 1, 1, 1 };
-    CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, size, bytes, box,
-                        every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) {
-        fprintf(stderr, "error  tensor map of %d rows at %p: %d (kernels.cu, exit %d)\n", rows,
-                (const void *)base, (int)r, EXIT_COMM);
-        exit(EXIT_COMM);
-    }
-    return map;
 }
 
 template <bool EAGER>
@@ -5306,8 +5224,8 @@ static void attention_forward_tiled(act *out, real *lse, const act *q, const act
     const bool some = a.P > 0;                          // entries; else any valid map will do
     const TiledArguments g = {
         { out, lse, q, kv, entries, sink, selected, a },
-        rows_map(q, a.T * ATT_H), rows_map(kv, a.T),
-        rows_map(some ? entries : kv, some ? a.P : a.T),
+        rows_map(q, a.T * ATT_H, 32), rows_map(kv, a.T, 32),
+        rows_map(some ? entries : kv, some ? a.P : a.T, 32),
     };
     const int blocks = a.T < processors ? a.T : processors;
     attention_forward_tiled_kernel<EAGER><<<blocks, 384, V4_BYTES, stream>>>(g);
@@ -5488,58 +5406,6 @@ enum {
     AB_EXCHANGE = 32768,                // two buffers in turn: warpgroups swap halves
 };
 
-__device__ inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// Descriptors of an operand in shared memory: address, strides in units of 16 bytes, swizzle 128.
-// K-major: 1,024 bytes from one group of 8 rows to the next. MN-major: 1,024 bytes from one group
-// of 8 inner rows to the next, `stride` from one run of 64 dims to the next.
-__device__ inline uint64_t operand(uint32_t address, int stride = AB_CHUNK) {
-    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(stride >> 4) << 16
-         | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
-__device__ inline void wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> __device__ inline void wgmma_wait(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-// Keeps the compiler from moving uses of x across this point.
-template <int N> __device__ inline void pin(float (&x)[N]) {
-    #pragma unroll
-    for (int i = 0; i < N; i++) { asm volatile("" : "+f"(x[i]) :: "memory"); }
-}
-template <int N> __device__ inline void pin(uint32_t (&x)[N]) {
-    #pragma unroll
-    for (int i = 0; i < N; i++) { asm volatile("" : "+r"(x[i]) :: "memory"); }
-}
-
-__device__ inline void pin(float (&x)[4][32]) {
-    pin(x[0]); pin(x[1]); pin(x[2]); pin(x[3]);
-}
-
-#define AB_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define AB_D32(d, i) AB_D8(d, i), AB_D8(d, i + 8), AB_D8(d, i + 16), AB_D8(d, i + 24)
-#define AB_R32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-
-// d (64,64) = or += a b^T over 16 dims: both operands K-major in shared memory.
-__device__ inline void wgmma_rows(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " AB_R32
-        ", %32, %33, p, 1, 1, 0, 0;\n}"
-        : AB_D32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ inline uint32_t pack2(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
 // The named barrier of the two consumer warpgroups.
 __device__ inline void pair_barrier(void) { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
@@ -5550,7 +5416,7 @@ __device__ inline void pair_barrier(void) { asm volatile("bar.sync 1, 256;" ::: 
 // blocks of 8 columns are 16 of its inner index.
 __device__ inline void pack_half(uint32_t (&out)[8], const float (&x)[16]) {
     #pragma unroll
-    for (int i = 0; i < 8; i++) { out[i] = pack2(x[2 * i], x[2 * i + 1]); }
+    for (int i = 0; i < 8; i++) { out[i] = pack_bf16(x[2 * i], x[2 * i + 1]); }
 }
 
 // Hands registers to the same thread of the other warpgroup: send, a barrier, then receive.
@@ -5719,44 +5585,6 @@ enum {
     AB_SHARED = AB_BARRIERS + 512 + 1024,                 // the tiles want multiples of 1,024
 };
 
-__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
-}
-__device__ inline void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-// One arrival, and the phase also waits for that many bytes of bulk copies.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(barrier), "r"(bytes) : "memory");
-}
-// An arrival when this thread's copy16s so far have landed.
-__device__ inline void barrier_arrive_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
-}
-// Waits until the phase of that parity has completed; that of parity 1 before the first counts.
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-    int done;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.b32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    } while (!done);
-}
-__device__ inline void proxy_fence(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// One chunk, 64 rows from `row` and 64 dims from `dim`, swizzled, by the bulk copy engine. Rows
-// outside the tensor become zeros.
-__device__ inline void copy_chunk(uint32_t to, const CUtensorMap *map, int dim, int row,
-                                  uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(dim), "r"(row), "r"(barrier) : "memory");
-}
-
 // d (64,128 of 256, h: which half) += a b over 16 rows of b: a in registers, b MN-major, two chunks
 // wide.
 __device__ inline void wgmma_quarter(float (&d)[4][32], int h, const uint32_t *a, uint64_t b) {
@@ -5766,7 +5594,7 @@ __device__ inline void wgmma_quarter(float (&d)[4][32], int h, const uint32_t *a
         "%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
         "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
         "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-        : AB_D32(d0, 0), AB_D32(d1, 0)
+        : SUMS_32(d0, 0), SUMS_32(d1, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 // Both halves of d += P^T dO + dS^T Q over 32 heads, two chunks of a key kernel's slots.
@@ -5774,8 +5602,8 @@ __device__ inline void add_heads(float (&d)[4][32], int h, const uint32_t (&p)[8
                                  const uint32_t (&dl)[8], uint32_t at) {
     #pragma unroll
     for (int k = 0; k < 2; k++) {
-        wgmma_quarter(d, h, p + 4 * k, operand(at + 4096 + k * 2048, AB_SLOT));
-        wgmma_quarter(d, h, dl + 4 * k, operand(at + k * 2048, AB_SLOT));
+        wgmma_quarter(d, h, p + 4 * k, operand_at(at + 4096 + k * 2048, AB_SLOT));
+        wgmma_quarter(d, h, dl + 4 * k, operand_at(at + k * 2048, AB_SLOT));
     }
 }
 
@@ -5820,12 +5648,12 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
     uint64_t mask = 0;
 
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        registers_give<40>();
         if (thread != 0) { return; }
         barrier_expect(key_full, AB_TILE);
         for (int c = 0; c < AB_CHUNKS; c++) {
-            copy_chunk(K + c * AB_CHUNK, item.entry ? &entry_map : &key_map, c * 64, item.first,
-                       key_full);
+            tma_load(K + c * AB_CHUNK, item.entry ? &entry_map : &key_map, key_full, c * 64,
+                     item.first, 0);
         }
         int phase = 0;
         for (int t = next_token(&mask, item, plan, a, masks, item.from); t < item.to;
@@ -5837,15 +5665,15 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
                 barrier_expect(arrived, AB_SLOT);
                 for (int half = 0; half < 2; half++) {
                     const int head = t * AB_HEADS + 32 * half;
-                    copy_chunk(slot + 8192 * half, &q_map, c * 64, head, arrived);
-                    copy_chunk(slot + 8192 * half + 4096, &dout_map, c * 64, head, arrived);
+                    tma_load(slot + 8192 * half, &q_map, arrived, c * 64, head, 0);
+                    tma_load(slot + 8192 * half + 4096, &dout_map, arrived, c * 64, head, 0);
                 }
             }
         }
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    registers_take<232>();
     const int warp = thread / 32, lane = thread % 32, row = 16 * warp + lane / 4;
     const float scale = rsqrtf((float)AB_DIM);
     float sum[4][32] = {{0}};
@@ -5856,7 +5684,7 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         float x[32], s[16], dp[16];
         float2 l[4], d[4];
         uint32_t p[2][8], dl[2][8];
-        pin(x);
+        keep_order(x);
         #pragma unroll
         for (int i = 0; i < AB_CHUNKS; i++) {
             const int c = chunk_at(i);
@@ -5864,8 +5692,8 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
             wgmma_fence();
             #pragma unroll
             for (int k = 0; k < 4; k++) {
-                wgmma_rows(x, operand(K + c * AB_CHUNK + k * 32),
-                           operand(slots + c * AB_SLOT + group * 8192 + k * 32), i + k > 0);
+                wgmma_m64n64k16(x, operand_at(K + c * AB_CHUNK + k * 32),
+                           operand_at(slots + c * AB_SLOT + group * 8192 + k * 32), i + k > 0);
             }
         }
         wgmma_commit();
@@ -5879,7 +5707,7 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         const bool valid0 = mask >> row & 1, valid1 = mask >> (row + 8) & 1;
         t = next_token(&mask, item, plan, a, masks, t + 1);
         wgmma_wait<0>();
-        pin(x);
+        keep_order(x);
         #pragma unroll
         for (int j = 0; j < 16; j++) {
             const float lse_j = -(float)M_LOG2E * (j % 2 ? l[j / 4].y : l[j / 4].x);
@@ -5898,13 +5726,13 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         // dK (keys,dims) += P^T dO + dS^T Q, for own 4 chunks, two by two; own heads first.
         const uint32_t chunks = slots + group * 4 * AB_SLOT;
         const uint32_t own = chunks + group * 8192, other = chunks + (1 - group) * 8192;
-        pin(sum); pin(p[0]); pin(dl[0]);
+        keep_order(sum); keep_order(p[0]); keep_order(dl[0]);
         wgmma_fence();
         add_heads(sum, 0, p[0], dl[0], own);
         pair_barrier();
         receive(p[1], swap, (1 - group) * 512 + thread);
         receive(dl[1], swap, (1 - group) * 512 + 256 + thread);
-        pin(p[1]); pin(dl[1]);
+        keep_order(p[1]); keep_order(dl[1]);
         wgmma_fence();
         add_heads(sum, 0, p[1], dl[1], other);
         wgmma_commit();
@@ -5912,7 +5740,7 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         add_heads(sum, 1, p[1], dl[1], other + 2 * AB_SLOT);
         wgmma_commit();
         free_chunks(empty + 32 * group, lane);
-        pin(sum);
+        keep_order(sum);
     }
     float *out = part + ((size_t)blockIdx.x * AB_KEYS + row) * AB_DIM + group * 256
                + 2 * (lane % 4);
@@ -5960,8 +5788,8 @@ __device__ inline void query_copies(uint32_t slots, uint32_t K, uint32_t full, u
             __syncwarp();
             for (int i = thread; i < 16 * AB_CHUNKS; i += 32) {     // groups of 8 heads of Q or dO
                 const int c = chunk_at(i / 16), part = i % 16;
-                copy_chunk(slots + c * AB_SLOT + part * 1024, part % 2 ? dout_map : q_map, c * 64,
-                           t * AB_HEADS + part / 2 * 8, q_full + 8 * c);
+                tma_load(slots + c * AB_SLOT + part * 1024, part % 2 ? dout_map : q_map,
+                         q_full + 8 * c, c * 64, t * AB_HEADS + part / 2 * 8, 0);
             }
         }
         for (int first = 0; first < n; first += AB_KEYS, phase ^= 1) {
@@ -6012,13 +5840,13 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
     __syncthreads();
     const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        registers_give<56>();
         query_copies(slots, K, full, empty, q_full, q_empty, &q_map, &dout_map, kv, entries,
                      selected, a, thread);
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    registers_take<224>();
     const int warp = thread / 32, lane = thread % 32, row = 8 * warp + lane / 4;
     const float scale = rsqrtf((float)AB_DIM);
     int step = 0, phase = 0;
@@ -6034,7 +5862,7 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
             // own 32, the next two its dP.
             float x[32];
             uint32_t own[8], other[8], dl[16];
-            pin(x);
+            keep_order(x);
             #pragma unroll
             for (int i = 0; i < AB_CHUNKS; i++) {
                 const int c = chunk_at(i);
@@ -6044,13 +5872,13 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    wgmma_rows(x, operand(slots + c * AB_SLOT + group * 8192 + k * 32),
-                               operand(K + c * AB_CHUNK + k * 32), i + k > 0);
+                    wgmma_m64n64k16(x, operand_at(slots + c * AB_SLOT + group * 8192 + k * 32),
+                               operand_at(K + c * AB_CHUNK + k * 32), i + k > 0);
                 }
             }
             wgmma_commit();
             wgmma_wait<0>();
-            pin(x);
+            keep_order(x);
             if (first + AB_KEYS >= n && lane == 0) { barrier_arrive(q_empty); }
             const int left = n - first - 2 * (lane % 4);
             #pragma unroll
@@ -6059,7 +5887,7 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
                 softmax_backward(&p, &dl0, x[4 * j], x[4 * j + 2], lse_h, delta_h, 8 * j < left);
                 softmax_backward(&p, &dl1, x[4 * j + 1], x[4 * j + 3], lse_h, delta_h,
                                  8 * j + 1 < left);
-                own[j] = pack2(dl0, dl1);
+                own[j] = pack_bf16(dl0, dl1);
             }
             // As left operand of the next product, rows g are of the first 32 heads, rows g + 8 of
             // the others: half of each fragment comes from the other warpgroup.
@@ -6073,19 +5901,19 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
             }
             // dQ (heads,dims) += dS K, for own 4 chunks, two by two.
             const uint32_t chunks = K + group * 4 * AB_CHUNK;
-            pin(sum); pin(dl);
+            keep_order(sum); keep_order(dl);
             wgmma_fence();
             #pragma unroll
             for (int h = 0; h < 2; h++) {
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     wgmma_quarter(sum, h, dl + 4 * k,
-                                  operand(chunks + 2 * h * AB_CHUNK + k * 2048));
+                                  operand_at(chunks + 2 * h * AB_CHUNK + k * 2048));
                 }
                 wgmma_commit();
             }
             free_chunks(empty + 32 * group, lane);
-            pin(sum);
+            keep_order(sum);
         }
         #pragma unroll
         for (int half = 0; half < 2; half++) {      // rows g, g + 8; 16 bytes per lane
@@ -6096,7 +5924,7 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const int at = (4 * m + j) % 8 * 4 + 2 * half;
-                    v[j] = pack2(sum[m / 2][at], sum[m / 2][at + 1]);
+                    v[j] = pack_bf16(sum[m / 2][at], sum[m / 2][at + 1]);
                 }
                 transpose_quad(v, lane);
                 *(uint4 *)(out + 32 * m) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -6106,31 +5934,6 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
 }
 
 // A bf16 matrix of rows of 512, as the bulk copy engine sees it: boxes of box_rows x 64 dims.
-static CUtensorMap tensor_map(const act *p, size_t rows, unsigned int box_rows) {
-    typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static Encode encode;
-    if (encode == NULL) {
-        void *f = NULL;
-        cudaDriverEntryPointQueryResult found;
-        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
-                                                   cudaEnableDefault, &found));
-        gpuRequire(found == cudaDriverEntryPointSuccess);
-        encode = (Encode)f;
-    }
-    CUtensorMap map;
-    const cuuint64_t dims[2] = {AB_DIM, rows}, strides[1] = {AB_DIM * sizeof(act)};
-    const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dims,
-                                   strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    gpuRequire(result == CUDA_SUCCESS);
-    return map;
-}
-
 } // namespace attention_backward
 
 extern "C" void attention_backward_query_gpu(act *dq, const act *dout, const real *delta,
@@ -6151,7 +5954,7 @@ extern "C" void attention_backward_query_gpu(act *dq, const act *dout, const rea
     const size_t rows = (size_t)a.T * AB_HEADS;
     attention_backward_query_wgmma_kernel<<<a.T < processors ? a.T : processors, AB_THREADS,
                                         AB_SHARED, stream>>>(
-        dq, tensor_map(q, rows, 8), tensor_map(dout, rows, 8), delta, lse, kv, entries, selected,
+        dq, rows_map(q, rows, 8), rows_map(dout, rows, 8), delta, lse, kv, entries, selected,
         a);
     cudaCheck(cudaGetLastError());
 }
@@ -6179,10 +5982,10 @@ extern "C" void attention_backward_key_gpu(real *dkv, real *dentries, const act 
     }
     cudaCheck(cudaFuncSetAttribute(attention_backward_key_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, AB_SHARED));
-    const CUtensorMap kv_map = tensor_map(kv, a.T, AB_KEYS);
+    const CUtensorMap kv_map = rows_map(kv, a.T, AB_KEYS);
     attention_backward_key_wgmma_kernel<<<slots, AB_THREADS, AB_SHARED, stream>>>(
-        part, tensor_map(q, rows, 32), tensor_map(dout, rows, 32), kv_map,
-        plan.entry_tiles ? tensor_map(entries, a.P, AB_KEYS) : kv_map, delta, lse, masks, plan, a);
+        part, rows_map(q, rows, 32), rows_map(dout, rows, 32), kv_map,
+        plan.entry_tiles ? rows_map(entries, a.P, AB_KEYS) : kv_map, delta, lse, masks, plan, a);
     cudaCheck(cudaGetLastError());
     attention_key_sum_kernel<<<a.T + (plan.entry_tiles ? a.P : 0), AB_DIM / 4, 0, stream>>>(
         dkv, dentries, part, plan, a);

@@ -134,6 +134,11 @@ template <int left> __device__ inline void copy_wait(void) {
     asm volatile("cp.async.wait_group %0;" :: "n"(left) : "memory");
 }
 
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *(uint32_t *)&two;
+}
+
 // Scratch of a launcher: one region, handed out like a stack.
 static struct { unsigned char *base; size_t used; } work;
 static size_t workspace_mark(void) { return work.used; }
@@ -887,11 +892,6 @@ __device__ inline void next_round(HcRound &r) {
     if (++r.group == r.groups) { r.group = 0; r.tile += r.stride; }
 }
 
-__device__ inline uint32_t pack_pair(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
 // 8 bf16 in 4 registers, as floats.
 __device__ inline void unpack8(float *x, const uint4 &raw) {
     const uint32_t word[4] = { raw.x, raw.y, raw.z, raw.w };
@@ -1011,8 +1011,8 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             }
             #pragma unroll
             for (int j = 0; j < HC; j++) {
-                y4[h][j] = DEAL ? make_uint4(pack_pair(y[j][0], y[j][1]), pack_pair(y[j][2], y[j][3]),
-                                             pack_pair(y[j][4], y[j][5]), pack_pair(y[j][6], y[j][7]))
+                y4[h][j] = DEAL ? make_uint4(pack_bf16(y[j][0], y[j][1]), pack_bf16(y[j][2], y[j][3]),
+                                             pack_bf16(y[j][4], y[j][5]), pack_bf16(y[j][6], y[j][7]))
                                 : from[(h * HC + j) * HC_THREADS];
                 if (DEAL && t0 + 8 * h < T) {
                     *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
@@ -1595,9 +1595,11 @@ static Answer answer(const Site &s) {
             }
             mean += dx[t * C + c] * w[c] * u[c] * rstd / C;
         }
-        r = inverse_rms(&a.Y[t * N], N);
+        Row stored(N);                      // the streams as they are stored
+        for (size_t k = 0; k < N; k++) { stored[k] = (double)__bfloat162float(__float2bfloat16((float)a.Y[t * N + k])); }
+        r = inverse_rms(stored.data(), N);
         for (int i = 0; i < HC_MIX; i++) {
-            for (size_t k = 0; k < N; k++) { a.next_m[t * HC_MIX + i] += r * next[i * N + k] * a.Y[t * N + k]; }
+            for (size_t k = 0; k < N; k++) { a.next_m[t * HC_MIX + i] += r * next[i * N + k] * stored[k]; }
         }
         r = inverse_rms(x, N);
         for (size_t c = 0; c < C; c++) { du[c] = rstd * (dx[t * C + c] * w[c] - u[c] * rstd * mean); }
