@@ -914,9 +914,9 @@ __device__ __forceinline__ void proxy_fence(void) {
 // how its groups of 8 rows of 128 swizzled bytes are spaced. Both layouts are what a TMA box 64
 // elements wide leaves. Along K: a row is 64 k, groups of 8 rows (1,024 bytes) follow each other,
 // and the next 16 k are 32 bytes on; `stride` does not matter. Across K (the right operand): a row
-// is 64 n of one k, the next 64 n are `stride` bytes further on (8,192: a box of 64 k), and the next
-// 16 k are 16 rows (2,048 bytes) on. The low word holds the address, in units of 16 bytes, so it can
-// be moved by adding.
+// is 64 n of one k, the next 64 n are `stride` bytes further on (8,192: a box of 64 k), and the
+// next 16 k are 16 rows (2,048 bytes) on. The low word holds the address, in units of 16 bytes, so
+// it can be moved by adding.
 __device__ __forceinline__ uint32_t operand_low(uint32_t at, int stride = 8192) {
     return at / 16 | stride / 16 << 16;
 }
@@ -3618,8 +3618,8 @@ __device__ inline uint32_t round_tf32(float x) {
 }
 
 // Y[j] = post[j] o + sum_i comb[i][j] X[i] (DEAL; else Y is X), and this slice's share of fn Y and
-// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of its
-// 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
+// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of
+// its 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
 //   bytes: 8 C for X, 2 C for o, 8 C for Y per token: 72 KiB, 302 MB at T = 4,096: 71 us.
 //   operations: 2 x 2 x 24 x 16,384 per token on tensor cores, 6.4 GFLOP: 13 us, and about 500
 //   instructions per warp and 9 KB moved, a quarter of what the bytes take.
@@ -3693,7 +3693,9 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             if (DEAL) {
                 unpack8(z, from[(2 * HC + h) * HC_THREADS]);
                 #pragma unroll
-                for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
+                for (int je = 0; je < HC * 8; je++) {
+                    y[je / 8][je % 8] = p[h][je / 8] * z[je % 8];
+                }
                 #pragma unroll
                 for (int i = 0; i < HC; i++) {
                     unpack8(z, from[(h * HC + i) * HC_THREADS]);
@@ -3705,9 +3707,8 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             }
             #pragma unroll
             for (int j = 0; j < HC; j++) {
-                y4[h][j] = DEAL ? make_uint4(pack_bf16(y[j][0], y[j][1]), pack_bf16(y[j][2], y[j][3]),
-                                             pack_bf16(y[j][4], y[j][5]), pack_bf16(y[j][6], y[j][7]))
-                                : from[(h * HC + j) * HC_THREADS];
+                if (DEAL) { store8((bf16 *)&y4[h][j], y[j]); }
+                else { y4[h][j] = from[(h * HC + j) * HC_THREADS]; }
                 if (DEAL && t0 + 8 * h < T) {
                     *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
                 }
@@ -3771,8 +3772,8 @@ static void hc_deal(act *Y, real *m, real *r, const act *o, const act *X, const 
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<grid, HC_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
     cudaCheck(cudaGetLastError());
-    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T, HC * C,
-                                                               M);
+    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T,
+                                                               HC * C, M);
     cudaCheck(cudaGetLastError());
     workspace_release(mark);
 }
@@ -3888,8 +3889,8 @@ extern "C" void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const rea
     cudaCheck(cudaGetLastError());
 }
 
-// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per token;
-// 20 sums over its threads.
+// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per
+// token; 20 sums over its threads.
 //   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
 enum { HC_SUM_THREADS = 128 };
 __global__ void __launch_bounds__(HC_SUM_THREADS)
@@ -3940,7 +3941,8 @@ extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const a
     cudaCheck(cudaGetLastError());
 }
 
-// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm says
+// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm
+// says
 //     du = rstd a - kappa u,  kappa = rstd^3 <a, u> / C
 // so all that dm needs of a token's streams are eight sums, <a, X[i]> and <u, X[i]>. One block per
 // token.
@@ -4052,13 +4054,13 @@ template <int M> constexpr int hc_enter_parts = HC_ENTER_SLICE / HC_GROUP * HC *
 template <int M, bool NEXT>
 __global__ void __launch_bounds__(HC_THREADS, 1)
 hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre, const real *comb,
-                         const real *rstd, const float *token, const float *fn, const bf16 *w, int T,
-                         int C) {
+                         const real *rstd, const float *token, const float *fn, const bf16 *w,
+                         int T, int C) {
     constexpr int KT = (M + 7) / 8;             // blocks of 8 rows of fn
     extern __shared__ uint4 parts[];            // (groups,HC,2*KT,32)
     uint4 *mine = parts + hc_enter_parts<M> + threadIdx.x;      // (stages,loads,threads)
-    const int first = blockIdx.x * HC_ENTER_SLICE;
-    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP, tiles = (T + HC_TILE - 1) / HC_TILE;
+    const int first = blockIdx.x * HC_ENTER_SLICE, tiles = (T + HC_TILE - 1) / HC_TILE;
+    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP;
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
                     (int)gridDim.y * HC_WARPS }, ahead = now;
@@ -4097,16 +4099,17 @@ hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre,
         for (int e = 0; e < 4; e++) {
             // Block v of 8 columns has the channels 8 q + 2 v, 8 q + 2 v + 1 of every q.
             const int v = (c + e) % 8 / 2, column = (c + e) / 8 * 2 + e % 2;
-            const int word = (v * KT + k / 8) * 2 + k % 8 / 4;
-            ((uint32_t *)parts)[(((group * HC + j) * 2 * KT + word / 4) * 32 + column * 4 + k % 4) * 4
-                                + word % 4] = round_tf32(x[e]);
+            const int word = (v * KT + k / 8) * 2 + k % 8 / 4, of_lane = column * 4 + k % 4;
+            const int at_word = ((group * HC + j) * 2 * KT + word / 4) * 32 + of_lane;
+            ((uint32_t *)&parts[at_word])[word % 4] = round_tf32(x[e]);
         }
     }
     __syncthreads();
     uint32_t a[KT][4];
     float p[2][HC], norm[2], kappa[2], along[2];
     for (int stage = 0; now.tile < tiles; stage = (stage + 1) % HC_ENTER_STAGES) {
-        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g;
+        const int c = first + now.group * HC_GROUP + q * 8;
         const size_t t[2] = { (size_t)min(t0, T - 1), (size_t)min(t0 + 8, T - 1) };
         #pragma unroll
         for (int h = 0; h < 2 && now.group == 0; h++) {
@@ -4571,7 +4574,8 @@ __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t
 
 // Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
 __device__ inline void store_fragments(act *at, const float *o, float scale0, float scale1) {
-    store_blocks(at, pack_bf16(o[0] * scale0, o[1] * scale0), pack_bf16(o[4] * scale0, o[5] * scale0),
+    store_blocks(at,
+                 pack_bf16(o[0] * scale0, o[1] * scale0), pack_bf16(o[4] * scale0, o[5] * scale0),
                  pack_bf16(o[8] * scale0, o[9] * scale0), pack_bf16(o[12] * scale0, o[13] * scale0));
     store_blocks(at + 8 * ATT_D,
                  pack_bf16(o[2] * scale1, o[3] * scale1), pack_bf16(o[6] * scale1, o[7] * scale1),

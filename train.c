@@ -17,9 +17,9 @@
 // Every operation is a function on plain arrays, forward and backward, in the order in which the
 // model uses them. Here they are text; kernels.cu will hold their twins.
 //
-// What accumulates: adapter gradients, a sublayer's dx and the real* dinp of every linear are += into
-// buffers that the layer loop zeroed, because several callers feed them. All other gradients of
-// activations are =; that of the streams, dX, takes its turn in one buffer, site after site.
+// What accumulates: adapter gradients, a sublayer's dx and the real* dinp of every linear are +=
+// into buffers that the layer loop zeroed, because several callers feed them. All other gradients
+// of activations are =; that of the streams, dX, takes its turn in one buffer, site after site.
 //
 // Sources: the DeepSeek-V4 report (sections named where used) and its released inference code; the
 // tests compare with Hugging Face transformers 5.17.
@@ -600,8 +600,8 @@ void hc_weights_forward(real *pre, real *post, real *comb, const real *m, const 
 }
 TWIN(hc_weights_forward)
 
-// One token of its backward: dm (M) from dpre (4), dpost (4), dcomb (4,4). The forward is run again:
-// 24 numbers per token are cheaper to keep than 39 half-steps.
+// One token of its backward: dm (M) from dpre (4), dpost (4), dcomb (4,4). The forward is run
+// again: 24 numbers per token are cheaper to keep than 39 half-steps.
 static inline void hc_weights_row_backward(real *dm, const real *dpre, const real *dpost,
                                            const real *dcomb, const real *m, const float *base,
                                            const float *scale, float eps, int M, int iters) {
@@ -634,8 +634,8 @@ static inline void hc_collapse_row(real *u, const act *X, const real *pre, int C
     }
 }
 
-// The sublayer's input: x (T,C) = RMSNorm(u) with u = sum_i pre[i] X[i], norm weight w (C). rstd (T)
-// = 1 / rms(u) is all that is kept of u.
+// The sublayer's input: x (T,C) = RMSNorm(u) with u = sum_i pre[i] X[i], norm weight w (C). All
+// that is kept of u is rstd (T) = 1 / rms(u).
 void hc_enter_forward(act *x, real *rstd, const act *X, const real *pre, const bf16 *w, float eps,
                       int T, int C) {
     GPU(hc_enter_forward_gpu(x, rstd, X, pre, w, eps, T, C))
@@ -653,8 +653,9 @@ TWIN(hc_enter_forward)
 
 // dX (T,HC,C), all of it, once dx (T,C), the gradient of the sublayer's input, is there. dX holds
 // the gradient of Y, the streams after the site, on entry (four values per channel, so it needs no
-// second buffer); dpost (T,4) and dcomb (T,4,4) come from hc_deal_backward, everything else from the
-// forward. At the head no streams follow: dX is only written; dpost, dcomb, comb are NULL, M is HC.
+// second buffer); dpost (T,4) and dcomb (T,4,4) come from hc_deal_backward, everything else from
+// the forward. At the head no streams follow: dX is only written; dpost, dcomb, comb are NULL, and
+// M is HC.
 void hc_enter_backward(act *dX, const real *dx, const real *dpost, const real *dcomb, const act *X,
                        const real *m, const real *r, const real *pre, const real *comb,
                        const real *rstd, const float *fn, const float *base, const float *scale,
@@ -673,7 +674,8 @@ void hc_enter_backward(act *dX, const real *dx, const real *dpost, const real *d
         // forward: u = sum_i pre[i] X[i]
         for (int i = 0; i < HC; i++) { dpre[i] = dot_act(du, X_t + (size_t)i * C, C); }
         hc_weights_row_backward(dm, dpre, dpost ? dpost + t * HC : NULL,
-                                dcomb ? dcomb + t * HC * HC : NULL, m_t, base, scale, eps, M, iters);
+                                dcomb ? dcomb + t * HC * HC : NULL, m_t, base, scale, eps, M,
+                                iters);
         // forward: m = r (fn X), r = (mean X^2 + eps)^(-1/2), so dr/dX = -r^3 X / N and
         // dX = r fn^T dm - (r^2 / N) <m, dm> X. The second term here, the first below.
         real along = r[t] * r[t] / N * dot(m_t, dm, M);
@@ -1464,7 +1466,8 @@ static void layer_forward(Model *m, int i, const int *token) {
     const Config *c = &m->config;
     int last = i + 1 == c->layers;
     HyperConnection next = last ? m->globals.hc_head : m->layer[i + 1].hc_attn;
-    real *next_m = last ? m->head.m : m->saved[i + 1].m, *next_r = last ? m->head.r : m->saved[i + 1].r;
+    real *next_m = last ? m->head.m : m->saved[i + 1].m;
+    real *next_r = last ? m->head.r : m->saved[i + 1].r;
     LayerActs *a = layer_acts(m, i);
     LayerSaved *s = &m->saved[i];
     int T = m->documents.T;

@@ -131,29 +131,33 @@ static void test_heads(int T, int Hn, int Dn) {
 static void test_streams(int T, int C) {
     arena_used = 0;
     size_t N = (size_t)T * HC * C, n = (size_t)T * C, M = (size_t)HC_MIX * HC * C;
-    act *Xs = acts(N, 1), *o = acts(n, 1), *x = blank_act(n), *Y = blank_act(N), *do_ = blank_act(n);
-    act *place = acts(N, 1), *dX = acts(N, 1), *hx = blank_act(n), *hdX = blank_act(N);
+    act *Xs = acts(N, 1), *o = acts(n, 1), *x = blank_act(n), *Y = blank_act(N), *dX = acts(N, 1);
+    act *place = acts(N, 1), *do_ = blank_act(n), *hx = blank_act(n), *hdX = blank_act(N);
     real *fn = reals(M, 0.02), *base = reals(HC_MIX, 1), *scale = reals(3, 1), *dx = reals(n, 1);
     real *next = reals(M, 0.02), *m = blank((size_t)T * HC_MIX), *r = blank(T), *rstd = blank(T);
     real *pre = blank(T * HC), *post = blank(T * HC), *comb = blank(T * HC * HC);
     real *dpost = blank(T * HC), *dcomb = blank(T * HC * HC), *nm = blank((size_t)T * HC_MIX);
-    real *nr = blank(T), *hm = blank(T * HC), *hr = blank(T), *hpre = blank(T * HC), *hrstd = blank(T);
+    real *nr = blank(T), *hm = blank(T * HC), *hr = blank(T), *hpre = blank(T * HC);
+    real *hrstd = blank(T);
     int *token = ints(T);
     bf16 *embed = (bf16 *)acts((size_t)50 * C, 1), *w = (bf16 *)acts(C, 1);
     act *E = blank_act(N);
     for (int t = 0; t < T; t++) { token[t] = t * 13 % 50; }
     BOTH({ hc_logits_forward(X(m), X(r), X(Xs), X(fn), 1e-6f, T, C, HC_MIX);
-           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, HC_MIX, 20);
+           hc_weights_forward(X(pre), X(post), X(comb), X(m), X(base), X(scale), 1e-6f, T, HC_MIX,
+                              20);
            hc_enter_forward(X(x), X(rstd), X(Xs), X(pre), X(w), 1e-6f, T, C);
-           hc_deal_forward(X(Y), X(nm), X(nr), X(o), X(Xs), X(post), X(comb), X(next), 1e-6f, T, C, HC_MIX);
-           hc_deal_forward(X(place), X(hm), X(hr), X(o), X(place), X(post), X(comb), X(next), 1e-6f, T, C, HC);
+           hc_deal_forward(X(Y), X(nm), X(nr), X(o), X(Xs), X(post), X(comb), X(next), 1e-6f, T, C,
+                           HC_MIX);
+           hc_deal_forward(X(place), X(hm), X(hr), X(o), X(place), X(post), X(comb), X(next), 1e-6f,
+                           T, C, HC);
            hc_deal_backward(X(do_), X(dpost), X(dcomb), X(dX), X(o), X(Xs), X(post), T, C);
-           hc_enter_backward(X(dX), X(dx), X(dpost), X(dcomb), X(Xs), X(m), X(r), X(pre), X(comb), X(rstd),
-                             X(fn), X(base), X(scale), X(w), 1e-6f, T, C, HC_MIX, 20);
+           hc_enter_backward(X(dX), X(dx), X(dpost), X(dcomb), X(Xs), X(m), X(r), X(pre), X(comb),
+                             X(rstd), X(fn), X(base), X(scale), X(w), 1e-6f, T, C, HC_MIX, 20);
            hc_weights_forward(X(hpre), NULL, NULL, X(hm), X(base), X(scale), 1e-6f, T, HC, 0);
            hc_enter_forward(X(hx), X(hrstd), X(place), X(hpre), X(w), 1e-6f, T, C);
-           hc_enter_backward(X(hdX), X(dx), NULL, NULL, X(place), X(hm), X(hr), X(hpre), NULL, X(hrstd),
-                             X(next), X(base), X(scale), X(w), 1e-6f, T, C, HC, 0);
+           hc_enter_backward(X(hdX), X(dx), NULL, NULL, X(place), X(hm), X(hr), X(hpre), NULL,
+                             X(hrstd), X(next), X(base), X(scale), X(w), 1e-6f, T, C, HC, 0);
            embed_forward(X(E), X(embed), X(token), T, C); });
     compare_real("hc m", m, (size_t)T * HC_MIX, FP32);
     compare_real("hc r", r, T, FP32);

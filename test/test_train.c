@@ -58,7 +58,7 @@ static void test_hc_vectors(void) {
     for (int j = 0; j < HC; j++) {      // of the streams as they are stored
         check_close("m of the next site", j, next[j], fn[5 * j] * ld(&Y[j]) * r, 1e-5);
     }
-    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, HC_MIX, 1);       // one round tells
+    hc_weights_forward(pre, post, comb, m, base, scale, 1e-6f, 1, HC_MIX, 1);   // one round tells
     double worst_row = 0;
     for (int a = 0; a < HC; a++) {
         double row = 0, column = 0;

@@ -16,20 +16,41 @@
 //       dm needs. Shipped.
 //
 // Arithmetic per token and site at C = 4,096 (X 32 KiB in bf16, dX 64 in fp32; o, x, do 8; dx 16):
-//              forward                                    backward
-//   v2   X 32 | X 32, u 8 | u 8, x 8 |              dY 64, X 32, o 8, do 8, dX 64 | dx 16, u 8, du 8
-//        X 32, o 8, Y 32             = 160 KiB      | du 8, X 32, dX 128 | X 32, dX 128 = 536 KiB
-//   v3   X 32, x 8 | X 32, o 8, Y 32 = 112 KiB      dY 32, X 32, o 8, do 8 | dx 16, X 32 |
-//                                                   dY 32, X 32, dx 16, dX 32          = 240 KiB
+//              forward                                  backward
+//   v2   X 32 | X 32, u 8 | u 8, x 8 |            dY 64, X 32, o 8, do 8, dX 64 | dx 16, u 8, du 8
+//        X 32, o 8, Y 32             = 160 KiB    | du 8, X 32, dX 128 | X 32, dX 128 = 536 KiB
+//   v3   X 32, x 8 | X 32, o 8, Y 32 = 112 KiB    dY 32, X 32, o 8, do 8 | dx 16, X 32 |
+//                                                 dY 32, X 32, dx 16, dX 32          = 240 KiB
 //   at 4,096 tokens and 4,277 GB/s: 157 and 526 us; 110 and 235 us.
-//   fn: 2 * 24 * 16,384 = 0.8 MFLOP per token each way, 54 us per site in fp32 without tensor cores;
-//   two bf16 halves of fn keep 16 of its 24 bits and cost 13 us of tensor cores.
-// With dX in fp32 v3 would move 112 + 48 + 176 = 336 KiB. What lies below 240: dealing's backward can
-// ride in the kernel that writes dX, of the site behind it (208), and the sums of dx and X could be
-// taken on the way if X of a token stayed on the chip until its dm is known (160), but then fn must
-// come from L2 for every few tokens, 1.6 MB each time.
+//   fn: 2 * 24 * 16,384 = 0.8 MFLOP per token each way, 54 us per site in fp32 without tensor
+//   cores; two bf16 halves of fn keep 16 of its 24 bits and cost 13 us of tensor cores.
+// With dX in fp32 v3 would move 112 + 48 + 176 = 336 KiB. What lies below 240: dealing's backward
+// can ride in the kernel that writes dX, of the site behind it (208), and the sums of dx and X can
+// be taken on the way if X of a token stayed on the chip until its dm is known (160), but then fn,
+// 1.6 MB, must come from L2 for every few tokens. dX in bf16 does not show in the gradients of 21
+// tiny layers: 0.108 from those in fp32 with it, 0.122 with v2's roundings of u and du.
 //
-// Measured: see below.
+// Measured (one H200, medians; share of 4,277 GB/s):
+//   4,096 tokens       forward                     backward
+//     v1               8,624 us                    7,730 us
+//     v2               378 us  1,775 GB/s  42 %    721 us  3,120 GB/s  73 %
+//     v3               153     3,065       72      299     3,363       79
+//   16,384 tokens
+//     v2             1,390     1,932       45    2,667     3,372       79
+//     v3               538     3,496       82    1,116     3,609       84
+//   v3 at 4,096 / 16,384: weights, collapse, norm 80 / 95 %; deal 66 / 76; deal backward 90 / 100;
+//   enter backward 72 / 78. DRAM moves what the table above says (ncu: 69 of 72 KiB in deal, 79 of
+//   80 in its backward, 48 + 109 of 160 in enter backward); at 4,096 tokens kernels of 5 to 10 us
+//   (Sinkhorn, partial sums) take some percent.
+// The two that stay below 80 % are those that multiply with fn: tokens pass by in pieces of 64
+// bytes, and ncu sees L2 busier (70 and 76 % of its rate) than DRAM (61 and 65 %). Pieces of 256
+// bytes by the copy engine would be the next rung.
+//
+// Tried, us for dealing at 4,096 tokens: nothing staged, 118; rounds ahead through shared memory,
+// 106; L2 told to bring the 256 bytes around each piece, 100, since part of them is gone before its
+// turn; 128 bytes, the next tile's factors touched in time, fn fetched in fours, 95 (and enter
+// backward's last kernel 168 -> 156). Sinkhorn by 16 lanes per token takes 6 us, its backward 10,
+// with true divisions 15.
 //
 //     nvcc -O3 -std=c++17 --extended-lambda -gencode=arch=compute_90a,code=sm_90a \
 //          hyper_connections.cu -o hyper_connections && ./hyper_connections
@@ -185,7 +206,10 @@ template <typename F> __host__ __device__ static void sinkhorn(F *c, F *dc, F ep
         F max = c[j * HC], sum = 0;
         for (int k = 1; k < HC; k++) { max = c[j * HC + k] > max ? c[j * HC + k] : max; }
         for (int k = 0; k < HC; k++) { sum += c[j * HC + k] = exp(c[j * HC + k] - max); }
-        for (int k = 0; k < HC; k++) { p[j * HC + k] = c[j * HC + k] /= sum; c[j * HC + k] += eps; }
+        for (int k = 0; k < HC; k++) {
+            p[j * HC + k] = c[j * HC + k] /= sum;
+            c[j * HC + k] += eps;
+        }
     }
     for (int step = 0; step < 2 * ITERS - 1; step++) {
         const int line = step % 2 ? HC : 1, along = step % 2 ? 1 : HC;     // columns first
@@ -200,7 +224,9 @@ template <typename F> __host__ __device__ static void sinkhorn(F *c, F *dc, F ep
         const int line = step % 2 ? HC : 1, along = step % 2 ? 1 : HC;
         for (int a = 0; a < HC; a++) {
             F dot = 0;
-            for (int b = 0; b < HC; b++) { dot += dc[a * line + b * along] * c[a * line + b * along]; }
+            for (int b = 0; b < HC; b++) {
+                dot += dc[a * line + b * along] * c[a * line + b * along];
+            }
             for (int b = 0; b < HC; b++) {
                 F *d = dc + a * line + b * along;
                 *d = (*d - dot) / sums[step][a];
@@ -238,7 +264,9 @@ static void forward(const Site &s) {
             s.pre[t * HC + i] = sigmoid(m[i] * s.scale[0] + s.base[i]) + EPS;
             s.post[t * HC + i] = 2 * sigmoid(m[HC + i] * s.scale[1] + s.base[HC + i]);
         }
-        for (int i = 0; i < HC * HC; i++) { c[i] = m[2 * HC + i] * s.scale[2] + s.base[2 * HC + i]; }
+        for (int i = 0; i < HC * HC; i++) {
+            c[i] = m[2 * HC + i] * s.scale[2] + s.base[2 * HC + i];
+        }
         sinkhorn<float>(c, NULL, EPS);
     });
     each((size_t)s.T * C, [=] __device__(size_t at) {
@@ -924,8 +952,8 @@ __device__ inline uint32_t round_tf32(float x) {
 }
 
 // Y[j] = post[j] o + sum_i comb[i][j] X[i] (DEAL; else Y is X), and this slice's share of fn Y and
-// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of its
-// 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
+// of the sum of Y's squares: partial (slices,T,M+1). fn is split into two bf16, which keep 16 of
+// its 24 bits; Y is bf16 as it stands, so the tensor cores' products lose nothing else.
 //   bytes: 8 C for X, 2 C for o, 8 C for Y per token: 72 KiB, 302 MB at T = 4,096: 71 us.
 //   operations: 2 x 2 x 24 x 16,384 per token on tensor cores, 6.4 GFLOP: 13 us, and about 500
 //   instructions per warp and 9 KB moved, a quarter of what the bytes take.
@@ -999,7 +1027,9 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             if (DEAL) {
                 unpack8(z, from[(2 * HC + h) * HC_THREADS]);
                 #pragma unroll
-                for (int je = 0; je < HC * 8; je++) { y[je / 8][je % 8] = p[h][je / 8] * z[je % 8]; }
+                for (int je = 0; je < HC * 8; je++) {
+                    y[je / 8][je % 8] = p[h][je / 8] * z[je % 8];
+                }
                 #pragma unroll
                 for (int i = 0; i < HC; i++) {
                     unpack8(z, from[(h * HC + i) * HC_THREADS]);
@@ -1011,9 +1041,8 @@ hc_deal_forward_kernel(act *Y, float *partial, const act *o, const act *X, const
             }
             #pragma unroll
             for (int j = 0; j < HC; j++) {
-                y4[h][j] = DEAL ? make_uint4(pack_bf16(y[j][0], y[j][1]), pack_bf16(y[j][2], y[j][3]),
-                                             pack_bf16(y[j][4], y[j][5]), pack_bf16(y[j][6], y[j][7]))
-                                : from[(h * HC + j) * HC_THREADS];
+                if (DEAL) { store8((bf16 *)&y4[h][j], y[j]); }
+                else { y4[h][j] = from[(h * HC + j) * HC_THREADS]; }
                 if (DEAL && t0 + 8 * h < T) {
                     *(uint4 *)(Y + ((size_t)(t0 + 8 * h) * HC + j) * C + c) = y4[h][j];
                 }
@@ -1077,8 +1106,8 @@ static void hc_deal(act *Y, real *m, real *r, const act *o, const act *X, const 
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     kernel<<<grid, HC_THREADS, bytes, stream>>>(Y, partial, o, X, post, comb, fn, T, C);
     cudaCheck(cudaGetLastError());
-    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T, HC * C,
-                                                               M);
+    hc_logits_sum_kernel<<<blocks_for(T, 8), 256, 0, stream>>>(m, r, partial, eps, grid.x, T,
+                                                               HC * C, M);
     cudaCheck(cudaGetLastError());
     workspace_release(mark);
 }
@@ -1194,8 +1223,8 @@ void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre,
     cudaCheck(cudaGetLastError());
 }
 
-// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per token;
-// 20 sums over its threads.
+// do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per
+// token; 20 sums over its threads.
 //   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
 enum { HC_SUM_THREADS = 128 };
 __global__ void __launch_bounds__(HC_SUM_THREADS)
@@ -1246,7 +1275,8 @@ void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY,
     cudaCheck(cudaGetLastError());
 }
 
-// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm says
+// The backward of entering, in three kernels. With a = w dx and u = sum_i pre[i] X[i], the norm
+// says
 //     du = rstd a - kappa u,  kappa = rstd^3 <a, u> / C
 // so all that dm needs of a token's streams are eight sums, <a, X[i]> and <u, X[i]>. One block per
 // token.
@@ -1358,13 +1388,13 @@ template <int M> constexpr int hc_enter_parts = HC_ENTER_SLICE / HC_GROUP * HC *
 template <int M, bool NEXT>
 __global__ void __launch_bounds__(HC_THREADS, 1)
 hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre, const real *comb,
-                         const real *rstd, const float *token, const float *fn, const bf16 *w, int T,
-                         int C) {
+                         const real *rstd, const float *token, const float *fn, const bf16 *w,
+                         int T, int C) {
     constexpr int KT = (M + 7) / 8;             // blocks of 8 rows of fn
     extern __shared__ uint4 parts[];            // (groups,HC,2*KT,32)
     uint4 *mine = parts + hc_enter_parts<M> + threadIdx.x;      // (stages,loads,threads)
-    const int first = blockIdx.x * HC_ENTER_SLICE;
-    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP, tiles = (T + HC_TILE - 1) / HC_TILE;
+    const int first = blockIdx.x * HC_ENTER_SLICE, tiles = (T + HC_TILE - 1) / HC_TILE;
+    const int groups = min(HC_ENTER_SLICE, C - first) / HC_GROUP;
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     HcRound now = { (int)blockIdx.y * HC_WARPS + (int)threadIdx.x / 32, 0, groups,
                     (int)gridDim.y * HC_WARPS }, ahead = now;
@@ -1403,16 +1433,17 @@ hc_enter_backward_kernel(act *dX, const real *dx, const act *X, const real *pre,
         for (int e = 0; e < 4; e++) {
             // Block v of 8 columns has the channels 8 q + 2 v, 8 q + 2 v + 1 of every q.
             const int v = (c + e) % 8 / 2, column = (c + e) / 8 * 2 + e % 2;
-            const int word = (v * KT + k / 8) * 2 + k % 8 / 4;
-            ((uint32_t *)parts)[(((group * HC + j) * 2 * KT + word / 4) * 32 + column * 4 + k % 4) * 4
-                                + word % 4] = round_tf32(x[e]);
+            const int word = (v * KT + k / 8) * 2 + k % 8 / 4, of_lane = column * 4 + k % 4;
+            const int at_word = ((group * HC + j) * 2 * KT + word / 4) * 32 + of_lane;
+            ((uint32_t *)&parts[at_word])[word % 4] = round_tf32(x[e]);
         }
     }
     __syncthreads();
     uint32_t a[KT][4];
     float p[2][HC], norm[2], kappa[2], along[2];
     for (int stage = 0; now.tile < tiles; stage = (stage + 1) % HC_ENTER_STAGES) {
-        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g, c = first + now.group * HC_GROUP + q * 8;
+        const int t0 = (tiles - 1 - now.tile) * HC_TILE + g;
+        const int c = first + now.group * HC_GROUP + q * 8;
         const size_t t[2] = { (size_t)min(t0, T - 1), (size_t)min(t0 + 8, T - 1) };
         #pragma unroll
         for (int h = 0; h < 2 && now.group == 0; h++) {
@@ -1596,17 +1627,26 @@ static Answer answer(const Site &s) {
             mean += dx[t * C + c] * w[c] * u[c] * rstd / C;
         }
         Row stored(N);                      // the streams as they are stored
-        for (size_t k = 0; k < N; k++) { stored[k] = (double)__bfloat162float(__float2bfloat16((float)a.Y[t * N + k])); }
+        for (size_t k = 0; k < N; k++) {
+            stored[k] = (double)__bfloat162float(__float2bfloat16((float)a.Y[t * N + k]));
+        }
         r = inverse_rms(stored.data(), N);
         for (int i = 0; i < HC_MIX; i++) {
-            for (size_t k = 0; k < N; k++) { a.next_m[t * HC_MIX + i] += r * next[i * N + k] * stored[k]; }
+            for (size_t k = 0; k < N; k++) {
+                a.next_m[t * HC_MIX + i] += r * next[i * N + k] * stored[k];
+            }
         }
         r = inverse_rms(x, N);
-        for (size_t c = 0; c < C; c++) { du[c] = rstd * (dx[t * C + c] * w[c] - u[c] * rstd * mean); }
+        for (size_t c = 0; c < C; c++) {
+            du[c] = rstd * (dx[t * C + c] * w[c] - u[c] * rstd * mean);
+        }
         double logit[HC * HC];
         for (int j = 0; j < HC; j++) {
             double dpre = 0, dpost = 0;
-            for (size_t c = 0; c < C; c++) { dpre += du[c] * x[j * C + c]; dpost += d[j * C + c] * o[t * C + c]; }
+            for (size_t c = 0; c < C; c++) {
+                dpre += du[c] * x[j * C + c];
+                dpost += d[j * C + c] * o[t * C + c];
+            }
             a.dpost[t * HC + j] = dpost;
             const double y = pre[j] - (double)EPS;
             dm[j] = dpre * y * (1 - y) * scale[0];
@@ -1617,7 +1657,9 @@ static Answer answer(const Site &s) {
                 a.dcomb[t * HC * HC + i * HC + j] = dm[2 * HC + i * HC + j] = sum;
             }
         }
-        for (int i = 0; i < HC * HC; i++) { logit[i] = m[2 * HC + i] * scale[2] + base[2 * HC + i]; }
+        for (int i = 0; i < HC * HC; i++) {
+            logit[i] = m[2 * HC + i] * scale[2] + base[2 * HC + i];
+        }
         v1::sinkhorn<double>(logit, dm + 2 * HC, (double)EPS);
         for (int i = 0; i < HC * HC; i++) { dm[2 * HC + i] *= scale[2]; }
         for (int i = 0; i < HC_MIX; i++) { along += r * r / N * m[i] * dm[i]; }
@@ -1671,7 +1713,8 @@ static void site_free(const Site &s) {
 }
 
 static int checks, failures;
-static void check(const char *version, const char *what, const Row &got, const Row &want, double tol) {
+static void check(const char *version, const char *what, const Row &got, const Row &want,
+                  double tol) {
     const double error = relative_error(got, want);
     checks++;
     if (!(error <= tol)) {
@@ -1680,7 +1723,10 @@ static void check(const char *version, const char *what, const Row &got, const R
     }
 }
 
-typedef struct { const char *name; void (*forward)(const Site &), (*backward)(const Site &); } Version;
+typedef struct {
+    const char *name;
+    void (*forward)(const Site &), (*backward)(const Site &);
+} Version;
 static const Version versions[] = {
     { "v1", v1::forward, v1::backward }, { "v2", v2::forward, v2::backward },
     { "v3", v3::forward, v3::backward } };
@@ -1703,7 +1749,10 @@ static void check_shape(int T, int C) {
                 ^ device_hash(s.do_, n * 2) ^ device_hash(s.next_m, (size_t)T * HC_MIX * 4)
                 ^ (v == 2 ? device_hash(s.dX, N * 2) : device_hash(s.dX32, N * 4));
             checks += run > 0;
-            if (run && now != bits) { failures++; printf("FAIL %s: other bits\n", versions[v].name); }
+            if (run && now != bits) {
+                failures++;
+                printf("FAIL %s: other bits\n", versions[v].name);
+            }
             bits = now;
             if (run == 0) {
                 const char *name = versions[v].name;
