@@ -262,7 +262,7 @@ test_splits() {
     local ranks rows split
     train=$root/build/train_float
     if [ ! -x "$train" ]; then skip "splits of a step: no $train"; train=$root/train; return; fi
-    local options=(--cpu -i text.txt -t 16 -d 128 -v 0 -s 0 --clip 0 -l 1e-3 -u 0)
+    local options=(--cpu --random-base -i text.txt -t 16 -d 128 -v 0 -s 0 --clip 0 -l 1e-3 -u 0)
     run 0 "${options[@]}" -b 8 -x 3 -n 0 -o start                 # B is not zero any more
     for split in '1 8' '1 1' '2 1' '4 1' '8 1' '2 2'; do
         read -r ranks rows <<< "$split"
@@ -271,15 +271,15 @@ test_splits() {
         run 0 "${options[@]}" --init-adapter start/adapter -x 10 -n 0 \
             --ranks "$ranks" -b "$rows" -o ten
         moments one > now
-        if [ "$split" = '1 8' ]; then mv now whole; value loss ten > losses; continue; fi
-        check "the gradient of $split: $(paste whole now | awk '
+        if [ "$split" = '1 8' ]; then mv now undivided; value loss ten > losses; continue; fi
+        check "the gradient of $split: $(paste undivided now | awk '
             { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
             NR % 1024 == 0 { if (d > worst * s) { worst = d / s } used += s > 0; d = s = 0 }
             END { print sqrt(worst), used, NR; exit }')" awk '
             { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
             NR % 1024 == 0 { bad += !(d <= 1e-10 * s); used += s > 0; d = s = 0 }
             END { exit !(NR == 337920 && NR % 1024 == 0 && used > 300 && bad == 0) }' \
-            <(paste whole now)
+            <(paste undivided now)
         check "ten losses of $split: $(value loss ten), not $(cat losses)" awk '
             { for (i = 1; i <= 10; i++) { d = $i - $(10 + i); bad += !(d <= 2e-4 && d >= -2e-4) } }
             END { exit !(NF == 20 && bad == 0) }' <(echo "$(cat losses) $(value loss ten)")
