@@ -252,6 +252,7 @@ void gpu_upload(void *to, const void *from_h, size_t bytes);
 void gpu_download(void *to_h, const void *from, size_t bytes);
 void gpu_sync(void);
 void gpu_memory(size_t *used_h, size_t *total_h);
+enum { GPU_MARKS = 4097 };      // events that can stand between kernels (dev/phases.c)
 void gpu_mark(int i);
 void gpu_marks(double *at_h, int n);
 void gpu_aside(int step);
@@ -576,69 +577,6 @@ static inline HD int random_normal(uint64_t key, uint64_t i) {
 static inline HD float random_uniform(uint64_t key, uint64_t i) {
     return (float)(random_bits(key, i) >> 40) * (1.0f / 16777216.0f);
 }
-
-// -------------------------------------------------------------------------------------------------
-// 1.7 Phases
-//
-// Where the time of a step goes. phase(p) says what the program does from here on, until the next
-// call; on a GPU it leaves an event between the kernels, so that nothing waits. Off unless --bench.
-
-enum { PHASE_STREAMS, PHASE_PRODUCTS, PHASE_ENTRIES, PHASE_INDEXER, PHASE_ATTENTION, PHASE_ROUTE,
-       PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
-enum { PASS_FORWARD, PASS_AGAIN, PASS_BACKWARD, PASSES, PHASE_MARKS = 4096 };
-
-#ifndef __CUDACC__
-static const char *const phase_names[PHASES] = {
-    "streams", "projections", "compressors", "indexer", "attention core", "routing", "exchange",
-    "experts", "shared expert", "head and loss", "update" };
-
-static struct {
-    int on, pass, n;                        // pass: PASS_* of the calls that follow; n: calls
-    int what[PHASE_MARKS];                  // phase and pass that began with each call
-    double at[PHASE_MARKS + 1];             // when
-    double seconds[PHASES][PASSES];
-} phases;
-
-// Seconds, from some time in the past.
-static inline double clock_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec + 1e-9 * now.tv_nsec;
-}
-
-static inline void phase_mark(int i) {
-    GPU(gpu_mark(i))
-    phases.at[i] = clock_seconds();
-}
-
-// Ends the last phase and adds up all of them.
-static inline void phases_end(void) {
-    const int n = phases.n;
-    if (n == 0) { return; }
-    phase_mark(n);
-    if (ON_GPU) {
-#ifdef USE_CUDA
-        gpu_marks(phases.at, n + 1);
-#endif
-    }
-    for (int i = 0; i < n; i++) {
-        phases.seconds[phases.what[i] / PASSES][phases.what[i] % PASSES] +=
-            phases.at[i + 1] - phases.at[i];
-    }
-    phases.n = 0;
-}
-
-static inline void phase(int p) {
-    if (!phases.on) { return; }
-    if (phases.n == PHASE_MARKS) { phases_end(); }
-    phases.what[phases.n] = p * PASSES + phases.pass;
-    phase_mark(phases.n++);
-}
-static inline void phase_in(int p, int pass) {
-    phases.pass = pass;
-    phase(p);
-}
-#endif // !__CUDACC__
 
 // -------------------------------------------------------------------------------------------------
 // Device code
@@ -1176,7 +1114,7 @@ extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
 }
 
 // Phases: an event between the kernels, and when the first n happened, in seconds.
-static cudaEvent_t marks[PHASE_MARKS + 1];
+static cudaEvent_t marks[GPU_MARKS];
 extern "C" void gpu_mark(int i) {
     if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
     cudaCheck(cudaEventRecord(marks[i], main_stream));
@@ -5092,9 +5030,8 @@ template <int SIDE> __device__ inline void free_half(uint32_t base, int buffer) 
 }
 
 // One pair of tiles, or (both = false) the last one alone. left: keys in the even tile and after
-// it. If EAGER, the products with P1 are issued before those with P0 are complete; if not, half a
-// buffer is freed a little earlier, and the order is that of version 3.
-template <int SIDE, bool EAGER>
+// it. The products with P1 are issued before those with P0 are complete.
+template <int SIDE>
 __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Softmax &x,
                                     int (&use)[2], int token, int left, bool both, bool last,
                                     int row) {
@@ -5110,10 +5047,6 @@ __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Soft
         move_reference(o, before, x.reference);
         outputs(o, (const uint32_t *)p, 4, values);
         if (both) {
-            if (!EAGER) {
-                wgmma_wait(o);
-                free_half<SIDE>(base, 0);
-            }
             pair_sync<P1_READY>();
             take_reference(o, x, reference + 64, row);
             await_other<SIDE>(base, use[1]);
@@ -5128,16 +5061,12 @@ __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Soft
             before[0] = x.reference[0];
             before[1] = x.reference[1];
             write_softmax<SIDE>(p, s, x, shared, row, left - TILE);
-            if (!EAGER) {
-                wgmma_wait(o);
-                free_half<SIDE>(base, 0);
-            }
             pair_arrive<P1_READY>();
             move_reference(o, before, x.reference);
             outputs(o, (const uint32_t *)p, 4, values + TILE_BYTES);
         }
     }
-    if (EAGER && both) {
+    if (both) {
         wgmma_wait<1>();
         free_half<SIDE>(base, 0);
     }
@@ -5147,7 +5076,7 @@ __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Soft
     use[1] += both;
 }
 
-template <int SIDE, bool EAGER>
+template <int SIDE>
 __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *shared) {
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
@@ -5172,14 +5101,13 @@ __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *s
             barrier_arrive(base + V4_Q_FREE + 8);
         }
         for (int tile = 0; tile < tiles; tile += 2) {
-            consume_pair<SIDE, EAGER>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
+            consume_pair<SIDE>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
                                       tile + 2 + SIDE >= tiles, row);
         }
         finish<SIDE>(f, shared, o, x, t, i & 1, row);
     }
 }
 
-template <bool EAGER>
 __global__ __launch_bounds__(384, 1)
 void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -5208,14 +5136,13 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
     } else {
         registers_take<216>();
         if (group == 0) {
-            consume_tiled<0, EAGER>(g.f, shared);
+            consume_tiled<0>(g.f, shared);
         } else {
-            consume_tiled<1, EAGER>(g.f, shared);
+            consume_tiled<1>(g.f, shared);
         }
     }
 }
 
-template <bool EAGER>
 static void attention_forward_tiled(act *out, real *lse, const act *q, const act *kv,
                                     const act *entries, const float *sink, const int *selected,
                                     AttentionShape a) {
@@ -5223,7 +5150,7 @@ static void attention_forward_tiled(act *out, real *lse, const act *q, const act
     int device, processors;
     cudaCheck(cudaGetDevice(&device));
     cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel<EAGER>,
+    cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
     const bool some = a.P > 0;                          // entries; else any valid map will do
     const TiledArguments g = {
@@ -5232,7 +5159,7 @@ static void attention_forward_tiled(act *out, real *lse, const act *q, const act
         rows_map(some ? entries : kv, some ? a.P : a.T, 32),
     };
     const int blocks = a.T < processors ? a.T : processors;
-    attention_forward_tiled_kernel<EAGER><<<blocks, 384, V4_BYTES, stream>>>(g);
+    attention_forward_tiled_kernel<<<blocks, 384, V4_BYTES, stream>>>(g);
     cudaCheck(cudaGetLastError());
 }
 } // namespace forward
@@ -5246,7 +5173,7 @@ extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const a
     } else if (selected) {
         forward::attention_forward_v3(out, lse, q, kv, entries, sink, selected, a);
     } else {
-        forward::attention_forward_tiled<true>(out, lse, q, kv, entries, sink, selected, a);
+        forward::attention_forward_tiled(out, lse, q, kv, entries, sink, selected, a);
     }
 }
 

@@ -25,7 +25,7 @@
 #ifndef MOE_C
 #define MOE_C
 #include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
-#include "dev/launcher.c"   // Comm comm, Page: comm_launch, comm_join, launcher_tell
+#include "dev/launcher.c"   // phase, clock_seconds; Comm comm, Page: comm_launch, comm_join, launcher_tell
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
