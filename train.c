@@ -3169,7 +3169,7 @@ static inline void bench(Trainer *r) {
     double sum[PASSES] = { 0 }, rest[PASSES] = { median->seconds };
     say("bench  %-15s %9s %9s %9s %9s\n", "phase", "forward", "again", "backward", "sum");
     for (int p = 0; p < PHASES; p++) {
-        phase_say(phase_names[p], median->phase[p], median->seconds);
+        phase_say(phase_name(p), median->phase[p], median->seconds);
         for (int k = 0; k < PASSES; k++) {
             sum[k] += median->phase[p][k];
             rest[0] -= median->phase[p][k];

@@ -10,9 +10,12 @@ enum { PHASE_STREAMS, PHASE_PRODUCTS, PHASE_ENTRIES, PHASE_INDEXER, PHASE_ATTENT
        PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
 enum { PASS_FORWARD, PASS_AGAIN, PASS_BACKWARD, PASSES };
 
-static const char *const phase_names[PHASES] = {
-    "streams", "projections", "compressors", "indexer", "attention core", "routing", "exchange",
-    "experts", "shared expert", "head and loss", "update" };
+static inline const char *phase_name(int p) {
+    static const char *const names[PHASES] = {
+        "streams", "projections", "compressors", "indexer", "attention core", "routing", "exchange",
+        "experts", "shared expert", "head and loss", "update" };
+    return names[p];
+}
 
 enum { PHASE_MARKS = 4096 };
 static struct {
