@@ -142,7 +142,8 @@ deps:
 
 TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data) \
     $(patsubst test/%.c,build/%,$(filter-out %_vectors.c,$(wildcard test/test_*.c)))) \
-    $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) train_float vectors_float)
+    $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) \
+    $(addsuffix _float,train vectors engine))
 
 build/%_double: test/%.c build/flags
 	$(COMPILE_TEST) -DACT=double -DREAL=double $(LIBS)
