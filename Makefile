@@ -140,10 +140,9 @@ deps:
 # gradients can be checked, the model also in float; what is compared with PyTorch only in float. A
 # program that does not build is counted as failed by test/run.sh, so -k goes on.
 
-TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data) \
+TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data engine_float) \
     $(patsubst test/%.c,build/%,$(filter-out %_vectors.c,$(wildcard test/test_*.c)))) \
-    $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) \
-    $(addsuffix _float,train vectors engine))
+    $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) train_float vectors_float)
 
 build/%_double: test/%.c build/flags
 	$(COMPILE_TEST) -DACT=double -DREAL=double $(LIBS)

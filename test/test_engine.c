@@ -3,9 +3,9 @@
 //
 // Oracles: the trainer's own forward pass, in another layout, with other ranks; a run without
 // receivers. How close two such passes come is a matter of rounding. In fp32 (test_engine_float) the
-// KL is 1e-12. In bf16 a sum in another order now and then rounds the other way, and on a random
-// base, where experts and entries are chosen by a hair, some 2 labels of 1,000 then see another
-// choice, and make up nearly all of the KL. So in bf16 the mean over thousands of labels counts.
+// KL is 1e-12. In bf16 a sum in another order now and then rounds the other way, and where a choice
+// of experts or entries hangs by a hair, it turns: on a base of random weights 2 labels of 1,000 see
+// that, and the KL is 5e-4; on the built-in one, which has read English, it is 1e-6.
 //
 // Seen to fail on broken copies: MUTATIONS
 #include "model.h"
@@ -19,7 +19,7 @@ static const double close_kl = BF16 ? 1e-3 : 1e-9;
 
 static struct { int trainers, ep, receivers, F, die; } crew;
 
-enum { BATCHES = BF16 ? 20 : 3 };
+enum { BATCHES = 2, TOKENS = 256 };
 static Batch batches[BATCHES];
 
 static void fail_on(int wrong, const char *what, double value) {
@@ -31,16 +31,16 @@ static void fail_on(int wrong, const char *what, double value) {
 // Collective over all ranks. The KL of what receivers hold now; 0 on trainers.
 static double measure(Engine *e, Model *m) {
     double sums[4] = { 0 };
-    float losses[256];
+    float losses[TOKENS];
     for (int k = 0; k < BATCHES; k++) {
         const Batch *b = &batches[k];
-        memset(e->losses_h, 0, sizeof(double) * 256);
+        memset(e->losses_h, 0, sizeof(double) * TOKENS);
         if (!comm_is_receiver()) { model_forward(m, b, 0); }        // all of them the same rows
         for (int t = 0; t < b->T && this_rank == 0; t++) { e->losses_h[t] = (double)m->loss_h[t]; }
         comm_sum_double(COMM_ALL, e->losses_h, b->T, "test");
         if (!comm_is_receiver()) { continue; }
         for (int t = 0; t < b->T; t++) { losses[t] = (float)e->losses_h[t]; }
-        engine_forward(e, b);
+        model_forward(&e->model, b, 0);
         engine_compare(sums, e, b, losses);
     }
     return comm_is_receiver() ? sums[0] / sums[3] : 0;
@@ -84,25 +84,29 @@ static void serve(Engine *e) {
 
 // What every rank of the crew does first: the model, the plans, the base.
 static void crew_begin(Engine *e, Model *m) {
-    Config c = BF16 ? tiny_config : t2_config(2);
-    if (crew.F) { c.F = crew.F; }
-    for (int k = 0; k < BATCHES; k++) {
+    Config c;
+    FILE *f = fopen("kernels.cu", "rb");
+    config_tiny(&c);
+    if (crew.F) { c = t2_config(2); c.F = crew.F; }
+    for (int k = 0; k < BATCHES; k++) {         // of three documents
         const int length[] = { 100 + k, 30, 126 - k };
         batches[k] = make_batch(length, 3, c.V);
-        for (int t = 0; t < batches[k].T; t++) {
-            uint64_t bits = random_bits((uint64_t)(100 + k), (uint64_t)t);
-            batches[k].token[t] = (int)(bits % (uint64_t)c.V);
+        for (int t = 0; t < TOKENS; t++) { batches[k].token[t] = getc(f); }
+        for (int t = 0; t < TOKENS; t++) {
+            if (batches[k].target[t] >= 0) { batches[k].target[t] = batches[k].token[t + 1]; }
         }
     }
+    fclose(f);
     comm_reserve(crew.receivers);
     comm_launch(crew.trainers + crew.receivers, crew.ep, 60);
     ModelOptions o = { .R = 4, .alpha = 8, .targets = targets_parse("attn,shared,experts"),
-                       .max_tokens = 256 };
-    e->losses_h = NEW(double, 256);
+                       .max_tokens = TOKENS };
+    e->losses_h = NEW(double, TOKENS);
     if (comm_is_receiver()) {
         engine_open(e, &c, &o, crew.ep);
     } else {
-        build(m, &c, 4, 256, 1, 3);
+        build(m, &c, 4, TOKENS, 1, 3);
+        if (!crew.F) { checkpoint_load("dev/data/tiny", m->tensors, m->n_tensors); }
         engine_plan(e, m, crew.ep);
     }
     refit_move(&e->base, e->weights, REFIT_POINTS);
@@ -141,8 +145,8 @@ static void crew_ranks(void *unused) {
     if (crew.die && this_rank == crew.die - 1) { raise(SIGKILL); }
     for (size_t i = 0; i < n; i++) { m.adapters.p[i] *= (real)1.5; }        // training goes on
     double stale = measure(e, &m);
-    fail_on(receiver && !(stale > 100 * close_kl), "old adapters pass", stale);
-    for (int k = 0; k < (BF16 ? 1 : 3); k++) {          // both buffers
+    fail_on(receiver && !(stale > close_kl && stale > 100 * first), "old adapters pass", stale);
+    for (int k = 0; k < 2; k++) {           // both buffers
         for (size_t i = 0; i < n; i++) { m.adapters.p[i] *= (real)0.9; }
         serve(e);
         last = measure(e, &m);
@@ -150,9 +154,10 @@ static void crew_ranks(void *unused) {
     }
     swap_halves(e, 0, layers);
     double swapped = measure(e, &m);
-    fail_on(receiver && !(swapped > 1 && swapped > 100 * last), "swapped halves", swapped);
+    const double least = crew.F ? 1 : 0.3;          // weights are random, or have read English
+    fail_on(receiver && !(swapped > least && swapped > 100 * close_kl), "swapped halves", swapped);
     swap_halves(e, 0, layers);
-    if (!BF16) {
+    if (crew.trainers == 2 && !BF16) {
         swap_halves(e, 3, 4);
         double one = measure(e, &m);
         fail_on(receiver && !(one > 100 * close_kl), "halves swapped in one layer", one);
@@ -174,7 +179,8 @@ static void test_layouts(void) {
     static const struct { int trainers, ep, receivers, F; } rows[] = {
         {2, 2, 2, 0}, {1, 1, 2, 0}, {2, 2, 2, 256}, {2, 1, 1, 0} };     // 256: shared expert cut
     char text[2048];
-    for (int i = 0; i < (BF16 ? 2 : 4); i++) {
+    for (int i = 0; i < 4; i++) {
+        if (BF16 && i == 2) { continue; }           // random weights
         crew = (__typeof__(crew)){ rows[i].trainers, rows[i].ep, rows[i].receivers, rows[i].F, 0 };
         int code = run_child(crew_ranks, NULL, text, sizeof text);
         check(code == 0, "%d trainers, %d receivers, F %d: exit code %d %s", crew.trainers,
@@ -203,7 +209,7 @@ static void program(void *arg) {
     const Run *run = (const Run *)arg;
     char words[512], *argv[64] = { (char *)"train" };
     int argc = 1;
-    snprintf(words, sizeof words, "--cpu -i %s/a.txt -j %s/b.txt -t 64 -d 256 --val-steps 20 -n 0 "
+    snprintf(words, sizeof words, "--cpu -m dev/data/tiny -i %s/a.txt -j %s/b.txt -t 64 -d 256 --val-steps 8 -u 0 -l 3e-3 -n 0 "
              "-s 0 %s -o %s/%s", folder, folder, run->options, folder, run->out);
     for (char *w = strtok(words, " "); w; w = strtok(NULL, " ")) { argv[argc++] = w; }
     char log[128];
@@ -277,11 +283,11 @@ static void test_program(void) {
         char *log = slurp(name);
         const char *at = log;
         int refits = 0;
-        double kl, receiver, loss, val, sum = 0;
+        double kl, receiver, loss, val;
         while ((at = strstr(at, " | kl "))) {
             int step = atoi(at - 5);
             check(sscanf(at, " | kl %lf | receiver loss %lf | trainer loss %lf", &kl, &receiver, &loss)
-                  == 3 && fabs(receiver - loss) < 0.01, "%s: %.60s", rows[k].with, at);
+                  == 3 && kl < close_kl && fabs(receiver - loss) < 0.01, "%s: %.60s", rows[k].with, at);
             char line[32];
             snprintf(line, sizeof line, "val  %5d | loss ", step);
             const char *v = strstr(log, line);
@@ -290,10 +296,8 @@ static void test_program(void) {
             printf("  %s: step %d, KL %.1e\n", rows[k].out, step, kl);
             refits++;
             at++;
-            sum += kl;
         }
         check(refits == (k ? 3 : 4), "%s: %d refits", rows[k].with, refits);
-        check(sum / refits < close_kl, "%s: mean KL %.2e", rows[k].with, sum / refits);
         free(log);
     }
 }
@@ -301,8 +305,6 @@ static void test_program(void) {
 static void test_ends(void) {
     char text[2048];
     static const struct { const char *options; int code; const char *says; } rows[] = {
-        {"-x 20 -u 0 -v 0 -l 1e30 --clip 0 --ranks 3 --gen-gpus 1 --refit-every 1", EXIT_NUMERICS,
-         "non-finite"},
         {"-x 9999 -v 0 --ranks 3 --gen-gpus 1 --refit-every 2", EXIT_INTERRUPTED, ""},
         {"-x 2 --ranks 2 --gen-gpus 2", EXIT_USAGE, "none of 2 ranks"},
         {"-x 2 --ranks 8 --gen-gpus 4", EXIT_USAGE, "does not divide"},
@@ -318,6 +320,10 @@ static void test_ends(void) {
 }
 
 int main(void) {
+#ifndef HAVE_JSMN
+    skip("receivers of the built-in model, which cannot be read without jsmn.h");
+    return finish(BF16 ? "test_engine" : "test_engine_float");
+#endif
     snprintf(folder, sizeof folder, "%s/engine_XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     require(mkdtemp(folder) != NULL);
     for (int k = 0; k < 2; k++) {               // text to train on, text to validate with
