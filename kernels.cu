@@ -3009,7 +3009,7 @@ static void nccl_check(ncclResult_t result, int line) {
 // need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.
 static struct {
     ncclComm_t world;
-    int rank, first, ranks, ep;     // rank among all; of its role: the first one, how many, per group
+    int rank, first, ranks, ep;     // among all; of its role: the first one, how many, per group
     unsigned char *box;             // of gpu_trade
 } net;
 
