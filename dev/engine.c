@@ -242,7 +242,7 @@ static void engine_join(Model *m, const Layer *l, LayerActs *a) {
 }
 
 // Model.experts: the sublayer's output from inp (T,C). A receiver has all experts: no row travels.
-static void engine_experts(Model *m, int layer, const act *inp, const int *token) {
+static void engine_moe(Model *m, int layer, const act *inp, const int *token) {
     Engine *e = &engine;
     const MoeWeights *w = &m->layer[layer].moe;
     const MoeDims *d = &m->moe;
@@ -302,7 +302,7 @@ static void engine_open(Engine *e, const Config *c, const ModelOptions *o, int e
     own->G /= receivers;
     e->F = c->F / receivers;
     e->model.join = engine_join;
-    e->model.experts = engine_experts;
+    e->model.experts = engine_moe;
     mem_count();
     engine_alloc(e);
     if (comm_rank() == 0) {

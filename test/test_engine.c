@@ -7,7 +7,10 @@
 // of experts or entries hangs by a hair, it turns: on a base of random weights 2 labels of 1,000 see
 // that, and the KL is 5e-4; on the built-in one, which has read English, it is 1e-6.
 //
-// Seen to fail on broken copies: MUTATIONS
+// Seen to fail on broken copies of engine.c and refit.c: up's rows taken for gate's, everyone's
+// sinks from head 0, a whole shared expert added up, the adapters of the buffer that does not serve,
+// w13's B of the other half, gate's scales for up, the shared w3 with w1's factors, wo_b without its
+// adapter, factors cut where their matrix came whole.
 #include "model.h"
 #include <signal.h>
 
