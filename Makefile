@@ -140,7 +140,7 @@ deps:
 # gradients can be checked, the model also in float; what is compared with PyTorch only in float. A
 # program that does not build is counted as failed by test/run.sh, so -k goes on.
 
-TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data) \
+TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data engine_float) \
     $(patsubst test/%.c,build/%,$(filter-out %_vectors.c,$(wildcard test/test_*.c)))) \
     $(addprefix build/test_,$(addsuffix _double,fp8 mxfp4 lora moe train) train_float vectors_float)
 

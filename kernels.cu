@@ -149,7 +149,7 @@ enum { RUNS_MAX = 512, BY_EXPERT = 0, BY_SOURCE = 1 };
 typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
 
 // The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
-enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMMS, COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
+enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS, COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
 // Work beside the main stream: begins, ends, has to be done from here on.
 enum { ASIDE_BEGIN, ASIDE_END, ASIDE_JOIN };
 
@@ -262,7 +262,7 @@ void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
 void gpu_copy_end(int place);
 // Ranks (moe.c, section 3): which is COMM_WORLD, COMM_EP or COMM_REPLICA
 void gpu_make_id(void *id_h);
-void gpu_connect(const void *id_h, int rank, int ranks, int ep);
+void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep);
 void gpu_waiting(double *seconds_h, char *error_h, size_t size);
 void gpu_batch(int begin);
 void gpu_sum_real(int which, real *values, size_t n);
@@ -3009,16 +3009,19 @@ static void nccl_check(ncclResult_t result, int line) {
 // need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.
 static struct {
     ncclComm_t world;
-    int rank, ep;
+    int rank, first, ranks, ep;     // among all; of its role: the first one, how many, per group
     unsigned char *box;             // of gpu_trade
 } net;
 
 static int net_size(int which) {
-    return which == COMM_WORLD ? net_ranks : which == COMM_EP ? net.ep : net_ranks / net.ep;
+    return which == COMM_ALL ? net_ranks : which == COMM_WORLD ? net.ranks
+         : which == COMM_EP ? net.ep : net.ranks / net.ep;
 }
 static int net_member(int which, int i) {       // moe.c: comm_member
-    return which == COMM_WORLD ? i : which == COMM_EP ? net.rank - net.rank % net.ep + i
-                                                      : net.rank % net.ep + i * net.ep;
+    const int place = net.rank - net.first;
+    return which == COMM_ALL ? i : which == COMM_WORLD ? net.first + i
+         : net.first + (which == COMM_EP ? place - place % net.ep + i
+                                         : place % net.ep + i * net.ep);
 }
 
 static double net_clock(void) {
@@ -3153,33 +3156,35 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
 
 // Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
 // buffers are there before the memory that is left is counted.
-extern "C" void gpu_connect(const void *id_h, int rank, int ranks, int ep) {
+extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     memcpy(&id, id_h, sizeof id);
     net.rank = rank;
-    net_ranks = ranks;
+    net_ranks = all;
+    net.first = rank < all - receivers ? 0 : all - receivers;
+    net.ranks = net.first ? receivers : all - receivers;
     net.ep = ep;
     waiting_since = net_clock();
-    ncclCheck(ncclCommInitRankConfig(&net.world, ranks, id, rank, &config));
+    ncclCheck(ncclCommInitRankConfig(&net.world, all, id, rank, &config));
     size_t each[COMM_RANKS_MAX];
     int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
-    for (int i = 0; i < ranks; i++) {
+    for (int i = 0; i < all; i++) {
         each[i] = sizeof(int);
-        sent[i] = rank * ranks + i;
+        sent[i] = rank * all + i;
     }
     cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
     gpu_upload(probe, sent, sizeof sent);
-    gpu_all_to_all(COMM_WORLD, probe + COMM_RANKS_MAX, each, probe, each);
+    gpu_all_to_all(COMM_ALL, probe + COMM_RANKS_MAX, each, probe, each);
     gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
     cudaCheck(cudaFree(probe));
-    for (int i = 0; i < ranks; i++) { gpuRequire(got[i] == i * ranks + rank); }
+    for (int i = 0; i < all; i++) { gpuRequire(got[i] == i * all + rank); }
 }
 #else
 static void no_nccl(void) { gpu_failed(__LINE__, EXIT_USAGE, "built without NCCL: one GPU is the "
                                        "most HINT: install NCCL's headers and library, and make"); }
 extern "C" void gpu_make_id(void *) { no_nccl(); }
-extern "C" void gpu_connect(const void *, int, int, int) { no_nccl(); }
+extern "C" void gpu_connect(const void *, int, int, int, int) { no_nccl(); }
 extern "C" void gpu_waiting(double *, char *, size_t) { no_nccl(); }
 extern "C" void gpu_batch(int) { no_nccl(); }
 extern "C" void gpu_sum_real(int, real *, size_t) { no_nccl(); }

@@ -41,11 +41,20 @@
 // ranks are there already, and share nothing but the network. Ranks [g*ep, (g+1)*ep) form expert
 // group g: together they own one set of experts. A rank's replicas are the ranks at the same place
 // of the other groups, who own the same experts.
+//
+// The last ranks may be reserved for receivers: they train nothing, but get the weights (refit.c).
+// Trainers and receivers each are a world of their own, in which they count from 0; they meet in
+// COMM_ALL, where the receivers come after the trainers.
 
 int comm_rank(void) { return comm.rank; }
 int comm_ranks(void) { return comm.ranks; }
 int comm_ep(void) { return comm.ep; }
 int comm_ep_rank(void) { return comm.rank % comm.ep; }
+int comm_receivers(void) { return comm.receivers; }
+int comm_is_receiver(void) { return comm.first > 0; }
+
+// Before comm_launch: the last so many ranks will be receivers.
+void comm_reserve(int receivers) { comm.receivers = receivers; }
 
 // -------------------------------------------------------------------------------------------------
 // 2 Ranks: meeting in shared memory
@@ -57,19 +66,21 @@ int comm_ep_rank(void) { return comm.rank % comm.ep; }
 // that share no page send each other what is in the boxes.
 
 static inline int comm_size(int which) {
-    return which == COMM_WORLD ? comm.ranks : which == COMM_EP ? comm.ep : comm.ranks / comm.ep;
+    return which == COMM_ALL ? comm.all : which == COMM_WORLD ? comm.ranks
+         : which == COMM_EP ? comm.ep : comm.ranks / comm.ep;
 }
 
 // The place of this rank in the communicator.
 static inline int comm_index(int which) {
-    return which == COMM_WORLD ? comm.rank : which == COMM_EP ? comm.rank % comm.ep
-                                                              : comm.rank / comm.ep;
+    return which == COMM_ALL ? comm.first + comm.rank : which == COMM_WORLD ? comm.rank
+         : which == COMM_EP ? comm.rank % comm.ep : comm.rank / comm.ep;
 }
 
-// The rank of its i-th member.
+// The rank of its i-th member, counted over all.
 static inline int comm_member(int which, int i) {
-    return which == COMM_WORLD ? i : which == COMM_EP ? comm.rank - comm.rank % comm.ep + i
-                                                      : comm.rank % comm.ep + i * comm.ep;
+    return which == COMM_ALL ? i : which == COMM_WORLD ? comm.first + i
+         : comm.first + (which == COMM_EP ? comm.rank - comm.rank % comm.ep + i
+                                          : comm.rank % comm.ep + i * comm.ep);
 }
 
 // What member i shows in the present step.
@@ -85,7 +96,7 @@ static inline Box *comm_open(int which) {
 
 // Leaves word of the collective that this rank comes to, for whoever has to report on it.
 static inline void comm_note(const char *collective, const char *phase) {
-    Desk *mine = &comm.page->desk[comm.rank];
+    Desk *mine = &comm.page->desk[this_rank];
     snprintf(mine->doing, sizeof mine->doing, "%s (%s)", collective, phase);
     atomic_fetch_add_explicit(&mine->begun, 1, memory_order_relaxed);
 }
@@ -123,10 +134,10 @@ static inline void comm_trade(void **boxes, int which, size_t bytes) {
 static inline void comm_meet(int which, size_t bytes, const char *collective, const char *phase) {
     Box *mine = comm_box(which, comm_index(which)), *boxes[COMM_RANKS_MAX];
     comm_note(collective, phase);
-    strcpy(mine->what, comm.page->desk[comm.rank].doing);
+    strcpy(mine->what, comm.page->desk[this_rank].doing);
     for (int i = 0; i < comm_size(which); i++) { boxes[i] = comm_box(which, i); }
     if (comm.forked) {
-        atomic_store_explicit(&comm.page->desk[comm.rank].arrived[which].step, comm.step[which],
+        atomic_store_explicit(&comm.page->desk[this_rank].arrived[which].step, comm.step[which],
                               memory_order_release);
         for (int i = 0; i < comm_size(which); i++) { comm_wait(which, i, collective, phase); }
     } else {
@@ -309,15 +320,15 @@ static void *comm_watch(void *unused) {
         double waited;
         char text[256] = "", other[160] = "the other ranks";
         gpu_waiting(&waited, text, sizeof text);
-        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[comm.rank].doing, text); }
+        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[this_rank].doing, text); }
         if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
-        for (int r = 0, least = comm.rank; comm.forked && r < comm.ranks; r++) {
+        for (int r = 0, least = this_rank; comm.forked && r < comm.all; r++) {
             if (desk[r].begun >= desk[least].begun) { continue; }
             least = r;
             snprintf(other, sizeof other, "rank %d, last seen in %s", r, desk[r].doing);
         }
         die(EXIT_COMM, "%s: waited %g s for %s HINT: see what it was doing, or raise --timeout",
-            desk[comm.rank].doing, comm.timeout_s, other);
+            desk[this_rank].doing, comm.timeout_s, other);
     }
     return unused;
 }
@@ -334,15 +345,15 @@ void comm_connect(const char *folder) {
     enum { INTS = GPU_ID_BYTES / sizeof(int) };
     int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
     pthread_t watch;
-    if (comm.ranks == 1) { return; }
+    if (comm.all == 1) { return; }
     on_exit(comm_leave, NULL);
-    if (comm.rank == 0) { gpu_make_id(id); }
-    if (comm.forked) { comm_gather_int(COMM_WORLD, all, id, INTS, "first word"); }
+    if (this_rank == 0) { gpu_make_id(id); }
+    if (comm.forked) { comm_gather_int(COMM_ALL, all, id, INTS, "first word"); }
     memcpy(id, all, comm.forked ? sizeof id : 0);
     if (!comm.forked) { launcher_tell(&comm.place, id, sizeof id, folder, comm.timeout_s); }
     comm_note("connecting", "start");
     if (pthread_create(&watch, NULL, comm_watch, NULL) != 0) { die(EXIT_COMM, "no thread"); }
-    gpu_connect(id, comm.rank, comm.ranks, comm.ep);
+    gpu_connect(id, this_rank, comm.all, comm.receivers, comm.ep);
 }
 #endif
 

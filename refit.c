@@ -677,6 +677,7 @@ typedef struct {                // one tensor of the trainer, under a name that 
     int type, rule, layer;      // DT_*; place in engine_rules, or -1
     size_t dim[3], grain[3];    // elements; how many of them, along each dimension, make one unit
     size_t width;               // bytes of a unit
+    size_t align;               // rows and columns are cut at multiples of this; 0: anywhere
     int cut[2][3];              // of each side's mesh, what its axes do
     const void *source;         // this rank's box; NULL: it has none
     int first, held;            // the experts that it holds
@@ -744,7 +745,8 @@ static inline const char *slice(Region *box, const Refit *r, const Param *p, int
     }
     for (int d = 0; d < 3; d++) {
         size_t end = box->at[d] + box->n[d], grain = p->grain[d];
-        if (box->at[d] % grain || (end % grain && end != p->dim[d])) {
+        size_t step = d > 0 && p->align > grain ? p->align : grain;
+        if (box->at[d] % step || (end % step && end != p->dim[d])) {
             return "a cut is inside a byte of codes or a block of scales";
         }
         box->at[d] /= grain;
@@ -819,14 +821,19 @@ void refit_offer_base(Refit *r, const Tensor *t, size_t n, int E) {
     r->needed = (1u << ENGINE_RULES) - 1;
 }
 
-// Offers the trained matrices alone.
+// Offers the trained matrices alone. A factor is cut only where its matrix can be.
 void refit_offer_adapters(Refit *r, const Adapters *s, int E) {
     for (int i = 0; i < s->n; i++) {
         const AdapterTensor *t = &s->tensors[i];
         refit_offer(r, t->name, DT_F32, (size_t)t->rows, (size_t)t->cols, E,
                     s->p ? s->p + t->at : NULL);
     }
-    for (int i = 0; i < r->n; i++) { r->param[i].width = sizeof(real); }
+    for (int i = 0; i < r->n; i++) {
+        const int k = r->param[i].rule;
+        r->param[i].width = sizeof(real);
+        r->param[i].align = k < 0 ? 0 : engine_rules[k].type == DT_FP8 ? FP8_BLOCK
+                          : engine_rules[k].cut == 2 ? FP4_BLOCK : 0;
+    }
     for (int k = 0; k < ENGINE_RULES; k++) {
         int target = engine_rules[k].target;
         if (target >= 0 && s->targets >> target & 1) { r->needed |= 1u << k; }
@@ -1005,13 +1012,13 @@ static inline void plan_own(const Refit *r) {
     for (int i = 0; i < r->n; i++) {
         const Param *p = &r->param[i];
         const Mesh *m = param_mesh(r, p, SOURCE);
-        const int place = comm_rank() - m->first, mine = place >= 0 && place < mesh_ranks(m);
+        const int place = this_rank - m->first, mine = place >= 0 && place < mesh_ranks(m);
         Region box = { .n = {0} };
         if (mine) { slice(&box, r, p, SOURCE, place); }
         if (mine != (p->source != NULL) || (mine && p->dim[0] > 1 && (box.at[0] != (size_t)p->first
                                             || box.n[0] != (size_t)p->held))) {
             refuse("%s: rank %d holds %d experts from %d, the plan has %zu from %zu", p->name,
-                   comm_rank(), p->source ? p->held : 0, p->first, box.n[0], box.at[0]);
+                   this_rank, p->source ? p->held : 0, p->first, box.n[0], box.at[0]);
         }
     }
 }
@@ -1020,22 +1027,22 @@ static inline void plan_own(const Refit *r) {
 static inline void plan_agree(const Refit *r) {
     typedef struct { char name[sizeof r->param->name]; uint64_t hash; } Line;
     int n = r->n;
-    comm_broadcast(COMM_WORLD, &n, sizeof n, 0, "refit: tensors");
+    comm_broadcast(COMM_ALL, &n, sizeof n, 0, "refit: tensors");
     Line *lines = (Line *)host_calloc(sizeof *lines * (size_t)n);
-    for (int i = 0; i < n && comm_rank() == 0; i++) {
+    for (int i = 0; i < n && this_rank == 0; i++) {
         memcpy(lines[i].name, r->param[i].name, sizeof lines[i].name);
         lines[i].hash = r->param[i].hash;
     }
-    comm_broadcast(COMM_WORLD, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
+    comm_broadcast(COMM_ALL, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
     for (int i = 0; i < n || i < r->n; i++) {
         const char *own = i < r->n ? r->param[i].name : "~", *name = i < n ? lines[i].name : "~";
         if (strcmp(own, name) == 0 && lines[i].hash == r->param[i].hash) { continue; }
         // Names are sorted: of two that meet, the smaller one is not known to the other rank.
         refuse("%s: ranks 0 and %d do not plan to send it alike, or one does not know it",
-               strcmp(own, name) < 0 ? own : name, comm_rank());
+               strcmp(own, name) < 0 ? own : name, this_rank);
     }
     free(lines);
-    comm_barrier(COMM_WORLD, "refit: all ranks agree");
+    comm_barrier(COMM_ALL, "refit: all ranks agree");
 }
 
 // Collective. Makes and proves the plan of all that was offered. engine: bytes it takes on a rank.
@@ -1049,7 +1056,7 @@ void refit_plan(Refit *r) {
         plan_place(r, p);
         plan_transfers(r, i);
         r->bulk += p->misc == NULL;
-        int said = p->misc == NULL || comm_rank() != 0;
+        int said = p->misc == NULL || this_rank != 0;
         for (int o = r->bulk; o < i && !said; o++) {        // of another layer
             said = strcmp(param_leaf(r->param[o].name), param_leaf(p->name)) == 0;
         }
@@ -1061,7 +1068,7 @@ void refit_plan(Refit *r) {
     for (size_t i = 0; i < r->n_transfers; i++) {
         total[r->param[r->transfer[i].param].misc != NULL] += region_bytes(&r->transfer[i].box);
     }
-    if (comm_rank() == 0) {
+    if (this_rank == 0) {
         printf("refit  %d tensors resharded, %.3f MB; %d sent whole, %.3f MB; %zu transfers\n",
                r->bulk, total[0] / 1e6, r->n - r->bulk, total[1] / 1e6, r->n_transfers);
     }
@@ -1103,7 +1110,7 @@ static inline uint8_t *region_at(const void *array, const Region *whole, const R
 // Region b of p in this rank's part of the trainer.
 static inline uint8_t *source_at(const Refit *r, const Param *p, const Region *b, size_t *step) {
     Region whole;
-    slice(&whole, r, p, SOURCE, comm_rank() - param_mesh(r, p, SOURCE)->first);
+    slice(&whole, r, p, SOURCE, this_rank - param_mesh(r, p, SOURCE)->first);
     return region_at(p->source, &whole, b, step);
 }
 
@@ -1112,7 +1119,7 @@ static inline uint8_t *engine_at(const Refit *r, const Param *p, uint8_t *memory
                                  size_t *step) {
     const EngineTensor *e = &r->tensor[p->tensor];
     Region whole;
-    slice(&whole, r, p, ENGINE, comm_rank() - param_mesh(r, p, ENGINE)->first);
+    slice(&whole, r, p, ENGINE, this_rank - param_mesh(r, p, ENGINE)->first);
     memory += e->at + (size_t)p->half * whole.n[1] * whole.n[2];
     whole.n[1] = e->n[1];
     return region_at(memory, &whole, b, step);
@@ -1128,7 +1135,7 @@ static inline uint8_t *staging_begin(Refit *r, size_t bytes) {
 
 // Collective. Transfers first .. end-1, in one exchange.
 static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t end) {
-    const int me = comm_rank();
+    const int me = this_rank;
     size_t out[COMM_RANKS_MAX] = {0}, in[COMM_RANKS_MAX] = {0}, bytes = 0, step[2], step_to[2];
     for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
         size_t n = region_bytes(&t->box), away = t->from == t->to ? 0 : n;
@@ -1138,7 +1145,7 @@ static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t e
     }
     uint8_t *staging = staging_begin(r, bytes), *at = staging;
     for (int way = 0; way < 2; way++) {         // packing, then unpacking; by peer, in plan order
-        for (int peer = 0; peer < comm_ranks(); peer++) {
+        for (int peer = 0; peer < comm_size(COMM_ALL); peer++) {
             for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
                 const Param *p = &r->param[t->param];
                 const size_t *n = t->box.n, flat[2] = { n[1] * n[2], n[2] };
@@ -1154,7 +1161,7 @@ static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t e
                 }
             }
         }
-        if (way == 0) { comm_all_to_all(COMM_WORLD, at, in, staging, out, "refit"); }
+        if (way == 0) { comm_all_to_all(COMM_ALL, at, in, staging, out, "refit"); }
     }
     require((size_t)(at - staging) == bytes);
     arena_unmap(staging, bytes + 1);
@@ -1177,7 +1184,7 @@ static inline int root_region(Region *box, const Refit *r, const Param *p, int r
 static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end) {
     Region box, mine, both;
     size_t step[2];
-    for (int root = 0; root < comm_ranks(); root++) {
+    for (int root = 0; root < comm_size(COMM_ALL); root++) {
         size_t bytes = 0, at = 0;
         for (int i = first; i < end; i++) {
             bytes += root_region(&box, r, &r->param[i], root) ? region_bytes(&box) : 0;
@@ -1188,10 +1195,10 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
             for (int i = first; i < end; i++) {
                 const Param *p = &r->param[i];
                 const Mesh *m = param_mesh(r, p, ENGINE);
-                const int place = comm_rank() - m->first;
+                const int place = this_rank - m->first;
                 if (!root_region(&box, r, p, root)) { continue; }
                 const size_t flat[2] = { box.n[1] * box.n[2], box.n[2] };
-                if (way == 0 && root == comm_rank()) {
+                if (way == 0 && root == this_rank) {
                     copy_box(staging + at, flat, source_at(r, p, &box, step), step, box.n);
                 }
                 if (way == 1 && place >= 0 && place < mesh_ranks(m) &&
@@ -1202,10 +1209,10 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
                 }
                 at += region_bytes(&box);
             }
-            if (way == 0) { comm_broadcast(COMM_WORLD, staging, bytes, root, "refit"); }
+            if (way == 0) { comm_broadcast(COMM_ALL, staging, bytes, root, "refit"); }
         }
         arena_unmap(staging, bytes + 1);
-        *(root == comm_rank() ? &r->sent : &r->received) += bytes;
+        *(root == this_rank ? &r->sent : &r->received) += bytes;
     }
 }
 
@@ -1225,17 +1232,17 @@ void refit_move(Refit *r, void *memory, int how) {
         if (how == REFIT_POINTS) { move_points(r, (uint8_t *)memory, first, last); }
         first = last;
     }
-    comm_barrier(COMM_WORLD, "refit: resharded");
+    comm_barrier(COMM_ALL, "refit: resharded");
     move_broadcast(r, (uint8_t *)memory, r->bulk, r->n);
     double most[2] = { r->staging, clock_seconds() - start };
     double sum[3] = { r->sent, r->received, r->local };
-    comm_max_double(COMM_WORLD, most, 2, "refit: time");
-    comm_sum_double(COMM_WORLD, sum, 3, "refit: bytes");
+    comm_max_double(COMM_ALL, most, 2, "refit: time");
+    comm_sum_double(COMM_ALL, sum, 3, "refit: bytes");
     r->seconds = most[1];
-    if (comm_rank() == 0) {
+    if (this_rank == 0) {
         printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms | %.2f GB/s per rank | "
                "%.3f MB staging\n", sum[1] / 1e6, sum[2] / 1e6, most[1] * 1e3,
-               sum[1] / comm_ranks() / 1e9 / fmax(most[1], 1e-9), most[0] / 1e6);
+               sum[1] / comm_size(COMM_ALL) / 1e9 / fmax(most[1], 1e-9), most[0] / 1e6);
     }
 }
 
@@ -1253,11 +1260,11 @@ int refit_adapters(Refit *r, EngineAdapters *e) {
     const real *x = next ? (const real *)host_view(next, r->bytes) : NULL;
     for (size_t i = 0; x && i < r->bytes / sizeof(real); i++) { good &= isfinite(x[i]) != 0; }
     if (next) { host_view_end(x, next); }
-    comm_gather_int(COMM_WORLD, all, &good, 1, "refit: acknowledged");
-    for (int k = 0; k < comm_ranks(); k++) { good &= all[k]; }
+    comm_gather_int(COMM_ALL, all, &good, 1, "refit: acknowledged");
+    for (int k = 0; k < comm_size(COMM_ALL); k++) { good &= all[k]; }
     e->active ^= good;
     e->version += good;
-    if (!good && comm_rank() == 0) { printf("refit  new adapters are not finite: the old stay\n"); }
+    if (!good && this_rank == 0) { printf("refit  new adapters are not finite: the old stay\n"); }
     return good;
 }
 

@@ -1286,9 +1286,12 @@ typedef struct {
     int offload;                // the inputs of so many layers wait in host memory
 } ModelOptions;
 
-typedef struct {
+typedef struct Model {
     Config config;
     ModelOptions options;
+    // Where ranks share matrices (dev/engine.c), how wo_b and the experts are computed; else NULL.
+    void (*join)(struct Model *m, const Layer *l, LayerActs *a);
+    void (*experts)(struct Model *m, int layer, const act *x, const int *token);
     Globals globals;
     Layer *layer;               // (layers)
     Tensor *tensors;            // the checkpoint's tensors, with their places
@@ -1428,6 +1431,7 @@ static void attention_sublayer(Model *m, int i, LayerActs *a, int again) {
     // depends on the distance alone.
     rope_apply(a->o, rope, shape.position, -1, T, c->H, c->D, c->rope_dim);
     group_output_forward(a->v, a->o, l->wo_a, l->so_a, T, c->G, N / c->G, c->O);
+    if (m->join) { m->join(m, l, a); return; }
     lora_linear_forward(a->a, a->uo_b, a->v, l->wo_b, l->so_b, l->lo_b.a, l->lo_b.b, scale,
                         T, c->G * c->O, c->C, R);
 }
@@ -1472,8 +1476,9 @@ static void layer_forward(Model *m, int i, const int *token) {
     LayerSaved *s = &m->saved[i];
     int T = m->documents.T;
     layer_first_half(m, i, a, 0);
-    moe_forward(s->f, &s->moe, a->ffn.x, token, &m->layer[i].moe, &m->moe, &m->moe_scratch,
-                m->expert_count, T);
+    if (m->experts) { m->experts(m, i, a->ffn.x, token); }
+    else { moe_forward(s->f, &s->moe, a->ffn.x, token, &m->layer[i].moe, &m->moe, &m->moe_scratch,
+                       m->expert_count, T); }
     phase(PHASE_STREAMS);
     hc_deal_forward(layer_output(m, i), next_m, next_r, s->f, a->X_mid, a->ffn.post, a->ffn.comb,
                     next.fn, c->norm_eps, T, c->C, last ? HC : HC_MIX);
@@ -1867,6 +1872,46 @@ static size_t workspace_bytes(const Config *c, int local, size_t T, int R) {
     return most + (96 << 20);           // cuBLAS takes 32 MiB, adapters' partial sums the rest
 }
 
+// What passes need besides weights.
+static void activations_alloc(Model *m) {
+    const Config *c = &m->config;
+    const ModelOptions *o = &m->options;
+    size_t T = (size_t)o->max_tokens;
+    for (int k = 0; k < 2; k++) { m->rope[k] = MEM(real, MEM_ACTIVATIONS, T * c->rope_dim); }
+    documents_alloc(&m->documents, (int)T, 0);
+    m->token = MEM(int, MEM_SCRATCH, T);
+    m->target = MEM(int, MEM_SCRATCH, T);
+    m->logits = MEM(real, MEM_SCRATCH, c->V);
+    m->loss = MEM(real, MEM_ACTIVATIONS, T);
+    saved_alloc(m, T);
+    int full = m->options.recompute == RECOMPUTE_FULL;
+    size_t mark = mem_mark(MEM_ACTIVATIONS);
+    for (int i = 0; i < (full ? 1 : c->layers); i++) { acts_alloc(&m->acts[i], c, T, o->R, !full); }
+    if (full) { mem_release(MEM_ACTIVATIONS, mark); }   // the head comes after them, and before
+    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C);
+    if (o->training) { gradients_alloc(&m->grad, c, T); }
+#ifdef USE_CUDA
+    if (on_gpu) {
+        size_t bytes = workspace_bytes(c, m->moe.local, T, o->R);
+        void *base = mem_alloc(MEM_SCRATCH, bytes);
+        if (base) { gpu_workspace(base, bytes); }
+    }
+#else
+    (void)workspace_bytes;
+#endif
+    // Never in use at the same time, so they share their place: the experts' rows, the indexer's
+    // keys, the attention's gradients, the gradient that waits between the head's two passes.
+    mark = mem_mark(MEM_SCRATCH);
+    moe_alloc_scratch(&m->moe_scratch, &m->moe, (int)T, o->training);
+    mem_release(MEM_SCRATCH, mark);
+    index_alloc(&m->index, c, T);
+    mem_release(MEM_SCRATCH, mark);
+    if (!o->training) { return; }
+    attention_gradients_alloc(&m->grad, c, T);
+    mem_release(MEM_SCRATCH, mark);
+    m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
+}
+
 // Places everything the model needs into the arenas. Called twice: while counting (contract, 1.4)
 // and for real. m is zero before the first call.
 void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
@@ -1910,40 +1955,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     adapters_alloc(&m->adapters, o->training);
     adapters_begin(&m->adapters);
     for (int i = 0; i < c->layers; i++) { adapters_place(m, i); }
-
-    for (int k = 0; k < 2; k++) { m->rope[k] = MEM(real, MEM_ACTIVATIONS, T * c->rope_dim); }
-    documents_alloc(&m->documents, (int)T, 0);
-    m->token = MEM(int, MEM_SCRATCH, T);
-    m->target = MEM(int, MEM_SCRATCH, T);
-    m->logits = MEM(real, MEM_SCRATCH, c->V);
-    m->loss = MEM(real, MEM_ACTIVATIONS, T);
-    saved_alloc(m, T);
-    int full = m->options.recompute == RECOMPUTE_FULL;
-    size_t mark = mem_mark(MEM_ACTIVATIONS);
-    for (int i = 0; i < (full ? 1 : c->layers); i++) { acts_alloc(&m->acts[i], c, T, o->R, !full); }
-    if (full) { mem_release(MEM_ACTIVATIONS, mark); }   // the head comes after them, and before
-    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C);
-    if (o->training) { gradients_alloc(&m->grad, c, T); }
-#ifdef USE_CUDA
-    if (on_gpu) {
-        size_t bytes = workspace_bytes(c, m->moe.local, T, o->R);
-        void *base = mem_alloc(MEM_SCRATCH, bytes);
-        if (base) { gpu_workspace(base, bytes); }
-    }
-#else
-    (void)workspace_bytes;
-#endif
-    // Never in use at the same time, so they share their place: the experts' rows, the indexer's
-    // keys, the attention's gradients, the gradient that waits between the head's two passes.
-    mark = mem_mark(MEM_SCRATCH);
-    moe_alloc_scratch(&m->moe_scratch, &m->moe, (int)T, o->training);
-    mem_release(MEM_SCRATCH, mark);
-    index_alloc(&m->index, c, T);
-    mem_release(MEM_SCRATCH, mark);
-    if (!o->training) { return; }
-    attention_gradients_alloc(&m->grad, c, T);
-    mem_release(MEM_SCRATCH, mark);
-    m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
+    activations_alloc(m);
 }
 
 // The host's lists; the arenas are the caller's.
@@ -2144,7 +2156,8 @@ static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
                *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
-        sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed;
+        sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed,
+        gen_gpus, refit_every;
     double epochs, lr, final_frac, decay, clip, beta1, beta2, eps, alpha, timeout;
     int no_shuffle, skip_bad_rows, eval, reset_optim, dry_run, inspect, random_base, overfit, cpu,
         help, version;
@@ -2357,6 +2370,7 @@ static inline void expert_load(Trainer *r, double *worst, double *entropy) {
     free(rows);
 }
 
+#include "dev/engine.c"     // defines: engine_options, engine_begin, engine_refit, engine_receive
 // -------------------------------------------------------------------------------------------------
 // Part 11: log lines, JSON, plot
 //
@@ -2569,6 +2583,8 @@ static Option option_table[] = {
     {"gpus", 0, WHOLE, &opt.gpus, "0", "N", NOT_KEPT, .help = "0: all"},
     {"ranks", 0, COUNT, &opt.ranks, "1", "N", KEPT, .help = "processes on the CPU"},
     {"ep", 0, WHOLE, &opt.ep, "0", "N", KEPT, .help = "ranks that share the experts; 0: most"},
+    {"gen-gpus", 0, WHOLE, &opt.gen_gpus, "0", "N", KEPT, .help = "the last N receive the weights"},
+    {"refit-every", 0, COUNT, &opt.refit_every, "10", "N", KEPT, .help = "steps, and at both ends"},
     {"timeout", 0, NUMBER, &opt.timeout, "600", "S", NOT_KEPT, .help = "for a rank; 0: forever"},
     {"seed", 0, WHOLE, &opt.seed, "42", "N", MODEL, .help = "of adapters, samples, random base"},
     {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value`, # comments"},
@@ -2748,6 +2764,7 @@ static inline void options_derive(const Config *c) {
     refuse_if(opt.offload > c->layers, "--offload %d: the model has %d layers", opt.offload,
               c->layers);
     adapter_check_names(targets_parse(opt.targets), adapter_naming());
+    opt.ranks -= engine_options(c, launched);       // from here on: those that train
     // A node's ranks and experts are split evenly: the default is the greatest common divisor.
     int ep = launched ? place.locals : opt.ranks;
     for (int rest = c->E; rest; ) { int next = ep % rest; ep = rest; rest = next; }
@@ -3108,6 +3125,7 @@ static inline int train(Trainer *r) {
     for (;;) {
         if (is_due(r, opt.val_every)) { show_validation(r); }
         if (is_due(r, opt.sample_every)) { sample(r); }
+        if (is_due(r, opt.refit_every)) { engine_refit(r, 0); }
         if (r->step == r->steps) { break; }
         train_step(r, &report);
         log_step(&report, r->step, r->steps);
@@ -3115,6 +3133,7 @@ static inline int train(Trainer *r) {
         if (save || report.stop) { save_training(r); }
         if (report.stop) { break; }
     }
+    engine_refit(r, 1);
     Adapters host = adapters_host(&r->model.adapters);
     adapter_save(out_path("adapter"), &host, &r->config, adapter_naming(), base_name());
     adapters_host_end(&host, &r->model.adapters, 0);
@@ -3197,6 +3216,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     refuse_if(*opt.prompt && r->tokenizer.n == 0, "--prompt needs %s/tokenizer.json", opt.model);
     if (!opt.inspect && !check) { load_data(r); }
     if (opt.show_data) { show_data(r); return EXIT_OK; }
+    if (comm_is_receiver()) { return engine_receive(r); }
     ModelOptions o = plan_memory(r);
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
@@ -3225,6 +3245,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     }
     say("load   %s | %.1f s\n", base ? base : "random base", clock_seconds() - began);
     if (*checkpoint) { resume(r, checkpoint); }
+    engine_begin(r);
     mem.closed = 1;             // from here on memory does not grow
     if (opt.eval) { evaluate(r); return EXIT_OK; }
     if (opt.bench) { bench(r); return EXIT_OK; }
@@ -3234,7 +3255,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
 // Starts the ranks; from here on the program runs in every one of them. Each takes its GPU.
 static inline void ranks_start(void) {
     if (launched) { out_make(); comm_join(place, opt.ep, opt.timeout); }
-    else { place.local = comm_launch(opt.ranks, opt.ep, opt.timeout); }
+    else { place.local = comm_launch(opt.ranks + opt.gen_gpus, opt.ep, opt.timeout); }
 #ifdef USE_CUDA
     if (gpus == 0) { return; }
     // A kernel loaded at its first use would wait for one that waits for another rank. And memory

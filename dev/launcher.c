@@ -49,7 +49,8 @@ typedef struct {
 } Page;
 
 typedef struct {
-    int rank, ranks, ep;
+    int rank, ranks, ep;            // in the world of this rank's role
+    int first, all, receivers;      // where that begins in COMM_ALL; all ranks; the last of them
     double timeout_s;               // a wait longer than this is an error; 0: no limit
     uint64_t step[COMMS];           // how often this rank has met the others
     int forked;                     // the page is shared; else it is this rank's own, and boxes
@@ -58,7 +59,7 @@ typedef struct {
     Page *page;                     // NULL with one rank
 } Comm;
 
-static Comm comm = { .ranks = 1, .ep = 1 };
+static Comm comm = { .ranks = 1, .ep = 1, .all = 1 };
 
 // -------------------------------------------------------------------------------------------------
 // Ranks of our own: launch and supervisor
@@ -119,9 +120,20 @@ static inline void comm_share_cores(int ranks) {
 #endif
 }
 
+// Rank `rank` of all is a trainer or, if it is one of the last, a receiver.
+static inline void comm_take_role(int rank) {
+    comm.rank = this_rank = rank;
+    comm.ranks = comm.all - comm.receivers;
+    if (rank < comm.ranks) { return; }
+    comm.first = comm.ranks;
+    comm.rank -= comm.first;
+    comm.ranks = comm.receivers;
+    comm.ep = 1;
+}
+
 // The first things a new rank does.
 static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
-    comm.rank = this_rank = rank;
+    comm_take_role(rank);
 #ifdef __linux__
     prctl(PR_SET_PDEATHSIG, SIGKILL);       // a killed supervisor takes its ranks with it,
 #endif
@@ -130,17 +142,18 @@ static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
     // gets it from the supervisor only, so one Ctrl-C is one signal.
     setpgid(0, 0);
     sigprocmask(SIG_SETMASK, mask, NULL);
-    comm_share_cores(comm.ranks);
+    comm_share_cores(comm.all);
 }
 
 // What all ranks have in common, and the page where they meet: of this process, or for its children.
 static inline void comm_open_page(int ranks, int ep, double timeout_s, int forked) {
-    if (ranks < 1 || ranks > COMM_RANKS_MAX || ep < 1 || ranks % ep != 0) {
+    const int trainers = ranks - comm.receivers;
+    if (trainers < 1 || ranks > COMM_RANKS_MAX || ep < 1 || trainers % ep != 0) {
         die(EXIT_USAGE, "%d ranks in expert groups of %d HINT: --ranks 1 to %d, a multiple of --ep",
-            ranks, ep, COMM_RANKS_MAX);
+            trainers, ep, COMM_RANKS_MAX);
     }
     require(comm.page == NULL);
-    comm.ranks = ranks;
+    comm.ranks = comm.all = ranks;
     comm.ep = ep;
     comm.timeout_s = timeout_s;
     comm.forked = forked;
@@ -153,8 +166,9 @@ static inline void comm_open_page(int ranks, int ep, double timeout_s, int forke
     error_printed = &comm.page->error_printed;
 }
 
-// Starts `ranks` processes in expert groups of ep. Returns the rank in each of them; the caller's
-// own process becomes the supervisor and never returns. One rank: returns 0 and forks nothing.
+// Starts `ranks` processes, receivers included, the others in expert groups of ep. Returns the rank
+// in each of them, counted over all; the caller's own process becomes the supervisor and never
+// returns. One rank: returns 0 and forks nothing.
 int comm_launch(int ranks, int ep, double timeout_s) {
     comm_open_page(ranks, ep, timeout_s, 1);
     if (ranks == 1) { return 0; }
@@ -182,7 +196,7 @@ int comm_launch(int ranks, int ep, double timeout_s) {
 void comm_join(Place p, int ep, double timeout_s) {
     comm_open_page(p.ranks, ep, timeout_s, 0);
     comm.place = p;
-    comm.rank = this_rank = p.rank;
+    comm_take_role(p.rank);
     comm_share_cores(p.locals);
 }
 

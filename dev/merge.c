@@ -349,10 +349,10 @@ typedef struct {
     Merged merged;
     FILE *index;
     int listed;
-} Merge;
+} Merging;
 
 // The scales of a matrix, in whatever file they are; NULL if it has none.
-static inline uint8_t *merge_scales(const Merge *g, const Entry *e) {
+static inline uint8_t *merge_scales(const Merging *g, const Entry *e) {
     char name[160];
     int length = (int)strlen(e->name) - 6;
     if ((e->type != DT_FP8 && e->type != DT_FP4) || length < 0) { return NULL; }
@@ -377,7 +377,7 @@ static inline uint8_t *merge_scales(const Merge *g, const Entry *e) {
 }
 
 // Writes one matrix as bf16: widened, with its adapter's delta if it has one.
-static inline void merge_matrix(Merge *g, FILE *out, const Safetensors *st, const Entry *e) {
+static inline void merge_matrix(Merging *g, FILE *out, const Safetensors *st, const Entry *e) {
     const AdapterTensor *a = factor_find(&g->factors, e->name, 'A');
     const AdapterTensor *b = factor_find(&g->factors, e->name, 'B');
     const size_t O = e->dim[0], n = e->end - e->begin;
@@ -418,7 +418,7 @@ static inline int entry_order(const void *a, const void *b) {
 }
 
 // Writes one file of the merged checkpoint: the same tensors in the same order, but for scales.
-static inline void merge_shard(Merge *g, Save *v, const Safetensors *st) {
+static inline void merge_shard(Merging *g, Save *v, const Safetensors *st) {
     const Entry **list = (const Entry **)host_alloc(sizeof *list * (st->n + 1));
     char *text = (char *)host_calloc(400 * (st->n + 1)), *end = text;
     const char *file = strrchr(st->path, '/') + 1;
@@ -509,7 +509,7 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     Save v;
     Json j;
     adapter_open(&s, &c, dir);
-    Merge g = { .s = &s, .factors = factors_sorted(&s) };
+    Merging g = { .s = &s, .factors = factors_sorted(&s) };
     size_t used = 0;
     json_load(&j, path_make(path, base, "/", "model.safetensors.index.json"), not_a_folder);
     int map = json_get(&j, 0, "weight_map", '{');
