@@ -12,10 +12,10 @@
 // All base weights are frozen. What learns are low-rank adapters on some matrices (lora.c), so the
 // backward pass computes no gradient of a base weight, but every gradient of an activation. It
 // keeps each layer's input X and the output of its experts; the rest of the layer is computed
-// again when its turn comes in the backward pass (--recompute full) or kept (none).
+// again when its turn comes in the backward pass (--recompute full), partly (moe) or not (none).
 //
 // Every operation is a function on plain arrays, forward and backward, in the order in which the
-// model uses them. Here they are text; kernels.cu will hold their twins.
+// model uses them. Here they are text; kernels.cu holds their twins.
 //
 // What accumulates: adapter gradients, a sublayer's dx and the real* dinp of every linear are +=
 // into buffers that the layer loop zeroed, because several callers feed them. All other gradients
