@@ -3260,7 +3260,7 @@ static inline void ranks_start(void) {
     if (gpus == 0) { return; }
     // A kernel loaded at its first use would wait for one that waits for another rank. And memory
     // that the switch between GPUs adds up in is not worth what it takes: sums come once a step.
-    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    if (comm.all > 1) { setenv("CUDA_MODULE_LOADING", "EAGER", 0); }
     setenv("NCCL_NVLS_ENABLE", "0", 0);
     gpu_start(place.local % gpus, device_name, sizeof device_name);
     comm_connect(opt.out);
