@@ -883,7 +883,8 @@ static void test_newton_schulz(void) {
     static const struct { size_t rows, cols; } shapes[] = {
         {8, 256}, {8, 4096}, {16, 2048}, {40, 40}, {64, 640}};
     static const double limit[KINDS] = { 1e-5, 1e-5, 5e-4 }, limit16[KINDS] = { 1e-2, 0.1, 0.3 };
-    const double tighter = sizeof(real) == 8 ? 1e-8 : 1;
+    // In double the reference, itself in double, rounds as much as what it is the measure of.
+    const double tighter = sizeof(real) == 8 ? 1e-7 : 1;
     double worst[KINDS] = { 0 }, worst16[KINDS] = { 0 }, least_bad = INFINITY;
     for (size_t k = 0; k < sizeof shapes / sizeof *shapes; k++) {
         size_t rows = shapes[k].rows, cols = shapes[k].cols, n = rows * cols;
