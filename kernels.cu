@@ -130,8 +130,8 @@ typedef struct {
     int groups, kept;           // experts fall into groups, of which so many are open; 0, 1: one
 } Routing;
 
-// Sizes of one layer's attention, and where the documents and entries of the micro-batch lie (train.c,
-// part 5). The one struct that twins take, by value; its pointers lead to device memory there.
+// Sizes of one layer's attention, and where the documents and entries of the micro-batch lie
+// (train.c, part 5). Twins take it by value; its pointers lead to device memory there.
 typedef struct {
     int T, P, H, D;             // tokens, entries, heads, dims of a head
     int W;                      // window, in tokens
@@ -143,13 +143,14 @@ typedef struct {
     const int *token;           // (P) first token of the run that the entry is of
 } AttentionShape;
 
-// Runs of rows that change places: run i is the count[i] rows from from[i] on, which go to to[i] and
-// on (moe.c, section 6). In a kernel's arguments they need no copy to the device.
+// Runs of rows that change places: run i is the count[i] rows from from[i] on, which go to to[i]
+// and on (moe.c, section 6). In a kernel's arguments they need no copy to the device.
 enum { RUNS_MAX = 512, BY_EXPERT = 0, BY_SOURCE = 1 };
 typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
 
 // The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
-enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS, COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
+enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS };
+enum { COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
 // Work beside the main stream: begins, ends, has to be done from here on.
 enum { ASIDE_BEGIN, ASIDE_END, ASIDE_JOIN };
 
@@ -171,7 +172,7 @@ enum {
 
 #ifndef __CUDACC__
 static int this_rank;               // of this process, for messages
-static volatile int *error_printed; // shared by forked ranks: one error is one line, not one per rank
+static volatile int *error_printed; // shared by forked ranks: one error is one line in all
 
 #if defined(__GNUC__)
 __attribute__((noreturn, format(printf, 4, 5)))
@@ -198,6 +199,13 @@ static inline void die_at(const char *file, int line, int code, const char *form
 // An input that cannot be used: one line, exit code 1.
 #define refuse_if(condition, ...) do { if (condition) { die(EXIT_USAGE, __VA_ARGS__); } } while (0)
 #endif
+
+// Seconds, from some time in the past.
+static inline double clock_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
 
 // Device code reports its errors the same way; the C half of the program has the words.
 #ifdef __CUDACC__
@@ -433,8 +441,8 @@ static inline void zero(void *p, size_t bytes) {
     if (bytes) { memset(p, 0, bytes); }
 }
 
-// Host memory that a GPU copies to and from beside its kernels. place: of PLACES; copies are done in
-// order, and what follows copy_end(place) comes after that place's last one.
+// Host memory that a GPU copies to and from beside its kernels. place: of PLACES; copies are done
+// in order, and what follows copy_end(place) comes after that place's last one.
 static inline void *host_place(size_t bytes) {
     void *p = NULL;
 #ifdef USE_CUDA
@@ -618,7 +626,7 @@ static int net_ranks = 1;
 // The host waits until the device has done all that it was given.
 #define streamWait() do { cudaCheck(cudaStreamSynchronize(stream)); waiting_since = 0; } while (0)
 
-static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
+static inline int blocks_for(size_t n, int each) { return (int)((n + each - 1) / each); }
 
 // Threads for a row of C elements at 8 per thread: whole warps, at most 512.
 static inline int row_threads(int C) {
@@ -980,9 +988,7 @@ static CUtensorMap tensor_map(const void *base, int is_f32, int width, int heigh
                         bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) {
-        gpuRequire(!"a tensor map of this shape");
-    }
+    gpuRequire(r == CUDA_SUCCESS && "a tensor map of this shape");
     return map;
 }
 
@@ -1057,10 +1063,10 @@ extern "C" void gpu_download(void *to_h, const void *from, size_t bytes) {
 
 extern "C" void gpu_sync(void) { streamWait(); }
 
-// Between ASIDE_BEGIN and ASIDE_END kernels go to the side stream, after all that came before on the
-// main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace. Products
-// leave NCCL its SMs meanwhile: they share their work out in advance, so that the part of an SM that
-// is taken would only begin when all others have ended.
+// Between ASIDE_BEGIN and ASIDE_END kernels go to the side stream, after all that came before on
+// the main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace.
+// Products leave NCCL its SMs meanwhile: they share their work out in advance, so that the part of
+// an SM that is taken would only begin when all others have ended.
 extern "C" void gpu_aside(int step) {
     if (step == ASIDE_BEGIN) {
         cudaCheck(cudaEventRecord(side_from, main_stream));
@@ -1191,7 +1197,7 @@ __device__ inline float e4m3_value(unsigned code) {
     return __uint_as_float(__float_as_uint(v) | (code & 0x80) << 24);
 }
 
-__device__ inline float e8m0_value(unsigned b) { return __uint_as_float(b ? b << 23 : 0x00400000u); }
+__device__ inline float e8m0_value(unsigned b) { return __uint_as_float(b ? b << 23 : 1u << 22); }
 
 // out (O,C) bf16 from codes (O,C), scale (ceil(O/128), ceil(C/128)). 16 codes per thread.
 __global__ void widen_fp8_kernel(bf16 *out, const uint8_t *codes, const uint8_t *scale, size_t n,
@@ -1207,7 +1213,9 @@ __global__ void widen_fp8_kernel(bf16 *out, const uint8_t *codes, const uint8_t 
     for (int half = 0; half < 2; half++) {
         float x[8];
         #pragma unroll
-        for (int i = 0; i < 8; i++) { x[i] = s * e4m3_value(word[half * 2 + i / 4] >> i % 4 * 8 & 0xFF); }
+        for (int i = 0; i < 8; i++) {
+            x[i] = s * e4m3_value(word[half * 2 + i / 4] >> i % 4 * 8 & 0xFF);
+        }
         store8(out + at + half * 8, x);
     }
 }
@@ -1359,8 +1367,8 @@ extern "C" void group_output_backward_gpu(act *do_, const real *dv, const uint8_
 // -------------------------------------------------------------------------------------------------
 // 4 Packed experts (mxfp4.c)
 //
-// The heart is one product of bf16 matrices in groups of rows, by the tensor cores. Its ladder, with
-// the rungs below it, is dev/cuda/mxfp4_matmul.cu.
+// The heart is one product of bf16 matrices in groups of rows, by the tensor cores. Its ladder,
+// with the rungs below it, is dev/cuda/mxfp4_matmul.cu.
 
 namespace grouped {        // its helpers' names are common ones
 
@@ -1379,8 +1387,8 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                  :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a nibble
-// with bit 3 gets that byte's sign bit eight times.
+// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a
+// nibble with bit 3 gets that byte's sign bit eight times.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t by) {
     uint32_t picked;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(by));
@@ -1431,11 +1439,11 @@ __device__ __forceinline__ void store_chunk(uint32_t to, uint4 v) {
 // 4.2 The grouped product
 //
 // A tile is 128 MT rows x BN columns of one group, and 64 k at a time of X and W lie in shared
-// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
-// two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of the
-// tile each. A stage's `full` barrier counts its
-// bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
-// what comes of them is never stored. Blocks past the group's end are skipped.
+// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine
+// busy; two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of
+// the tile each. A stage's `full` barrier counts its bytes, its `empty` barrier the 8 consumer
+// warps. Boxes of X may reach into the next group's rows: what comes of them is never stored.
+// Blocks past the group's end are skipped.
 //
 // Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
 // row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
@@ -1445,10 +1453,10 @@ __device__ __forceinline__ void store_chunk(uint32_t to, uint4 v) {
 //
 // W is bf16, or packed fp4 that nobody ever sees wider: the copy engine then brings X only, and the
 // producer warpgroup turns 64 x BN codes per stage into bf16 in shared memory; those of the next
-// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half a
-// warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows. So
-// tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them alone
-// waits more than it works.
+// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half
+// a warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows.
+// So tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them
+// alone waits more than it works.
 //
 // K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
 // quarter of a block's arithmetic. The sums are rounded once, at the end.
@@ -1544,8 +1552,8 @@ __device__ __forceinline__ void product_widen(uint32_t w, const ProductCodes<BN>
         int line = threadIdx.x % 128 + 128 * i;
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const uint4 &four = c.code[i][j / 4];
-            uint32_t word = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+            const uint4 &w4 = c.code[i][j / 4];
+            uint32_t word = j % 4 == 0 ? w4.x : j % 4 == 1 ? w4.y : j % 4 == 2 ? w4.z : w4.w;
             __nv_bfloat162 scale = scale_pair(c.scale[i] >> j / 4 * 8 & 255);
             store_chunk(w + line * 128 + (j ^ line % 8) * 16, widen_codes(word, scale));
         }
@@ -1822,8 +1830,6 @@ struct Product {
     size_t x_group;         // its columns of x and of out start that many elements after the last's
     size_t out_group;
     int E, rows, N, K, KU;  // rows: of the buffers, at least offset[E]
-    int ctas;               // most CTAs to use; 0: all SMs
-    int width;              // columns of a tile, 128 or 256; 0: by the shape
 };
 
 // The narrower tile wins where the wide one leaves SMs idle: it costs about 8 % more per output.
@@ -1848,21 +1854,21 @@ static void grouped_product(const Product &p) {
         { { product_kernel<256, 1, 0, 0, 0>, product_kernel<256, 1, 0, 1, 0> },
           { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
         { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
-          { product_kernel<128, 2, 1, 0, 1>, product_kernel<128, 2, 1, 1, 1> } } };
+          { NULL, product_kernel<128, 2, 1, 1, 1> } } };
     static int sms;
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
-    if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
-        || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
-        || (p.offset == NULL && p.E > 1 && p.KU) || (p.codes && (p.K % 64 || p.N % 64))) {
-        gpuRequire(!"a product of this shape");
-    }
+    const int strides = p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8 ||
+                        p.x_group % 8 || p.out_group % 8;
+    gpuRequire(p.K > 0 && p.K % 8 == 0 && !strides && p.E <= PRODUCT_GROUPS);
+    gpuRequire((!p.out_add || p.out_f32) && (p.offset || p.E == 1 || p.KU == 0));
+    gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k == p.out_f32));
     if (sms == 0) {
         int device;
         cudaCheck(cudaGetDevice(&device));
         cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     }
-    int ctas = p.ctas ? p.ctas : sms - side_sms;
-    int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
+    const int ctas = sms - side_sms;
+    const int width = p.codes ? 128 : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
         return p.w_by_k ? tensor_map(w, 0, p.N, K, p.E, p.N, (size_t)p.N * K, box)
@@ -2006,8 +2012,8 @@ __global__ void lora_up_kernel(Y *y, const float *u, const float *w, float s,
     }
 }
 
-// sum (split,R,N) = over the split's rows of u[row][r] x[row][n]. A thread owns 8 columns; the rows'
-// u wait in shared memory, where all threads of a warp read the same 32 bytes.
+// sum (split,R,N) = over the split's rows of u[row][r] x[row][n]. A thread owns 8 columns; the
+// rows' u wait in shared memory, where all threads of a warp read the same 32 bytes.
 //   bytes: 2 N per row, x once (per 8 ranks): 201 MB for w1's 24,576 rows, 48 us. The 0.8 G FMA of
 //   rank 8 would take 28 us alone.
 enum { WGRAD_ROWS = 64, WGRAD_COLUMNS = 1024 };
@@ -2083,7 +2089,8 @@ static const bf16 *narrow_factor(const float *w, float s, size_t n) {
 static int rank_fits(int R) { return R % 8 == 0; }
 
 // Rows of x (rows,K) by groups: offset on the device, NULL for one dense group.
-static grouped::Product product_of(const bf16 *x, int K, const int *offset, int E, int rows, int N) {
+static grouped::Product product_of(const bf16 *x, int K, const int *offset, int E, int rows,
+                                   int N) {
     grouped::Product p = {};
     p.x = x, p.ldx = K;
     p.offset = offset;
@@ -2969,8 +2976,8 @@ __global__ void regroup_kernel(Word *out, const Word *inp, const __grid_constant
                                int by_source, int rows, int words) {
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= rows) { return; }
-    int low = 0, high = runs.n;             // the last run that begins at or before the row: an empty
-    while (high - low > 1) {                // one begins where the next does
+    int low = 0, high = runs.n;             // the last run that begins at or before the row: an
+    while (high - low > 1) {                // empty one begins where the next does
         const int middle = (low + high) / 2;
         if (runs.from[middle] <= row) { low = middle; } else { high = middle; }
     }
@@ -3024,12 +3031,6 @@ static int net_member(int which, int i) {       // moe.c: comm_member
                                          : place % net.ep + i * net.ep);
 }
 
-static double net_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec + 1e-9 * now.tv_nsec;
-}
-
 extern "C" void gpu_make_id(void *id_h) {
     ncclUniqueId id;
     static_assert(sizeof id == GPU_ID_BYTES, "NCCL's id has another size");
@@ -3042,7 +3043,7 @@ extern "C" void gpu_make_id(void *id_h) {
 extern "C" void gpu_waiting(double *seconds_h, char *error_h, size_t size) {
     const double since = waiting_since;
     ncclResult_t state = ncclSuccess;
-    *seconds_h = since > 0 ? net_clock() - since : 0;
+    *seconds_h = since > 0 ? clock_seconds() - since : 0;
     if (net.world && ncclCommGetAsyncError(net.world, &state) != ncclSuccess) { return; }
     if (state == ncclSuccess || state == ncclInProgress) { return; }
     snprintf(error_h, size, "%s", ncclGetErrorString(state));
@@ -3056,7 +3057,7 @@ extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h
                                const size_t *send_bytes_h) {
     const unsigned char *from = (const unsigned char *)send;
     unsigned char *to = (unsigned char *)recv;
-    waiting_since = net_clock();
+    waiting_since = clock_seconds();
     ncclCheck(ncclGroupStart());
     for (int i = 0; i < net_size(which); i++) {
         const int peer = net_member(which, i);
@@ -3094,7 +3095,7 @@ extern "C" void gpu_sum_real(int which, real *values, size_t n) {
     real *others = (real *)workspace(SUM_PIECE * sizeof(real));
     int me = 0;
     while (net_member(which, me) != net.rank) { me++; }
-    waiting_since = net_clock();
+    waiting_since = clock_seconds();
     for (size_t at = 0; at < n; at += slice * members) {
         const size_t piece = n - at < slice * members ? n - at : slice * members;
         const size_t m = (piece + members - 1) / members;
@@ -3118,8 +3119,8 @@ extern "C" void gpu_sum_real(int which, real *values, size_t n) {
             }
             ncclCheck(ncclGroupEnd());
             if (home || count(me) == 0) { continue; }
-            sum_rows_kernel<<<blocks_for(count(me), 256), 256, 0, stream>>>(own, others, members, me,
-                                                                            m, count(me));
+            const int blocks = blocks_for(count(me), 256);
+            sum_rows_kernel<<<blocks, 256, 0, stream>>>(own, others, members, me, m, count(me));
             cudaCheck(cudaGetLastError());
         }
     }
@@ -3131,7 +3132,7 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     const size_t room = 1 << 19;
     gpuRequire(bytes <= room);
     if (net.box == NULL) { cudaCheck(cudaMalloc(&net.box, net_ranks * room)); }
-    waiting_since = net_clock();
+    waiting_since = clock_seconds();
     unsigned char *own = net.box + net.rank * room;
     for (int i = 0; i < net_size(which); i++) {
         if (net_member(which, i) != net.rank) { continue; }
@@ -3165,7 +3166,7 @@ extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, 
     net.first = rank < all - receivers ? 0 : all - receivers;
     net.ranks = net.first ? receivers : all - receivers;
     net.ep = ep;
-    waiting_since = net_clock();
+    waiting_since = clock_seconds();
     ncclCheck(ncclCommInitRankConfig(&net.world, all, id, rank, &config));
     size_t each[COMM_RANKS_MAX];
     int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
@@ -3487,7 +3488,8 @@ extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const ac
     if (n == 0) { return; }
     gpuRequire(D == 512 || D == 128);
     auto kernel = D == 512 ? key_norm_rope_backward_kernel<16> : key_norm_rope_backward_kernel<4>;
-    kernel<<<blocks_for(n, 8), 256, 0, stream>>>(dinp, dout, inp, rstd, w, table, position, n, rope);
+    const int blocks = blocks_for(n, 8);
+    kernel<<<blocks, 256, 0, stream>>>(dinp, dout, inp, rstd, w, table, position, n, rope);
     cudaCheck(cudaGetLastError());
 }
 
@@ -4516,13 +4518,13 @@ __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t
 }
 
 // Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
-__device__ inline void store_fragments(act *at, const float *o, float scale0, float scale1) {
+__device__ inline void store_fragments(act *at, const float *o, float k0, float k1) {
     store_blocks(at,
-                 pack_bf16(o[0] * scale0, o[1] * scale0), pack_bf16(o[4] * scale0, o[5] * scale0),
-                 pack_bf16(o[8] * scale0, o[9] * scale0), pack_bf16(o[12] * scale0, o[13] * scale0));
+                 pack_bf16(o[0] * k0, o[1] * k0), pack_bf16(o[4] * k0, o[5] * k0),
+                 pack_bf16(o[8] * k0, o[9] * k0), pack_bf16(o[12] * k0, o[13] * k0));
     store_blocks(at + 8 * ATT_D,
-                 pack_bf16(o[2] * scale1, o[3] * scale1), pack_bf16(o[6] * scale1, o[7] * scale1),
-                 pack_bf16(o[10] * scale1, o[11] * scale1), pack_bf16(o[14] * scale1, o[15] * scale1));
+                 pack_bf16(o[2] * k1, o[3] * k1), pack_bf16(o[6] * k1, o[7] * k1),
+                 pack_bf16(o[10] * k1, o[11] * k1), pack_bf16(o[14] * k1, o[15] * k1));
 }
 
 
@@ -5277,7 +5279,8 @@ __global__ void attention_backward_key_kernel(real *dkv, real *dentries, const a
             int low = 0, high = a.topk;
             while (low < high) {
                 const int middle = (low + high) / 2;
-                if (list[middle] >= 0 && list[middle] < e) { low = middle + 1; } else { high = middle; }
+                const int before = list[middle] >= 0 && list[middle] < e;
+                if (before) { low = middle + 1; } else { high = middle; }
             }
             if (low >= a.topk || list[low] != e) { continue; }
         }

@@ -25,7 +25,8 @@
 #ifndef MOE_C
 #define MOE_C
 #include "lora.c"           // lora_linear_*, lora_experts_*, Lora; linear_bf16_forward, swiglu_*
-#include "dev/launcher.c"   // phase, clock_seconds; Comm comm, Page: comm_launch, comm_join, launcher_tell
+#include "dev/launcher.c"   // Comm comm, Page: comm_launch, comm_join, launcher_tell
+#include "dev/phases.c"     // phase, phase_in
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
@@ -129,8 +130,8 @@ static inline void comm_trade(void **boxes, int which, size_t bytes) {
         "--ranks N starts ranks of its own");
 }
 
-// Shows this rank's box, with so many bytes of data, and waits for the boxes of all members. Members
-// that meet in different collectives would read nonsense, so that is an error.
+// Shows this rank's box, with so many bytes of data, and waits for the boxes of all members.
+// Members that meet in different collectives would read nonsense, so that is an error.
 static inline void comm_meet(int which, size_t bytes, const char *collective, const char *phase) {
     Box *mine = comm_box(which, comm_index(which)), *boxes[COMM_RANKS_MAX];
     comm_note(collective, phase);
@@ -307,12 +308,13 @@ void comm_broadcast(int which, void *data, size_t bytes, int root, const char *p
 
 // ---- 3.1 GPUs
 //
-// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones find
-// it in the page, others hear it from rank 0 (dev/launcher.c).
+// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones
+// find it in the page, others hear it from rank 0 (dev/launcher.c).
 
 #ifdef USE_CUDA
-// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has been
-// begun and not seen to end for longer than the limit waits for the rank that has come least far.
+// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has
+// been begun and not seen to end for longer than the limit waits for the rank that has come least
+// far.
 static void *comm_watch(void *unused) {
     const struct timespec nap = { 0, 100000000 };
     const Desk *desk = comm.page->desk;
@@ -408,7 +410,7 @@ typedef struct {
     int rounds, home_at, home_rows;     // of the call; first row and rows sent in this round
     int to[COMM_RANKS_MAX], from[COMM_RANKS_MAX];   // rows sent to, received from each rank
     double fullest, mean;       // rows of the fullest rank, and per rank, of all calls so far
-    int *offset;                // (local+1), host: local expert e has rows offset[e] .. offset[e+1]-1
+    int *offset;                // (local+1), host: expert e has rows offset[e] .. offset[e+1]-1
     // Rows at home, in travelling order: a round's are sent from here, all come back to here.
     act *home_x, *home_y;       // (capacity,C) with one rank, else x leaves from home_y; (T*K,C)
     real *home_w, *home_dw;     // (T*K)
@@ -797,7 +799,8 @@ void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
 }
 TWIN(pack_weights)
 
-// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to it.
+// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to
+// it.
 void regroup_rows(void *out, const void *inp, Runs runs, int order, size_t row_bytes) {
     GPU(regroup_rows_gpu(out, inp, runs, order, row_bytes))
     for (int i = 0; i < runs.n; i++) {
@@ -1022,9 +1025,10 @@ TWIN(dispatch_backward)
 // -------------------------------------------------------------------------------------------------
 // 8 The layer
 //
-// Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring dx
-// and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of an expert group call both together, those
-// without tokens too: their experts may still have visitors.
+// Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring
+// dx and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of
+// an expert group call both together, those without tokens too: their experts may still have
+// visitors.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
 // layers. Fills s. count_h (E), if given, += this rank's rows for each expert.

@@ -90,8 +90,8 @@ static const char *const file_names[FILES] = {
     "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json" };
 
 // The tensors of FILE_ADAPTER, or of FILE_OPTIMIZER: the moments, under the adapter tensors' names
-// with .m and .v, in pairs; Muon has no .v. Both are stored by name. The list has all ranks' tensors
-// and is small, 4 bytes for each: a save during training must not allocate more than 1 MiB.
+// with .m and .v, in pairs; Muon has no .v. Both are stored by name. The list has all ranks'
+// tensors and is small, 4 bytes for each: a save during training must not allocate more than 1 MiB.
 typedef struct {
     const Adapters *s;
     int file, names, E, first, local;   // this rank owns experts first .. first+local-1 of E

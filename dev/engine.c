@@ -178,12 +178,12 @@ static void engine_bind_adapters(Engine *e) {
 // -------------------------------------------------------------------------------------------------
 // 2 Forward
 //
-// model_forward is the trainer's own, with fewer heads. Two products, wo_b and the experts', have an
-// input that is cut, and come here (Model.join, Model.experts): each receiver has some of the terms.
-// These are added up in fp32, in the order of ranks, and only the sum is rounded, at the same places
-// as in the trainer. (Rounding the parts instead, as engines that are after speed do, cost a KL of
-// 0.02 on a random base.) All receivers go on with the same bits, so they choose the same experts
-// and entries.
+// model_forward is the trainer's own, with fewer heads. Two products, wo_b and the experts', have
+// an input that is cut, and come here (Model.join, Model.experts): each receiver has some of the
+// terms. These are added up in fp32, in the order of ranks, and only the sum is rounded, at the
+// same places as in the trainer. (Rounding the parts instead, as engines that are after speed do,
+// cost a KL of 0.02 on a random base.) All receivers go on with the same bits, so they choose the
+// same experts and entries.
 
 // out (T,O) = this receiver's terms of W x + s B (A x), not rounded; else lora_forward.
 static void partial_forward(real *out, real *u, const act *inp, const int *offset, Frozen m, Lora l,

@@ -1,16 +1,18 @@
 // launcher.c: how ranks start. Alone, the program forks them and watches over them; under torchrun,
-// srun or mpirun, on one node or several, they are there already: who am I, and what does rank 0 say?
+// srun or mpirun, on one node or several, they are there already: who am I, and what does rank 0
+// say?
 //
 // A launcher tells each process its place in environment variables. The processes share no memory,
 // so before their GPUs can be connected, rank 0 must hand the others one short message, NCCL's id.
 // It goes over TCP, one port above the launcher's own, because that one may be in use; where no
-// address is set, through a file in a folder that all ranks see. What ranks do together is in moe.c.
+// address is set, through a file in a folder that all ranks see. What ranks do together is in
+// moe.c.
 #ifndef LAUNCHER_C
 #define LAUNCHER_C
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "phases.c"             // defines: die, refuse_if; clock_seconds
+#include "../kernels.cu"        // defines: die, refuse_if, clock_seconds
 #include <netdb.h>
 #include <poll.h>
 #include <signal.h>
@@ -145,7 +147,8 @@ static inline void comm_become(int rank, pid_t parent, const sigset_t *mask) {
     comm_share_cores(comm.all);
 }
 
-// What all ranks have in common, and the page where they meet: of this process, or for its children.
+// What all ranks have in common, and the page where they meet: of this process, or for its
+// children.
 static inline void comm_open_page(int ranks, int ep, double timeout_s, int forked) {
     const int trainers = ranks - comm.receivers;
     if (trainers < 1 || ranks > COMM_RANKS_MAX || ep < 1 || trainers % ep != 0) {

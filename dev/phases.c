@@ -3,8 +3,7 @@
 // --bench.
 #ifndef PHASES_C
 #define PHASES_C
-#include "../kernels.cu"        // defines: GPU, ON_GPU
-#include <time.h>
+#include "../kernels.cu"        // defines: GPU, ON_GPU, clock_seconds
 
 enum { PHASE_STREAMS, PHASE_PRODUCTS, PHASE_ENTRIES, PHASE_INDEXER, PHASE_ATTENTION, PHASE_ROUTE,
        PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
@@ -24,13 +23,6 @@ static struct {
     double at[PHASE_MARKS + 1];             // when
     double seconds[PHASES][PASSES];
 } phases;
-
-// Seconds, from some time in the past.
-static inline double clock_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec + 1e-9 * now.tv_nsec;
-}
 
 static inline void phase_mark(int i) {
     GPU(gpu_mark(i))
