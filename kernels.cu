@@ -618,6 +618,16 @@ static int net_ranks = 1;
 // The host waits until the device has done all that it was given.
 #define streamWait() do { cudaCheck(cudaStreamSynchronize(stream)); waiting_since = 0; } while (0)
 
+static int multiprocessors(void) {
+    static int n;
+    int device;
+    if (n == 0) {
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    }
+    return n;
+}
+
 static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
 
 // Threads for a row of C elements at 8 per thread: whole warps, at most 512.
@@ -865,6 +875,19 @@ __device__ __forceinline__ uint64_t operand_at(uint32_t at, int stride = 8192) {
     return operand(operand_low(at, stride));
 }
 
+#define NUMBERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+    "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NUMBERS_64 NUMBERS_32 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+    "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+    "%62, %63"
+#define NUMBERS_128 NUMBERS_64 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
+    "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
+    "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, " \
+    "%121, %122, %123, %124, %125, %126, %127"
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
@@ -877,29 +900,14 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uin
     if constexpr (BN == 256) {
         asm volatile(
             "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
-            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
-            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
-            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
-            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
-            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NUMBERS_128
             "}, %128, %129, p, 1, 1, 0, %131; }"
             : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
             : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
     } else {
         asm volatile(
             "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NUMBERS_64
             "}, %64, %65, p, 1, 1, 0, %67; }"
             : SUMS_32(d, 0), SUMS_32(d, 32)
             : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
@@ -909,9 +917,7 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uin
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NUMBERS_32 "}, %32, %33, p, 1, 1, 0, 0; }"
         : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 // Registers written before are seen by the tensor cores.
@@ -1849,19 +1855,13 @@ static void grouped_product(const Product &p) {
           { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
         { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
           { product_kernel<128, 2, 1, 0, 1>, product_kernel<128, 2, 1, 1, 1> } } };
-    static int sms;
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     if (p.K <= 0 || p.K % 8 || p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8
         || p.x_group % 8 || p.out_group % 8 || p.E > PRODUCT_GROUPS || (p.out_add && !p.out_f32)
         || (p.offset == NULL && p.E > 1 && p.KU) || (p.codes && (p.K % 64 || p.N % 64))) {
         gpuRequire(!"a product of this shape");
     }
-    if (sms == 0) {
-        int device;
-        cudaCheck(cudaGetDevice(&device));
-        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    }
-    int ctas = p.ctas ? p.ctas : sms - side_sms;
+    int ctas = p.ctas ? p.ctas : multiprocessors() - side_sms;
     int width = p.codes ? 128 : p.width ? p.width : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
@@ -3501,11 +3501,8 @@ enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32
 
 // Blocks along C, and as many along T as fit onto the device, one per multiprocessor.
 static dim3 hc_grid(int T, int C, int slice) {
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     const int slices = blocks_for(C, slice), most = blocks_for(T, HC_TILE * HC_WARPS);
-    const int fit = processors / slices > 1 ? processors / slices : 1;
+    const int fit = multiprocessors() / slices > 1 ? multiprocessors() / slices : 1;
     return dim3(slices, most < fit ? most : fit);
 }
 
@@ -3827,16 +3824,28 @@ extern "C" void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const rea
     cudaCheck(cudaGetLastError());
 }
 
+// N sums over a block; thread i gets the i-th.
+enum { HC_SUM_THREADS = 128 };
+template <int N> __device__ inline float hc_block_sums(const float (&sums)[N]) {
+    __shared__ float shared[HC_SUM_THREADS / 32][N];
+    float all = 0;
+    #pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float of_warp = warp_sum(sums[i]);
+        if (threadIdx.x % 32 == 0) { shared[threadIdx.x / 32][i] = of_warp; }
+    }
+    __syncthreads();
+    for (int k = 0; k < HC_SUM_THREADS / 32 && threadIdx.x < N; k++) { all += shared[k][threadIdx.x]; }
+    return all;
+}
+
 // do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per
 // token; 20 sums over its threads.
 //   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
-enum { HC_SUM_THREADS = 128 };
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const act *o,
                         const act *X, const real *post, int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][HC + HC * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[HC + HC * HC] = {0};
     load4(p, post + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -3859,15 +3868,8 @@ hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < HC + HC * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
+    const float all = hc_block_sums(sums);
     if (threadIdx.x >= HC + HC * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
     if (threadIdx.x < HC) { dpost[t * HC + threadIdx.x] = all; }
     else { dcomb[t * HC * HC + threadIdx.x - HC] = all; }
 }
@@ -3888,9 +3890,7 @@ extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const a
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, const bf16 *w,
                      int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][2 * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[2 * HC] = {0};
     load4(p, pre + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -3912,16 +3912,8 @@ hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, 
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < 2 * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
-    if (threadIdx.x >= 2 * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
-    out[t * 2 * HC + threadIdx.x] = all;
+    const float all = hc_block_sums(sums);
+    if (threadIdx.x < 2 * HC) { out[t * 2 * HC + threadIdx.x] = all; }
 }
 
 // What dX needs of a token: r dm, 24 numbers, then kappa and `along`, the factors of u and X.
@@ -3938,23 +3930,19 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
     const int at = blockIdx.x * HC_WEIGHTS_THREADS + threadIdx.x, e = at % 16;
     const size_t t = min(at / 16, T - 1);
     const float norm = rstd[t], rms = r[t];
-    float p[HC], a[2 * HC], mean = 0, along = 0, dm = 0;
+    float p[HC], a[HC], mean = 0, along = 0, dm = 0;
     load4(p, pre + t * HC);
-    load8(a, sums + t * 2 * HC);
+    load4(a, sums + t * 2 * HC);
     #pragma unroll
     for (int i = 0; i < HC; i++) { mean += norm / C * p[i] * a[i]; }
     const float kappa = norm * norm * mean;
     m += t * M;
     token += t * HC_TOKEN;
-    if (e < HC) {                               // pre = s(m scale0 + base) + eps
-        const float s = sigmoid_gpu(m[e] * scale[0] + base[e]);
-        const float dpre = norm * a[e % HC] - kappa * a[HC + e % HC];
-        dm = dpre * s * (1 - s) * scale[0];
-        along = m[e] * dm;
-        token[e] = rms * dm;
-    } else if (M > HC && e < 2 * HC) {          // post = 2 s(m scale1 + base)
-        const float s = sigmoid_gpu(m[e] * scale[1] + base[e]);
-        dm = dpost[t * HC + e - HC] * 2 * s * (1 - s) * scale[1];
+    if (e < HC || (M > HC && e < 2 * HC)) {     // pre = s(..) + eps, post = 2 s(..)
+        const float s = sigmoid_gpu(m[e] * scale[e / HC] + base[e]);
+        const float dy = e < HC ? norm * sums[t * 2 * HC + e] - kappa * sums[t * 2 * HC + HC + e]
+                                : 2 * dpost[t * HC + e - HC];
+        dm = dy * s * (1 - s) * scale[e / HC];
         along = m[e] * dm;
         token[e] = rms * dm;
     }
@@ -4422,6 +4410,23 @@ static void attention_forward_naive(act *out, real *lse, const act *q, const act
     cudaCheck(cudaGetLastError());
 }
 
+// Word k of lane i of a quad becomes word i of lane k.
+__device__ inline void transpose_quad(uint32_t (&v)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+    #pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+        const uint32_t in = __shfl_xor_sync(~0u, odd ? v[k] : v[k + 1], 1);
+        v[k] = odd ? in : v[k];
+        v[k + 1] = odd ? v[k + 1] : in;
+    }
+    #pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const uint32_t in = __shfl_xor_sync(~0u, high ? v[k] : v[k + 2], 2);
+        v[k] = high ? in : v[k];
+        v[k + 2] = high ? v[k + 2] : in;
+    }
+}
+
 // A tensor (rows,512) of bf16, in boxes of box_rows x 64 for the copy engine.
 static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
     return tensor_map(p, 0, 512, rows, 1, 512, (size_t)rows * 512, box_rows);
@@ -4501,13 +4506,9 @@ __device__ inline float quad_sum(float x) {
 // gets block `lane` whole, and stores its 16 bytes: a quad writes 64 bytes of one row.
 __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, high = lane & 2;
-    const uint32_t a = __shfl_xor_sync(~0u, odd ? x0 : x1, 1);
-    const uint32_t b = __shfl_xor_sync(~0u, odd ? x2 : x3, 1);
-    const uint32_t y0 = odd ? a : x0, y1 = odd ? x1 : a, y2 = odd ? b : x2, y3 = odd ? x3 : b;
-    const uint32_t c = __shfl_xor_sync(~0u, high ? y0 : y2, 2);
-    const uint32_t d = __shfl_xor_sync(~0u, high ? y1 : y3, 2);
-    *(uint4 *)(row + lane * 8) = high ? make_uint4(c, d, y2, y3) : make_uint4(y0, y1, c, d);
+    uint32_t x[4] = { x0, x1, x2, x3 };
+    transpose_quad(x, lane);
+    *(uint4 *)(row + lane * 8) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
 // Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
@@ -4519,7 +4520,6 @@ __device__ inline void store_fragments(act *at, const float *o, float scale0, fl
                  pack_bf16(o[2] * scale1, o[3] * scale1), pack_bf16(o[6] * scale1, o[7] * scale1),
                  pack_bf16(o[10] * scale1, o[11] * scale1), pack_bf16(o[14] * scale1, o[15] * scale1));
 }
-
 
 // -------------------------------------------------------------------------------------------------
 // Version 3: wgmma, two consumer warpgroups and one producer
@@ -4542,18 +4542,7 @@ __device__ inline void store_fragments(act *at, const float *o, float scale0, fl
 
 // d (64 x 256) += a (64 x 16) b (16 x 256), a from registers.
 __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-                 "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
-                 "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
-                 "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
-                 "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
-                 "%120, %121, %122, %123, %124, %125, %126, %127"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NUMBERS_128
                  "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
                  : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -4689,19 +4678,20 @@ __device__ inline void softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x, un
     }
 }
 
-// The outputs follow the reference from `before` to now.
-__device__ inline void rescale(float (&o)[128], const float *before, const float *now) {
-    const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
+// The reference of a row moved from `before` to `now`: outputs and sums are scaled by what that
+// means. Products with o may still be on their way: they are waited for only if o must change.
+__device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
     if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
+        const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
+        wgmma_wait(o);
         #pragma unroll
         for (int i = 0; i < 128; i++) { o[i] *= i & 2 ? k1 : k0; }
     }
 }
-
-// Takes over the reference that the other consumer set.
-__device__ inline void follow(float (&o)[128], Softmax &x, const float *reference, int row) {
+__device__ inline void take_reference(float (&o)[128], Softmax &x, const float *reference,
+                                      int row) {
     const float now[2] = {reference[row], reference[row + 8]};
-    rescale(o, x.reference, now);
+    move_reference(o, x.reference, now);
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         x.sum[i] *= power2(x.reference[i] - now[i]);
@@ -4795,11 +4785,11 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
                 }
                 proxy_fence();
                 pair_arrive<P0_READY>();
-                rescale(o, before, x.reference);
+                move_reference(o, before, x.reference);
                 outputs(o, (const uint32_t *)p, 4, values);
             } else {
                 pair_sync<P0_READY>();
-                follow(o, x, reference, row);
+                take_reference(o, x, reference, row);
                 barrier_wait(base + V3_FULL + 8, use[0] & 1);
                 proxy_fence();
                 outputs(o, others, 2, values);
@@ -4819,13 +4809,13 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
             if (!both) { break; }
             if (SIDE == 0) {
                 pair_sync<P1_READY>();
-                follow(o, x, reference + 64, row);
+                take_reference(o, x, reference + 64, row);
                 barrier_wait(base + V3_FULL + 16, use[1] & 1);
                 proxy_fence();
                 outputs(o, others, 2, values + TILE_BYTES);
             } else {
                 pair_arrive<P1_READY>();
-                rescale(o, before, x.reference);
+                move_reference(o, before, x.reference);
                 outputs(o, (const uint32_t *)p, 4, values + TILE_BYTES);
             }
             wgmma_wait(o);
@@ -4864,9 +4854,7 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
                                  const act *entries, const float *sink, const int *selected,
                                  AttentionShape a) {
     gpuRequire(a.D == ATT_D && a.H == ATT_H);
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V3_BYTES));
     const ForwardArguments f = { out, lse, q, kv, entries, sink, selected, a };
@@ -4876,7 +4864,7 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
 }
 
 // -------------------------------------------------------------------------------------------------
-// Versions 4 and 5: the copy engine, and less waiting
+// Version 4: the copy engine, and less waiting
 //
 // What lies together (the queries, whole window tiles, entries of which all are visible) comes
 // through the copy engine, in boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of
@@ -4984,27 +4972,6 @@ __device__ inline void scores_tiled(float (&s)[32], uint32_t base, int buffer, i
     if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE + 8); }
 }
 
-// As rescale() and follow() of version 3, but products with o may still be on their way: they are
-// waited for only if o must change.
-__device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
-    if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
-        const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
-        wgmma_wait(o);
-        #pragma unroll
-        for (int i = 0; i < 128; i++) { o[i] *= i & 2 ? k1 : k0; }
-    }
-}
-__device__ inline void take_reference(float (&o)[128], Softmax &x, const float *reference,
-                                      int row) {
-    const float now[2] = {reference[row], reference[row + 8]};
-    move_reference(o, x.reference, now);
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        x.sum[i] *= power2(x.reference[i] - now[i]);
-        x.reference[i] = now[i];
-    }
-}
-
 // The softmax of the own tile, and all of it that the other consumer needs.
 template <int SIDE>
 __device__ inline void write_softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x,
@@ -5102,7 +5069,7 @@ __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *s
         }
         for (int tile = 0; tile < tiles; tile += 2) {
             consume_pair<SIDE>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
-                                      tile + 2 + SIDE >= tiles, row);
+                               tile + 2 + SIDE >= tiles, row);
         }
         finish<SIDE>(f, shared, o, x, t, i & 1, row);
     }
@@ -5135,11 +5102,7 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
         produce_tiled(g, base);
     } else {
         registers_take<216>();
-        if (group == 0) {
-            consume_tiled<0>(g.f, shared);
-        } else {
-            consume_tiled<1>(g.f, shared);
-        }
+        if (group == 0) { consume_tiled<0>(g.f, shared); } else { consume_tiled<1>(g.f, shared); }
     }
 }
 
@@ -5147,9 +5110,7 @@ static void attention_forward_tiled(act *out, real *lse, const act *q, const act
                                     const act *entries, const float *sink, const int *selected,
                                     AttentionShape a) {
     gpuRequire(a.D == ATT_D && a.H == ATT_H);
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
     const bool some = a.P > 0;                          // entries; else any valid map will do
@@ -5521,10 +5482,7 @@ enum {
 __device__ inline void wgmma_quarter(float (&d)[4][32], int h, const uint32_t *a, uint64_t b) {
     float (&d0)[32] = d[2 * h], (&d1)[32] = d[2 * h + 1];
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-        "%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
-        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-        "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+        "{" NUMBERS_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
         : SUMS_32(d0, 0), SUMS_32(d1, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
@@ -5680,23 +5638,6 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         const float *y = sum[j / 8] + j % 8 * 4;
         *(float2 *)(out + 8 * j) = make_float2(y[0], y[1]);
         *(float2 *)(out + 8 * AB_DIM + 8 * j) = make_float2(y[2], y[3]);
-    }
-}
-
-// Word k of lane i of a quad becomes word i of lane k.
-__device__ inline void transpose_quad(uint32_t (&v)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-    #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-        const uint32_t in = __shfl_xor_sync(~0u, odd ? v[k] : v[k + 1], 1);
-        v[k] = odd ? in : v[k];
-        v[k + 1] = odd ? v[k + 1] : in;
-    }
-    #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const uint32_t in = __shfl_xor_sync(~0u, high ? v[k] : v[k + 2], 2);
-        v[k] = high ? in : v[k];
-        v[k + 2] = high ? v[k + 2] : in;
     }
 }
 
@@ -5877,9 +5818,7 @@ extern "C" void attention_backward_query_gpu(act *dq, const act *dout, const rea
         attention_backward_query_plain(dq, dout, delta, lse, q, kv, entries, selected, a);
         return;
     }
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_backward_query_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, AB_SHARED));
     const size_t rows = (size_t)a.T * AB_HEADS;
