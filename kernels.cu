@@ -10,7 +10,7 @@
 // trainer, and `nvcc kernels.cu` the device code. There are no headers.
 //
 // Contents
-//   1.1 types, and the places where a      2 helpers; the device, its memory, copies
+//   1.1 types, and the places where a      2 helpers; the host's side is dev/device.cu
 //       value is rounded                   3 numbers and dense products (fp8.c)
 //   1.2 errors: one line that says what,   4 packed experts: the grouped product (mxfp4.c)
 //       where, and what to do              5 adapters and optimizers (lora.c)
@@ -209,10 +209,12 @@ static inline double clock_seconds(void) {
 
 // Device code reports its errors the same way; the C half of the program has the words.
 #ifdef __CUDACC__
-extern "C" __attribute__((noreturn)) void gpu_failed(int line, int code, const char *what);
+extern "C" __attribute__((noreturn)) void gpu_failed(const char *file, int line, int code,
+                                                     const char *what);
+#define gpuFail(code, what) gpu_failed(__FILE__, __LINE__, code, what)
 #elif defined(USE_CUDA)
-__attribute__((noreturn)) void gpu_failed(int line, int code, const char *what) {
-    die_at("kernels.cu", line, code, "%s", what);
+__attribute__((noreturn)) void gpu_failed(const char *file, int line, int code, const char *what) {
+    die_at(file, line, code, "%s", what);
 }
 #endif
 
@@ -607,11 +609,11 @@ static inline HD float random_uniform(uint64_t key, uint64_t i) {
 // activations, 4 reals); rows are multiples of 64 elements, so no tail needs care.
 
 #define cudaCheck(call) do { cudaError_t e_ = (call); if (e_ != cudaSuccess) { \
-    gpu_failed(__LINE__, EXIT_COMM, cudaGetErrorString(e_)); } } while (0)
+    gpuFail(EXIT_COMM, cudaGetErrorString(e_)); } } while (0)
 
 // A shape that a kernel was not written for.
 #define gpuRequire(condition) do { if (!(condition)) { \
-    gpu_failed(__LINE__, EXIT_USAGE, "no kernel for this shape: " #condition); } } while (0)
+    gpuFail(EXIT_USAGE, "no kernel for this shape: " #condition); } } while (0)
 
 // All kernels run on `stream`, in order: the main one, or in between the one aside.
 static cudaStream_t stream, main_stream, side_stream;
@@ -625,6 +627,16 @@ static int net_ranks = 1;
 
 // The host waits until the device has done all that it was given.
 #define streamWait() do { cudaCheck(cudaStreamSynchronize(stream)); waiting_since = 0; } while (0)
+
+static int multiprocessors(void) {
+    static int n;
+    int device;
+    if (n == 0) {
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    }
+    return n;
+}
 
 static inline int blocks_for(size_t n, int each) { return (int)((n + each - 1) / each); }
 
@@ -756,7 +768,7 @@ static void *workspace(size_t bytes) {
         char text[128];
         snprintf(text, sizeof text, "internal: a kernel needs %zu bytes of workspace, the plan has "
                  "%zu", work.used, work.size);
-        gpu_failed(__LINE__, EXIT_FIT, text);
+        gpuFail(EXIT_FIT, text);
     }
     return p;
 }
@@ -765,7 +777,7 @@ static void *workspace(size_t bytes) {
 // cuBLAS, counting columns first, sees as their transposes.
 static cublasHandle_t blas;
 #define blasCheck(call) do { cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) { \
-    gpu_failed(__LINE__, EXIT_COMM, cublasGetStatusString(s_)); } } while (0)
+    gpuFail(EXIT_COMM, cublasGetStatusString(s_)); } } while (0)
 
 // y (T,O) = beta y + x (T,C) W^T, W (O,C). type: of y.
 static void product(void *y, cudaDataType type, const bf16 *x, const bf16 *w, int T, int C, int O,
@@ -873,6 +885,19 @@ __device__ __forceinline__ uint64_t operand_at(uint32_t at, int stride = 8192) {
     return operand(operand_low(at, stride));
 }
 
+#define NUMBERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+    "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NUMBERS_64 NUMBERS_32 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+    "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+    "%62, %63"
+#define NUMBERS_128 NUMBERS_64 ", " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, " \
+    "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, " \
+    "%94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+    "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, " \
+    "%121, %122, %123, %124, %125, %126, %127"
 #define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_16(d, i) SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12)
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
@@ -885,29 +910,14 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uin
     if constexpr (BN == 256) {
         asm volatile(
             "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "
-            "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
-            "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
-            "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "
-            "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
-            "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NUMBERS_128
             "}, %128, %129, p, 1, 1, 0, %131; }"
             : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
             : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
     } else {
         asm volatile(
             "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-            "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-            "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-            "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NUMBERS_64
             "}, %64, %65, p, 1, 1, 0, %67; }"
             : SUMS_32(d, 0), SUMS_32(d, 32)
             : "l"(x), "l"(w), "r"(add), "n"(W_BY_K));
@@ -917,9 +927,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[BN / 2], uint64_t x, uin
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NUMBERS_32 "}, %32, %33, p, "
+        "1, 1, 0, 0; }"
         : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 // Registers written before are seen by the tensor cores.
@@ -993,148 +1002,7 @@ static CUtensorMap tensor_map(const void *base, int is_f32, int width, int heigh
 }
 
 // -------------------------------------------------------------------------------------------------
-// 2.2 The device: start, memory, copies
-//
-// One process drives one GPU. Copies are ordered after the kernels before them; a download waits.
-
-int on_gpu;                         // 1: the program's operations jump to their kernels
-
-// GPUs that this program can use: without NCCL, one.
-extern "C" void gpu_count(int *n_h) {
-    if (cudaGetDeviceCount(n_h) != cudaSuccess) { *n_h = 0; }
-#ifndef USE_NCCL
-    if (*n_h > 1) { *n_h = 1; }
-#endif
-}
-
-// Takes the device and makes the C text jump. name_h: room for its name.
-extern "C" void gpu_start(int device, char *name_h, size_t size) {
-    cudaDeviceProp properties;
-    cudaCheck(cudaSetDevice(device));
-    cudaCheck(cudaGetDeviceProperties(&properties, device));
-    gpuRequire(properties.major == 9);          // built for sm_90a
-    snprintf(name_h, size, "%s", properties.name);
-    int least, most;
-    cudaCheck(cudaDeviceGetStreamPriorityRange(&least, &most));
-    cudaCheck(cudaStreamCreateWithPriority(&main_stream, cudaStreamNonBlocking, least));
-    cudaCheck(cudaStreamCreateWithPriority(&side_stream, cudaStreamNonBlocking, most));
-    cudaCheck(cudaEventCreateWithFlags(&side_from, cudaEventDisableTiming));
-    cudaCheck(cudaEventCreateWithFlags(&side_done, cudaEventDisableTiming));
-    stream = main_stream;
-    blasCheck(cublasCreate(&blas));
-    blasCheck(cublasSetStream(blas, stream));
-    on_gpu = 1;
-}
-
-extern "C" void gpu_alloc(void **p, size_t bytes) {
-    *p = NULL;
-    const cudaError_t error = cudaMalloc(p, bytes);
-    if (error == cudaErrorMemoryAllocation) { (void)cudaGetLastError(); return; }   // p says it
-    cudaCheck(error);
-    cudaCheck(cudaMemset(*p, 0, bytes));
-}
-
-extern "C" void gpu_free(void *p) {
-    streamWait();
-    cudaCheck(cudaFree(p));
-}
-
-// What launchers may use inside themselves; base lies in an arena. cuBLAS gets its part of it.
-extern "C" void gpu_workspace(void *base, size_t bytes) {
-    const size_t own = 32 << 20;
-    gpuRequire(bytes > own);
-    blasCheck(cublasSetWorkspace(blas, base, own));
-    work.base = (unsigned char *)base + own;
-    work.size = bytes - own;
-    work.used = work.peak = 0;
-}
-
-extern "C" void gpu_zero(void *p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, stream)); }
-
-extern "C" void gpu_upload(void *to, const void *from_h, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(to, from_h, bytes, cudaMemcpyHostToDevice, stream));
-    streamWait();
-}
-
-extern "C" void gpu_download(void *to_h, const void *from, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(to_h, from, bytes, cudaMemcpyDeviceToHost, stream));
-    streamWait();
-}
-
-extern "C" void gpu_sync(void) { streamWait(); }
-
-// Between ASIDE_BEGIN and ASIDE_END kernels go to the side stream, after all that came before on
-// the main one, and beside what follows there until ASIDE_JOIN. They must not use the workspace.
-// Products leave NCCL its SMs meanwhile: they share their work out in advance, so that the part of
-// an SM that is taken would only begin when all others have ended.
-extern "C" void gpu_aside(int step) {
-    if (step == ASIDE_BEGIN) {
-        cudaCheck(cudaEventRecord(side_from, main_stream));
-        cudaCheck(cudaStreamWaitEvent(side_stream, side_from, 0));
-        stream = side_stream;
-    } else if (step == ASIDE_END) {
-        cudaCheck(cudaEventRecord(side_done, side_stream));
-        stream = main_stream;
-        side_sms = net_ranks > 1 ? NET_SMS : 0;
-    } else {
-        cudaCheck(cudaStreamWaitEvent(main_stream, side_done, 0));
-        side_sms = 0;
-    }
-}
-
-// Copies beside the kernels, on a stream of their own: pinned memory, or they would not be.
-static cudaStream_t copy_stream;
-static cudaEvent_t copy_from, copied[PLACES];
-
-extern "C" void gpu_host_alloc(void **p, size_t bytes) {
-    if (cudaHostAlloc(p, bytes, cudaHostAllocDefault) == cudaSuccess) { return; }
-    (void)cudaGetLastError();
-    *p = NULL;
-}
-
-extern "C" void gpu_host_free(void *p) { cudaCheck(cudaFreeHost(p)); }
-
-extern "C" void gpu_copy_begin(int place, void *to, const void *from, size_t bytes) {
-    if (copy_stream == NULL) {
-        cudaCheck(cudaStreamCreateWithFlags(&copy_stream, cudaStreamNonBlocking));
-        cudaCheck(cudaEventCreateWithFlags(&copy_from, cudaEventDisableTiming));
-    }
-    if (copied[place] == NULL) {
-        cudaCheck(cudaEventCreateWithFlags(&copied[place], cudaEventDisableTiming));
-    }
-    cudaCheck(cudaEventRecord(copy_from, main_stream));
-    cudaCheck(cudaStreamWaitEvent(copy_stream, copy_from, 0));
-    cudaCheck(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, copy_stream));
-    cudaCheck(cudaEventRecord(copied[place], copy_stream));
-}
-
-extern "C" void gpu_copy_end(int place) {
-    if (copied[place]) { cudaCheck(cudaStreamWaitEvent(main_stream, copied[place], 0)); }
-}
-
-// Bytes of the card in use by everyone, and in all.
-extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
-    size_t free_bytes;
-    cudaCheck(cudaMemGetInfo(&free_bytes, total_h));
-    *used_h = *total_h - free_bytes;
-}
-
-// Phases: an event between the kernels, and when the first n happened, in seconds.
-static cudaEvent_t marks[GPU_MARKS];
-extern "C" void gpu_mark(int i) {
-    if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
-    cudaCheck(cudaEventRecord(marks[i], main_stream));
-}
-
-extern "C" void gpu_marks(double *at_h, int n) {
-    cudaCheck(cudaEventSynchronize(marks[n - 1]));
-    waiting_since = 0;
-    for (int i = 0; i < n; i++) {
-        float ms;
-        cudaCheck(cudaEventElapsedTime(&ms, marks[0], marks[i]));
-        at_h[i] = 1e-3 * ms;
-    }
-}
+// 2.2 Numbers as they are drawn and scaled
 
 __global__ void scale_reals_kernel(real *x, float scale, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -1855,19 +1723,13 @@ static void grouped_product(const Product &p) {
           { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
         { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
           { NULL, product_kernel<128, 2, 1, 1, 1> } } };
-    static int sms;
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     const int strides = p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8 ||
                         p.x_group % 8 || p.out_group % 8;
     gpuRequire(p.K > 0 && p.K % 8 == 0 && !strides && p.E <= PRODUCT_GROUPS);
     gpuRequire((!p.out_add || p.out_f32) && (p.offset || p.E == 1 || p.KU == 0));
     gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k == p.out_f32));
-    if (sms == 0) {
-        int device;
-        cudaCheck(cudaGetDevice(&device));
-        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    }
-    const int ctas = sms - side_sms;
+    const int ctas = multiprocessors() - side_sms;
     const int width = p.codes ? 128 : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
     auto weights = [&](const bf16 *w, int K) {
@@ -3003,77 +2865,6 @@ extern "C" void regroup_rows_gpu(void *out, const void *inp, Runs runs, int orde
     cudaCheck(cudaGetLastError());
 }
 
-#ifdef USE_NCCL
-static void nccl_check(ncclResult_t result, int line) {
-    char text[512];
-    if (result == ncclSuccess) { return; }
-    snprintf(text, sizeof text, "NCCL: %s: %s", ncclGetErrorString(result), ncclGetLastError(NULL));
-    gpu_failed(line, EXIT_COMM, text);
-}
-#define ncclCheck(call) nccl_check(call, __LINE__)
-
-// Everything is made of sends and receives on the communicator of all ranks. NCCL's own sums would
-// need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.
-static struct {
-    ncclComm_t world;
-    int rank, first, ranks, ep;     // among all; of its role: the first one, how many, per group
-    unsigned char *box;             // of gpu_trade
-} net;
-
-static int net_size(int which) {
-    return which == COMM_ALL ? net_ranks : which == COMM_WORLD ? net.ranks
-         : which == COMM_EP ? net.ep : net.ranks / net.ep;
-}
-static int net_member(int which, int i) {       // moe.c: comm_member
-    const int place = net.rank - net.first;
-    return which == COMM_ALL ? i : which == COMM_WORLD ? net.first + i
-         : net.first + (which == COMM_EP ? place - place % net.ep + i
-                                         : place % net.ep + i * net.ep);
-}
-
-extern "C" void gpu_make_id(void *id_h) {
-    ncclUniqueId id;
-    static_assert(sizeof id == GPU_ID_BYTES, "NCCL's id has another size");
-    ncclCheck(ncclGetUniqueId(&id));
-    memcpy(id_h, &id, sizeof id);
-}
-
-// How long the device has been at collectives whose end the host has not seen, 0: it is not at any.
-// error_h: what NCCL says went wrong, or "".
-extern "C" void gpu_waiting(double *seconds_h, char *error_h, size_t size) {
-    const double since = waiting_since;
-    ncclResult_t state = ncclSuccess;
-    *seconds_h = since > 0 ? clock_seconds() - since : 0;
-    if (net.world && ncclCommGetAsyncError(net.world, &state) != ncclSuccess) { return; }
-    if (state == ncclSuccess || state == ncclInProgress) { return; }
-    snprintf(error_h, size, "%s", ncclGetErrorString(state));
-}
-
-extern "C" void gpu_batch(int begin) {
-    if (begin) { ncclCheck(ncclGroupStart()); } else { ncclCheck(ncclGroupEnd()); }
-}
-
-extern "C" void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
-                               const size_t *send_bytes_h) {
-    const unsigned char *from = (const unsigned char *)send;
-    unsigned char *to = (unsigned char *)recv;
-    waiting_since = clock_seconds();
-    ncclCheck(ncclGroupStart());
-    for (int i = 0; i < net_size(which); i++) {
-        const int peer = net_member(which, i);
-        const size_t out = send_bytes_h[i], in = recv_bytes_h[i];
-        if (peer == net.rank) {
-            cudaCheck(cudaMemcpyAsync(to, from, out, cudaMemcpyDeviceToDevice, stream));
-        } else {
-            if (out) { ncclCheck(ncclSend(from, out, ncclInt8, peer, net.world, stream)); }
-            if (in) { ncclCheck(ncclRecv(to, in, ncclInt8, peer, net.world, stream)); }
-        }
-        from += out;
-        to += in;
-    }
-    ncclCheck(ncclGroupEnd());
-}
-
 // own (n) = the sum of what all members have there, in their order. Member i's is row i of others
 // (members,m), but this rank's own.
 __global__ void sum_rows_kernel(real *own, const real *others, int members, int me, size_t m,
@@ -3085,115 +2876,7 @@ __global__ void sum_rows_kernel(real *own, const real *others, int members, int 
     own[j] = sum;
 }
 
-// values (n): replaced by the sum over all members, added in their order as moe.c does it, so that
-// all have the same bits. Piece by piece: every member gets one slice of it from all the others,
-// adds it up, and sends it to them.
-//   bytes: 2 (ranks-1)/ranks of the values leave a GPU, as much as in a ring.
-extern "C" void gpu_sum_real(int which, real *values, size_t n) {
-    const int members = net_size(which);
-    const size_t mark = workspace_mark(), slice = SUM_PIECE / members;
-    real *others = (real *)workspace(SUM_PIECE * sizeof(real));
-    int me = 0;
-    while (net_member(which, me) != net.rank) { me++; }
-    waiting_since = clock_seconds();
-    for (size_t at = 0; at < n; at += slice * members) {
-        const size_t piece = n - at < slice * members ? n - at : slice * members;
-        const size_t m = (piece + members - 1) / members;
-        auto first = [&](int i) { return i * m < piece ? i * m : piece; };
-        auto count = [&](int i) { return first(i + 1) - first(i); };
-        real *v = values + at, *own = v + first(me);
-        for (int home = 0; home < 2; home++) {
-            ncclCheck(ncclGroupStart());
-            for (int i = 0; i < members; i++) {
-                const int peer = net_member(which, i);
-                const size_t out = count(home ? me : i), in = count(home ? i : me);
-                if (i == me) { continue; }
-                if (out) {
-                    ncclCheck(ncclSend(home ? own : v + first(i), out, ncclFloat32, peer, net.world,
-                                       stream));
-                }
-                if (in) {
-                    ncclCheck(ncclRecv(home ? v + first(i) : others + i * m, in, ncclFloat32, peer,
-                                       net.world, stream));
-                }
-            }
-            ncclCheck(ncclGroupEnd());
-            if (home || count(me) == 0) { continue; }
-            const int blocks = blocks_for(count(me), 256);
-            sum_rows_kernel<<<blocks, 256, 0, stream>>>(own, others, members, me, m, count(me));
-            cudaCheck(cudaGetLastError());
-        }
-    }
-    workspace_release(mark);
-}
-
-// boxes_h (members): the first bytes of this rank's own go to all, and theirs into the others.
-extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
-    const size_t room = 1 << 19;
-    gpuRequire(bytes <= room);
-    if (net.box == NULL) { cudaCheck(cudaMalloc(&net.box, net_ranks * room)); }
-    waiting_since = clock_seconds();
-    unsigned char *own = net.box + net.rank * room;
-    for (int i = 0; i < net_size(which); i++) {
-        if (net_member(which, i) != net.rank) { continue; }
-        cudaCheck(cudaMemcpyAsync(own, boxes_h[i], bytes, cudaMemcpyHostToDevice, stream));
-    }
-    ncclCheck(ncclGroupStart());
-    for (int i = 0; i < net_size(which); i++) {
-        const int peer = net_member(which, i);
-        if (peer == net.rank) { continue; }
-        ncclCheck(ncclSend(own, bytes, ncclInt8, peer, net.world, stream));
-        ncclCheck(ncclRecv(net.box + peer * room, bytes, ncclInt8, peer, net.world, stream));
-    }
-    ncclCheck(ncclGroupEnd());
-    for (int i = 0; i < net_size(which); i++) {
-        const int peer = net_member(which, i);
-        if (peer == net.rank) { continue; }
-        cudaCheck(cudaMemcpyAsync(boxes_h[i], net.box + peer * room, bytes, cudaMemcpyDeviceToHost,
-                                  stream));
-    }
-    streamWait();
-}
-
-// Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
-// buffers are there before the memory that is left is counted.
-extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep) {
-    ncclUniqueId id;
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    memcpy(&id, id_h, sizeof id);
-    net.rank = rank;
-    net_ranks = all;
-    net.first = rank < all - receivers ? 0 : all - receivers;
-    net.ranks = net.first ? receivers : all - receivers;
-    net.ep = ep;
-    waiting_since = clock_seconds();
-    ncclCheck(ncclCommInitRankConfig(&net.world, all, id, rank, &config));
-    size_t each[COMM_RANKS_MAX];
-    int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
-    for (int i = 0; i < all; i++) {
-        each[i] = sizeof(int);
-        sent[i] = rank * all + i;
-    }
-    cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
-    gpu_upload(probe, sent, sizeof sent);
-    gpu_all_to_all(COMM_ALL, probe + COMM_RANKS_MAX, each, probe, each);
-    gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
-    cudaCheck(cudaFree(probe));
-    for (int i = 0; i < all; i++) { gpuRequire(got[i] == i * all + rank); }
-}
-#else
-static void no_nccl(void) { gpu_failed(__LINE__, EXIT_USAGE, "built without NCCL: one GPU is the "
-                                       "most HINT: install NCCL's headers and library, and make"); }
-extern "C" void gpu_make_id(void *) { no_nccl(); }
-extern "C" void gpu_connect(const void *, int, int, int, int) { no_nccl(); }
-extern "C" void gpu_waiting(double *, char *, size_t) { no_nccl(); }
-extern "C" void gpu_batch(int) { no_nccl(); }
-extern "C" void gpu_sum_real(int, real *, size_t) { no_nccl(); }
-extern "C" void gpu_all_to_all(int, void *, const size_t *, const void *, const size_t *) {
-    no_nccl();
-}
-extern "C" void gpu_trade(void **, int, size_t) { no_nccl(); }
-#endif
+#include "dev/device.cu"        // the host's side: start, memory, copies, NCCL
 
 // home[row] = inp[row_slot[row] / K]: one block per travelling row.
 //   bytes: 4 C per row; 24,576 rows of 4,096: 403 MB, 94 us.
@@ -3508,11 +3191,8 @@ enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32
 
 // Blocks along C, and as many along T as fit onto the device, one per multiprocessor.
 static dim3 hc_grid(int T, int C, int slice) {
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     const int slices = blocks_for(C, slice), most = blocks_for(T, HC_TILE * HC_WARPS);
-    const int fit = processors / slices > 1 ? processors / slices : 1;
+    const int fit = multiprocessors() / slices > 1 ? multiprocessors() / slices : 1;
     return dim3(slices, most < fit ? most : fit);
 }
 
@@ -3834,16 +3514,30 @@ extern "C" void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const rea
     cudaCheck(cudaGetLastError());
 }
 
+// N sums over a block; thread i gets the i-th.
+enum { HC_SUM_THREADS = 128 };
+template <int N> __device__ inline float hc_block_sums(const float (&sums)[N]) {
+    __shared__ float shared[HC_SUM_THREADS / 32][N];
+    float all = 0;
+    #pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float of_warp = warp_sum(sums[i]);
+        if (threadIdx.x % 32 == 0) { shared[threadIdx.x / 32][i] = of_warp; }
+    }
+    __syncthreads();
+    for (int k = 0; k < HC_SUM_THREADS / 32 && threadIdx.x < N; k++) {
+        all += shared[k][threadIdx.x];
+    }
+    return all;
+}
+
 // do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per
 // token; 20 sums over its threads.
 //   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
-enum { HC_SUM_THREADS = 128 };
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const act *o,
                         const act *X, const real *post, int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][HC + HC * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[HC + HC * HC] = {0};
     load4(p, post + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -3866,15 +3560,8 @@ hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < HC + HC * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
+    const float all = hc_block_sums(sums);
     if (threadIdx.x >= HC + HC * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
     if (threadIdx.x < HC) { dpost[t * HC + threadIdx.x] = all; }
     else { dcomb[t * HC * HC + threadIdx.x - HC] = all; }
 }
@@ -3895,9 +3582,7 @@ extern "C" void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const a
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, const bf16 *w,
                      int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][2 * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[2 * HC] = {0};
     load4(p, pre + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -3919,16 +3604,8 @@ hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, 
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < 2 * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
-    if (threadIdx.x >= 2 * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
-    out[t * 2 * HC + threadIdx.x] = all;
+    const float all = hc_block_sums(sums);
+    if (threadIdx.x < 2 * HC) { out[t * 2 * HC + threadIdx.x] = all; }
 }
 
 // What dX needs of a token: r dm, 24 numbers, then kappa and `along`, the factors of u and X.
@@ -3945,23 +3622,19 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
     const int at = blockIdx.x * HC_WEIGHTS_THREADS + threadIdx.x, e = at % 16;
     const size_t t = min(at / 16, T - 1);
     const float norm = rstd[t], rms = r[t];
-    float p[HC], a[2 * HC], mean = 0, along = 0, dm = 0;
+    float p[HC], a[HC], mean = 0, along = 0, dm = 0;
     load4(p, pre + t * HC);
-    load8(a, sums + t * 2 * HC);
+    load4(a, sums + t * 2 * HC);
     #pragma unroll
     for (int i = 0; i < HC; i++) { mean += norm / C * p[i] * a[i]; }
     const float kappa = norm * norm * mean;
     m += t * M;
     token += t * HC_TOKEN;
-    if (e < HC) {                               // pre = s(m scale0 + base) + eps
-        const float s = sigmoid_gpu(m[e] * scale[0] + base[e]);
-        const float dpre = norm * a[e % HC] - kappa * a[HC + e % HC];
-        dm = dpre * s * (1 - s) * scale[0];
-        along = m[e] * dm;
-        token[e] = rms * dm;
-    } else if (M > HC && e < 2 * HC) {          // post = 2 s(m scale1 + base)
-        const float s = sigmoid_gpu(m[e] * scale[1] + base[e]);
-        dm = dpost[t * HC + e - HC] * 2 * s * (1 - s) * scale[1];
+    if (e < HC || (M > HC && e < 2 * HC)) {     // pre = s(..) + eps, post = 2 s(..)
+        const float s = sigmoid_gpu(m[e] * scale[e / HC] + base[e]);
+        const float dy = e < HC ? norm * sums[t * 2 * HC + e] - kappa * sums[t * 2 * HC + HC + e]
+                                : 2 * dpost[t * HC + e - HC];
+        dm = dy * s * (1 - s) * scale[e / HC];
         along = m[e] * dm;
         token[e] = rms * dm;
     }
@@ -4429,6 +4102,23 @@ static void attention_forward_naive(act *out, real *lse, const act *q, const act
     cudaCheck(cudaGetLastError());
 }
 
+// Word k of lane i of a quad becomes word i of lane k.
+__device__ inline void transpose_quad(uint32_t (&v)[4], int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+    #pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+        const uint32_t in = __shfl_xor_sync(~0u, odd ? v[k] : v[k + 1], 1);
+        v[k] = odd ? in : v[k];
+        v[k + 1] = odd ? v[k + 1] : in;
+    }
+    #pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const uint32_t in = __shfl_xor_sync(~0u, high ? v[k] : v[k + 2], 2);
+        v[k] = high ? in : v[k];
+        v[k + 2] = high ? v[k + 2] : in;
+    }
+}
+
 // A tensor (rows,512) of bf16, in boxes of box_rows x 64 for the copy engine.
 static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
     return tensor_map(p, 0, 512, rows, 1, 512, (size_t)rows * 512, box_rows);
@@ -4508,13 +4198,9 @@ __device__ inline float quad_sum(float x) {
 // gets block `lane` whole, and stores its 16 bytes: a quad writes 64 bytes of one row.
 __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
     const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, high = lane & 2;
-    const uint32_t a = __shfl_xor_sync(~0u, odd ? x0 : x1, 1);
-    const uint32_t b = __shfl_xor_sync(~0u, odd ? x2 : x3, 1);
-    const uint32_t y0 = odd ? a : x0, y1 = odd ? x1 : a, y2 = odd ? b : x2, y3 = odd ? x3 : b;
-    const uint32_t c = __shfl_xor_sync(~0u, high ? y0 : y2, 2);
-    const uint32_t d = __shfl_xor_sync(~0u, high ? y1 : y3, 2);
-    *(uint4 *)(row + lane * 8) = high ? make_uint4(c, d, y2, y3) : make_uint4(y0, y1, c, d);
+    uint32_t x[4] = { x0, x1, x2, x3 };
+    transpose_quad(x, lane);
+    *(uint4 *)(row + lane * 8) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
 // Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
@@ -4526,7 +4212,6 @@ __device__ inline void store_fragments(act *at, const float *o, float k0, float 
                  pack_bf16(o[2] * k1, o[3] * k1), pack_bf16(o[6] * k1, o[7] * k1),
                  pack_bf16(o[10] * k1, o[11] * k1), pack_bf16(o[14] * k1, o[15] * k1));
 }
-
 
 // -------------------------------------------------------------------------------------------------
 // Version 3: wgmma, two consumer warpgroups and one producer
@@ -4549,18 +4234,7 @@ __device__ inline void store_fragments(act *at, const float *o, float k0, float 
 
 // d (64 x 256) += a (64 x 16) b (16 x 256), a from registers.
 __device__ inline void wgmma_outputs(float (&d)[128], const uint32_t *a, uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-                 "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, "
-                 "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "
-                 "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
-                 "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "
-                 "%120, %121, %122, %123, %124, %125, %126, %127"
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NUMBERS_128
                  "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
                  : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -4696,19 +4370,20 @@ __device__ inline void softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x, un
     }
 }
 
-// The outputs follow the reference from `before` to now.
-__device__ inline void rescale(float (&o)[128], const float *before, const float *now) {
-    const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
+// The reference of a row moved from `before` to `now`: outputs and sums are scaled by what that
+// means. Products with o may still be on their way: they are waited for only if o must change.
+__device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
     if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
+        const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
+        wgmma_wait(o);
         #pragma unroll
         for (int i = 0; i < 128; i++) { o[i] *= i & 2 ? k1 : k0; }
     }
 }
-
-// Takes over the reference that the other consumer set.
-__device__ inline void follow(float (&o)[128], Softmax &x, const float *reference, int row) {
+__device__ inline void take_reference(float (&o)[128], Softmax &x, const float *reference,
+                                      int row) {
     const float now[2] = {reference[row], reference[row + 8]};
-    rescale(o, x.reference, now);
+    move_reference(o, x.reference, now);
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         x.sum[i] *= power2(x.reference[i] - now[i]);
@@ -4802,11 +4477,11 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
                 }
                 proxy_fence();
                 pair_arrive<P0_READY>();
-                rescale(o, before, x.reference);
+                move_reference(o, before, x.reference);
                 outputs(o, (const uint32_t *)p, 4, values);
             } else {
                 pair_sync<P0_READY>();
-                follow(o, x, reference, row);
+                take_reference(o, x, reference, row);
                 barrier_wait(base + V3_FULL + 8, use[0] & 1);
                 proxy_fence();
                 outputs(o, others, 2, values);
@@ -4826,13 +4501,13 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
             if (!both) { break; }
             if (SIDE == 0) {
                 pair_sync<P1_READY>();
-                follow(o, x, reference + 64, row);
+                take_reference(o, x, reference + 64, row);
                 barrier_wait(base + V3_FULL + 16, use[1] & 1);
                 proxy_fence();
                 outputs(o, others, 2, values + TILE_BYTES);
             } else {
                 pair_arrive<P1_READY>();
-                rescale(o, before, x.reference);
+                move_reference(o, before, x.reference);
                 outputs(o, (const uint32_t *)p, 4, values + TILE_BYTES);
             }
             wgmma_wait(o);
@@ -4871,9 +4546,7 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
                                  const act *entries, const float *sink, const int *selected,
                                  AttentionShape a) {
     gpuRequire(a.D == ATT_D && a.H == ATT_H);
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V3_BYTES));
     const ForwardArguments f = { out, lse, q, kv, entries, sink, selected, a };
@@ -4883,7 +4556,7 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
 }
 
 // -------------------------------------------------------------------------------------------------
-// Versions 4 and 5: the copy engine, and less waiting
+// Version 4: the copy engine, and less waiting
 //
 // What lies together (the queries, whole window tiles, entries of which all are visible) comes
 // through the copy engine, in boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of
@@ -4991,27 +4664,6 @@ __device__ inline void scores_tiled(float (&s)[32], uint32_t base, int buffer, i
     if (last && threadIdx.x % 32 == 0) { barrier_arrive(base + V4_Q_FREE + 8); }
 }
 
-// As rescale() and follow() of version 3, but products with o may still be on their way: they are
-// waited for only if o must change.
-__device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
-    if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
-        const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
-        wgmma_wait(o);
-        #pragma unroll
-        for (int i = 0; i < 128; i++) { o[i] *= i & 2 ? k1 : k0; }
-    }
-}
-__device__ inline void take_reference(float (&o)[128], Softmax &x, const float *reference,
-                                      int row) {
-    const float now[2] = {reference[row], reference[row + 8]};
-    move_reference(o, x.reference, now);
-    #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        x.sum[i] *= power2(x.reference[i] - now[i]);
-        x.reference[i] = now[i];
-    }
-}
-
 // The softmax of the own tile, and all of it that the other consumer needs.
 template <int SIDE>
 __device__ inline void write_softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x,
@@ -5109,7 +4761,7 @@ __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *s
         }
         for (int tile = 0; tile < tiles; tile += 2) {
             consume_pair<SIDE>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
-                                      tile + 2 + SIDE >= tiles, row);
+                               tile + 2 + SIDE >= tiles, row);
         }
         finish<SIDE>(f, shared, o, x, t, i & 1, row);
     }
@@ -5142,11 +4794,7 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
         produce_tiled(g, base);
     } else {
         registers_take<216>();
-        if (group == 0) {
-            consume_tiled<0>(g.f, shared);
-        } else {
-            consume_tiled<1>(g.f, shared);
-        }
+        if (group == 0) { consume_tiled<0>(g.f, shared); } else { consume_tiled<1>(g.f, shared); }
     }
 }
 
@@ -5154,9 +4802,7 @@ static void attention_forward_tiled(act *out, real *lse, const act *q, const act
                                     const act *entries, const float *sink, const int *selected,
                                     AttentionShape a) {
     gpuRequire(a.D == ATT_D && a.H == ATT_H);
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
     const bool some = a.P > 0;                          // entries; else any valid map will do
@@ -5529,10 +5175,7 @@ enum {
 __device__ inline void wgmma_quarter(float (&d)[4][32], int h, const uint32_t *a, uint64_t b) {
     float (&d0)[32] = d[2 * h], (&d1)[32] = d[2 * h + 1];
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-        "%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
-        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-        "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+        "{" NUMBERS_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
         : SUMS_32(d0, 0), SUMS_32(d1, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
@@ -5688,23 +5331,6 @@ attention_backward_key_wgmma_kernel(float *part, const __grid_constant__ CUtenso
         const float *y = sum[j / 8] + j % 8 * 4;
         *(float2 *)(out + 8 * j) = make_float2(y[0], y[1]);
         *(float2 *)(out + 8 * AB_DIM + 8 * j) = make_float2(y[2], y[3]);
-    }
-}
-
-// Word k of lane i of a quad becomes word i of lane k.
-__device__ inline void transpose_quad(uint32_t (&v)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-    #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-        const uint32_t in = __shfl_xor_sync(~0u, odd ? v[k] : v[k + 1], 1);
-        v[k] = odd ? in : v[k];
-        v[k + 1] = odd ? v[k + 1] : in;
-    }
-    #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const uint32_t in = __shfl_xor_sync(~0u, high ? v[k] : v[k + 2], 2);
-        v[k] = high ? in : v[k];
-        v[k + 2] = high ? v[k + 2] : in;
     }
 }
 
@@ -5885,9 +5511,7 @@ extern "C" void attention_backward_query_gpu(act *dq, const act *dout, const rea
         attention_backward_query_plain(dq, dout, delta, lse, q, kv, entries, selected, a);
         return;
     }
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_backward_query_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, AB_SHARED));
     const size_t rows = (size_t)a.T * AB_HEADS;

@@ -65,6 +65,16 @@ enum { HC = 4, HC_MIX = 24 };
 // -------------------------------------------------------------------------------------------------
 // 1 Helpers, as in kernels.cu
 
+static int multiprocessors(void) {
+    static int n;
+    int device;
+    if (n == 0) {
+        cudaCheck(cudaGetDevice(&device));
+        cudaCheck(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    }
+    return n;
+}
+
 static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
 
 // Threads for a row of C elements at 8 per thread: whole warps, at most 512.
@@ -897,11 +907,8 @@ enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32
 
 // Blocks along C, and as many along T as fit onto the device, one per multiprocessor.
 static dim3 hc_grid(int T, int C, int slice) {
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     const int slices = blocks_for(C, slice), most = blocks_for(T, HC_TILE * HC_WARPS);
-    const int fit = processors / slices > 1 ? processors / slices : 1;
+    const int fit = multiprocessors() / slices > 1 ? multiprocessors() / slices : 1;
     return dim3(slices, most < fit ? most : fit);
 }
 
@@ -1223,16 +1230,28 @@ void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre,
     cudaCheck(cudaGetLastError());
 }
 
+// N sums over a block; thread i gets the i-th.
+enum { HC_SUM_THREADS = 128 };
+template <int N> __device__ inline float hc_block_sums(const float (&sums)[N]) {
+    __shared__ float shared[HC_SUM_THREADS / 32][N];
+    float all = 0;
+    #pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float of_warp = warp_sum(sums[i]);
+        if (threadIdx.x % 32 == 0) { shared[threadIdx.x / 32][i] = of_warp; }
+    }
+    __syncthreads();
+    for (int k = 0; k < HC_SUM_THREADS / 32 && threadIdx.x < N; k++) { all += shared[k][threadIdx.x]; }
+    return all;
+}
+
 // do = sum_j post[j] dY[j], dpost[j] = <dY[j], o>, dcomb[i][j] = <X[i], dY[j]>. One block per
 // token; 20 sums over its threads.
 //   bytes: 16 C for dY and X, 4 C for o and do: 80 KiB, 336 MB at T = 4,096: 78 us.
-enum { HC_SUM_THREADS = 128 };
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const act *o,
                         const act *X, const real *post, int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][HC + HC * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[HC + HC * HC] = {0};
     load4(p, post + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -1255,15 +1274,8 @@ hc_deal_backward_kernel(act *do_, real *dpost, real *dcomb, const act *dY, const
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < HC + HC * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
+    const float all = hc_block_sums(sums);
     if (threadIdx.x >= HC + HC * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
     if (threadIdx.x < HC) { dpost[t * HC + threadIdx.x] = all; }
     else { dcomb[t * HC * HC + threadIdx.x - HC] = all; }
 }
@@ -1284,9 +1296,7 @@ void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY,
 __global__ void __launch_bounds__(HC_SUM_THREADS)
 hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, const bf16 *w,
                      int C) {
-    __shared__ float shared[HC_SUM_THREADS / 32][2 * HC];
     const size_t t = blockIdx.x;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float p[HC], sums[2 * HC] = {0};
     load4(p, pre + t * HC);
     for (int c = threadIdx.x * 8; c < C; c += HC_SUM_THREADS * 8) {
@@ -1308,16 +1318,8 @@ hc_enter_sums_kernel(float *out, const real *dx, const act *X, const real *pre, 
             }
         }
     }
-    #pragma unroll
-    for (int i = 0; i < 2 * HC; i++) {
-        const float all = warp_sum(sums[i]);
-        if (lane == 0) { shared[warp][i] = all; }
-    }
-    __syncthreads();
-    if (threadIdx.x >= 2 * HC) { return; }
-    float all = 0;
-    for (int k = 0; k < HC_SUM_THREADS / 32; k++) { all += shared[k][threadIdx.x]; }
-    out[t * 2 * HC + threadIdx.x] = all;
+    const float all = hc_block_sums(sums);
+    if (threadIdx.x < 2 * HC) { out[t * 2 * HC + threadIdx.x] = all; }
 }
 
 // What dX needs of a token: r dm, 24 numbers, then kappa and `along`, the factors of u and X.
@@ -1334,23 +1336,19 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
     const int at = blockIdx.x * HC_WEIGHTS_THREADS + threadIdx.x, e = at % 16;
     const size_t t = min(at / 16, T - 1);
     const float norm = rstd[t], rms = r[t];
-    float p[HC], a[2 * HC], mean = 0, along = 0, dm = 0;
+    float p[HC], a[HC], mean = 0, along = 0, dm = 0;
     load4(p, pre + t * HC);
-    load8(a, sums + t * 2 * HC);
+    load4(a, sums + t * 2 * HC);
     #pragma unroll
     for (int i = 0; i < HC; i++) { mean += norm / C * p[i] * a[i]; }
     const float kappa = norm * norm * mean;
     m += t * M;
     token += t * HC_TOKEN;
-    if (e < HC) {                               // pre = s(m scale0 + base) + eps
-        const float s = sigmoid_gpu(m[e] * scale[0] + base[e]);
-        const float dpre = norm * a[e % HC] - kappa * a[HC + e % HC];
-        dm = dpre * s * (1 - s) * scale[0];
-        along = m[e] * dm;
-        token[e] = rms * dm;
-    } else if (M > HC && e < 2 * HC) {          // post = 2 s(m scale1 + base)
-        const float s = sigmoid_gpu(m[e] * scale[1] + base[e]);
-        dm = dpost[t * HC + e - HC] * 2 * s * (1 - s) * scale[1];
+    if (e < HC || (M > HC && e < 2 * HC)) {     // pre = s(..) + eps, post = 2 s(..)
+        const float s = sigmoid_gpu(m[e] * scale[e / HC] + base[e]);
+        const float dy = e < HC ? norm * sums[t * 2 * HC + e] - kappa * sums[t * 2 * HC + HC + e]
+                                : 2 * dpost[t * HC + e - HC];
+        dm = dy * s * (1 - s) * scale[e / HC];
         along = m[e] * dm;
         token[e] = rms * dm;
     }
