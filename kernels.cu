@@ -930,7 +930,7 @@ __device__ inline float e4m3_value(unsigned code) {
     return __uint_as_float(__float_as_uint(v) | nan | (code & 0x80) << 24);
 }
 
-__device__ inline float e8m0_value(unsigned b) { return __uint_as_float(b ? b << 23 : 0x00400000u); }
+__device__ inline float e8m0_value(unsigned b) { return __uint_as_float(b ? b << 23 : 1u << 22); }
 
 // out (O,C) bf16 from codes (O,C), scale (ceil(O/rows), ceil(C/128)): a scale is for 128 rows of a
 // frozen matrix, for one of activations. 16 codes per thread.
@@ -946,7 +946,9 @@ __global__ void widen_fp8_kernel(bf16 *out, const uint8_t *codes, const uint8_t 
     for (int half = 0; half < 2; half++) {
         float x[8];
         #pragma unroll
-        for (int i = 0; i < 8; i++) { x[i] = s * e4m3_value(word[half * 2 + i / 4] >> i % 4 * 8 & 0xFF); }
+        for (int i = 0; i < 8; i++) {
+            x[i] = s * e4m3_value(word[half * 2 + i / 4] >> i % 4 * 8 & 0xFF);
+        }
         store8(out + at + half * 8, x);
     }
 }
@@ -1212,8 +1214,8 @@ extern "C" void swiglu_quantize_backward_gpu(uint8_t *dcodes, uint8_t *dscales, 
                                              float limit, int T, int F) {
     gpuRequire(F % FP8_BLOCK == 0);
     if (T == 0) { return; }
-    swiglu_backward_kernel<1><<<T, row_threads(F), 0, stream>>>(NULL, NULL, dcodes, dscales, dweight,
-                                                                dh, gv, gv + F, 2 * F, weight,
+    swiglu_backward_kernel<1><<<T, row_threads(F), 0, stream>>>(NULL, NULL, dcodes, dscales,
+                                                                dweight, dh, gv, gv + F, 2 * F, weight,
                                                                 limit, F);
     cudaCheck(cudaGetLastError());
 }
@@ -1864,13 +1866,19 @@ __global__ void __launch_bounds__(256) recast_kernel(uint8_t *codes, uint8_t *sc
 }
 
 extern "C" void recast_fp4_gpu(uint8_t *codes, uint8_t *scales, const uint8_t *w,
-                               const uint8_t *scale, int turned, int at, int rows, int E, int C,
-                               int O) {
-    const dim3 grid(C / 128, O / 128, E);
-    gpuRequire(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0 && at % FP8_BLOCK == 0
-               && rows % FP8_BLOCK == 0);
+                               const uint8_t *scale, int turned, int at, int rows,
+                               const int *offset, int E, int C, int O) {
+    int e = 0;                          // the first expert with rows
+    while (offset && e < E && offset[e + 1] == 0) { e++; }
+    while (offset && E > e && offset[E - 1] == offset[E]) { E--; }
+    const size_t from = (size_t)e * O * C, to = (size_t)e * rows * C;
+    gpuRequire(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
+    gpuRequire(at % FP8_BLOCK == 0 && rows % FP8_BLOCK == 0);
+    if (E == e) { return; }
     auto kernel = turned ? recast_kernel<1> : recast_kernel<0>;
-    kernel<<<grid, 256, 0, stream>>>(codes, scales, w, scale, at, rows, C, O);
+    kernel<<<dim3(C / 128, O / 128, E - e), 256, 0, stream>>>(
+        codes + to, scales + to / (FP8_BLOCK * FP8_BLOCK), w + from / 2, scale + from / FP4_BLOCK,
+        at, rows, C, O);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1913,13 +1921,8 @@ namespace grouped {
 __device__ __forceinline__ void wgmma_m64k32(float (&d)[64], uint64_t x, uint64_t w, int add) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-        "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "
-        "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, "
-        "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-        "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1; }"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS_64 "}, %64, %65, p, "
+        "1, 1; }"
         : SUMS_32(d, 0), SUMS_32(d, 32)
         : "l"(x), "l"(w), "r"(add));
 }
@@ -1985,8 +1988,8 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
     }
     registers_take<232>();
     const uint32_t w_half = base + M::W + warpgroup * 128 * 128;
-    const uint32_t x0 = operand_low(base + M::X, 0), w0 = operand_low(w_half, 0);
-    const uint32_t v0 = operand_low(w_half, V_BY_K), half_rows = 64 * 128 / 16;
+    const uint32_t x0 = operand_low(base + M::X, 16), w0 = operand_low(w_half, 16);
+    const uint32_t v0 = operand_low(w_half, V_BY_K ? 8192 : 16), half_rows = 64 * 128 / 16;
     while (more) {
         float sum[2][64], part[64];
         // The scales of this thread's rows, l / 4 and l / 4 + 8 of its warp's 16 in both halves,
@@ -2020,7 +2023,8 @@ fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
                 wgmma_fence();
                 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    wgmma_m64k32(part, operand(x + half * half_rows + 2 * k), operand(w + 2 * k), k);
+                    wgmma_m64k32(part, operand(x + half * half_rows + 2 * k), operand(w + 2 * k),
+                                 k);
                 }
                 wgmma_commit();
                 wgmma_wait<0>();
@@ -2078,16 +2082,8 @@ struct Fp8Product {
 };
 
 static void fp8_product(const Fp8Product &p) {
-    static int sms;
     if (p.rows == 0 || p.E == 0) { return; }
-    if (p.K % FP8_BLOCK || p.N % FP8_BLOCK || p.K == 0 || p.KU % 8 || p.E > PRODUCT_GROUPS) {
-        gpuRequire(!"an fp8 product of this shape");
-    }
-    if (sms == 0) {
-        int device;
-        cudaCheck(cudaGetDevice(&device));
-        cudaCheck(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    }
+    gpuRequire(p.K % FP8_BLOCK == 0 && p.N % FP8_BLOCK == 0 && p.K && p.E <= PRODUCT_GROUPS);
     // To the copy engine two codes are one bf16: all it does is move bytes.
     const int pairs = p.K / 2;
     const size_t slice = (size_t)p.N * p.KU;
@@ -2104,55 +2100,21 @@ static void fp8_product(const Fp8Product &p) {
     auto kernel = p.v_by_k ? fp8_kernel<1> : fp8_kernel<0>;
     const int bytes = 1024 + (int)ProductMemory<256, 1>::SIZE;
     cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<sms, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.x_scale, p.w_scale, p.offset, s);
+    kernel<<<multiprocessors() - side_sms, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.x_scale,
+                                                                 p.w_scale, p.offset, s);
     cudaCheck(cudaGetLastError());
 }
 }   // namespace grouped
 
-// Factors as the tensor cores take them: out (outer,KU,inner) = s x (outer,R,inner) in bf16, and
-// zeros for the ranks past R.
-__global__ void border_kernel(bf16 *out, const float *x, float s, int R, int KU, size_t inner,
-                              size_t n) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, k = i / inner % KU;
-    if (i >= n) { return; }
-    const size_t from = (i / inner / KU * R + k) * inner + i % inner;
-    out[i] = __float2bfloat16(k < (size_t)R ? s * x[from] : 0);
-}
-
-static const bf16 *border(const float *x, float s, size_t outer, int R, int KU, size_t inner) {
-    const size_t n = outer * KU * inner;
-    bf16 *out = (bf16 *)workspace(sizeof(bf16) * n);
-    border_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, x, s, R, KU, inner, n);
-    cudaCheck(cudaGetLastError());
-    return out;
-}
-
-extern "C" void experts_fp8_product_gpu(act *out, const uint8_t *inp, const uint8_t *inp_scale,
-                                        const int *offset, const uint8_t *w, const uint8_t *scale,
-                                        const real *u, const real *v, int v_by_k, float s, int E,
-                                        int C, int O, int R) {
-    const size_t mark = workspace_mark();
-    grouped::Fp8Product p = {};
-    if (E == 0 || offset[E] == 0) { return; }
-    p.out = out, p.x = inp, p.x_scale = inp_scale, p.w = w, p.w_scale = scale;
-    p.offset = device_offsets(offset, E), p.E = E, p.rows = offset[E], p.N = O, p.K = C;
-    if (u != NULL && R > 0) {
-        p.KU = (R + 7) / 8 * 8, p.v_by_k = v_by_k;
-        p.u = border(u, 1, offset[E], R, p.KU, 1);
-        p.v = v_by_k ? border(v, s, E, R, p.KU, O) : border(v, s, (size_t)E * O, R, p.KU, 1);
-    }
-    grouped::fp8_product(p);
-    workspace_release(mark);
-}
-
 // -------------------------------------------------------------------------------------------------
 // 5 Adapters and optimizers (lora.c)
 //
-// Three small products with the rank on one side, each for a list of groups of rows: one group is
-// a dense adapter, 32 groups are a layer's experts. They read the wide side once, so they are bound
-// by bytes; ranks are taken R_BLOCK at a time.
+// Small products with the rank on one side, each for a list of groups of rows: one group is a dense
+// adapter, 32 groups are a layer's experts. u = A x goes by the tensor cores; s B u and A^T du ride
+// in the product they are added to. Gradients of the factors sum over rows, and are bound by bytes:
+// they read the wide side once for R_BLOCK ranks.
 
-enum { R_BLOCK = 8, LORA_ROWS = 32, GROUPS_MAX = 256 };
+enum { R_BLOCK = 8, GROUPS_MAX = 256 };
 
 // Row ranges of the groups: group e has rows at[e] .. at[e+1]-1. Passed by value.
 typedef struct { int at[GROUPS_MAX + 1]; } Groups;
@@ -2177,82 +2139,7 @@ static int longest_group(const Groups &g, int E) {
     return most;
 }
 
-// Element (r, n) of a factor: A is (R,N), B is (N,R).
-enum { FACTOR_A, FACTOR_B };
-template <int KIND> __device__ inline float factor(const float *w, int r, int n, int R, int N) {
-    return KIND == FACTOR_A ? w[(size_t)r * N + n] : w[(size_t)n * R + r];
-}
-
-// u (rows,R) = s x (rows,N) w^T. A warp takes 4 rows, its lanes share the columns.
-//   bytes: 2 N per row: x once; w comes from L2, once per 32 rows.
-template <int KIND>
-__global__ void lora_down_kernel(float *u, const bf16 *x, const float *w, float s,
-                                 const __grid_constant__ Groups groups, int N, int R) {
-    const int e = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int end = groups.at[e + 1], row0 = groups.at[e] + (blockIdx.x * 8 + warp) * 4;
-    if (row0 >= end) { return; }
-    w += (size_t)e * R * N;
-    for (int r0 = 0; r0 < R; r0 += R_BLOCK) {
-        float sum[4][R_BLOCK] = {0};
-        for (int n = lane * 4; n < N; n += 128) {
-            float v[4][4];
-            #pragma unroll
-            for (int i = 0; i < 4; i++) { load4(v[i], x + (size_t)min(row0 + i, end - 1) * N + n); }
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                if (r0 + r >= R) { break; }
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float f = factor<KIND>(w, r0 + r, n + k, R, N);
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) { sum[i][r] += v[i][k] * f; }
-                }
-            }
-        }
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                const float all = warp_sum(sum[i][r]);
-                if (lane == 0 && row0 + i < end && r0 + r < R) {
-                    u[(size_t)(row0 + i) * R + r0 + r] = s * all;
-                }
-            }
-        }
-    }
-}
-
-// y (rows,N) += s u (rows,R) w. A thread owns 4 columns of LORA_ROWS rows.
-template <int KIND, typename Y>
-__global__ void lora_up_kernel(Y *y, const float *u, const float *w, float s,
-                               const __grid_constant__ Groups groups, int N, int R) {
-    const int e = blockIdx.z, n = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    const int row0 = groups.at[e] + blockIdx.x * LORA_ROWS;
-    const int end = min(groups.at[e + 1], row0 + LORA_ROWS);
-    if (row0 >= end || n >= N) { return; }
-    w += (size_t)e * R * N;
-    for (int r0 = 0; r0 < R; r0 += R_BLOCK) {
-        float f[R_BLOCK][4];
-        #pragma unroll
-        for (int r = 0; r < R_BLOCK; r++) {
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                f[r][k] = r0 + r < R ? s * factor<KIND>(w, r0 + r, n + k, R, N) : 0;
-            }
-        }
-        for (int row = row0; row < end; row++) {
-            float v[4];
-            load4(v, y + (size_t)row * N + n);
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                const float c = r0 + r < R ? u[(size_t)row * R + r0 + r] : 0;
-                #pragma unroll
-                for (int k = 0; k < 4; k++) { v[k] += c * f[r][k]; }
-            }
-            store4(y + (size_t)row * N + n, v);
-        }
-    }
-}
+enum { FACTOR_A, FACTOR_B };    // A is (R,N), B is (N,R)
 
 // sum (split,R,N) = over the split's rows of u[row][r] x[row][n]. A thread owns 8 columns; the
 // rows' u wait in shared memory, where all threads of a warp read the same 32 bytes.
@@ -2314,21 +2201,25 @@ __global__ void lora_wgrad_add_kernel(float *grad, const float *sum, float s, in
     grad[e * each + (KIND == FACTOR_A ? r * N + c : c * R + r)] += s * all;
 }
 
-__global__ void narrow_factor_kernel(bf16 *out, const float *w, float s, size_t n) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { out[i] = __float2bfloat16(s * w[i]); }
+// out (n / RP / inner, RP, inner) = s x (.., R, inner), zeros past R.
+__global__ void narrow_factor_kernel(bf16 *out, const float *x, float s, int R, int RP,
+                                     size_t inner, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, r = i / inner % RP;
+    if (i >= n) { return; }
+    out[i] = __float2bfloat16(r < R ? s * x[(i / inner / RP * R + r) * inner + i % inner] : 0);
 }
 
-// s times n numbers of a factor, or of u, as the tensor cores read them; in the workspace.
-static const bf16 *narrow_factor(const float *w, float s, size_t n) {
+// s times a factor as the tensor cores read it, its ranks (middle of outer x R x inner) filled up to
+// a multiple of 8; in the workspace.
+static int whole_ranks(int R) { return (R + 7) / 8 * 8; }
+static const bf16 *narrow_factor(const float *x, float s, size_t outer, int R, size_t inner) {
+    const size_t n = outer * whole_ranks(R) * inner;
     bf16 *out = (bf16 *)workspace(sizeof(bf16) * n);
-    narrow_factor_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, w, s, n);
+    narrow_factor_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, x, s, R, whole_ranks(R),
+                                                                 inner, n);
     cudaCheck(cudaGetLastError());
     return out;
 }
-
-// Ranks that the tensor cores take; others go by the kernels above.
-static int rank_fits(int R) { return R % 8 == 0; }
 
 // Rows of x (rows,K) by groups: offset on the device, NULL for one dense group.
 static grouped::Product product_of(const bf16 *x, int K, const int *offset, int E, int rows,
@@ -2340,32 +2231,23 @@ static grouped::Product product_of(const bf16 *x, int K, const int *offset, int 
     return p;
 }
 
+// u (rows,R) = s x (rows,N) w^T.
 template <int KIND>
-static void lora_down(float *u, const bf16 *x, const float *w, float s, const Groups &g,
-                      const int *offset, int E, int N, int R) {
-    const int most = longest_group(g, E);
-    if (most == 0) { return; }
-    if (rank_fits(R)) {             // A lies as (E,R,N), B as (E,N,R)
-        const size_t mark = workspace_mark();
-        grouped::Product p = product_of(x, N, offset, E, g.at[E], R);
-        p.out = u, p.ldo = R, p.out_f32 = 1;
-        p.w = narrow_factor(w, s, (size_t)E * R * N), p.w_by_k = KIND == FACTOR_B;
-        grouped::grouped_product(p);
-        workspace_release(mark);
-        return;
+static void lora_down(float *u, const bf16 *x, const float *w, float s, const int *offset, int E,
+                      int rows, int N, int R) {
+    const size_t mark = workspace_mark();
+    const int whole = whole_ranks(R);
+    if (rows == 0) { return; }
+    grouped::Product p = product_of(x, N, offset, E, rows, (int)whole);
+    float *to = whole > R ? (float *)workspace(sizeof(float) * rows * whole) : u;
+    p.out = to, p.ldo = whole, p.out_f32 = 1, p.w_by_k = KIND == FACTOR_B;
+    p.w = narrow_factor(w, s, KIND == FACTOR_A ? E : (size_t)E * N, R, KIND == FACTOR_A ? N : 1);
+    grouped::grouped_product(p);
+    if (to != u) {
+        cudaCheck(cudaMemcpy2DAsync(u, sizeof(float) * R, to, sizeof(float) * whole,
+                                    sizeof(float) * R, rows, cudaMemcpyDeviceToDevice, stream));
     }
-    lora_down_kernel<KIND><<<dim3(blocks_for(most, 32), E), 256, 0, stream>>>(u, x, w, s, g, N, R);
-    cudaCheck(cudaGetLastError());
-}
-
-template <int KIND, typename Y>
-static void lora_up(Y *y, const float *u, const float *w, float s, const Groups &g, int E, int N,
-                    int R) {
-    const int most = longest_group(g, E);
-    if (most == 0) { return; }
-    const dim3 grid(blocks_for(most, LORA_ROWS), blocks_for(N, 512), E);
-    lora_up_kernel<KIND, Y><<<grid, 128, 0, stream>>>(y, u, w, s, g, N, R);
-    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
 }
 
 template <int KIND>
@@ -2398,13 +2280,12 @@ static void lora_forward(act *out, real *u, const act *inp, Matrices w, const re
     p.out = out, p.ldo = O;
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales;
     const int adapted = a != NULL && R > 0;
-    if (adapted) { lora_down<FACTOR_A>(u, inp, a, 1, g, offset, E, C, R); }
-    if (adapted && rank_fits(R) && rows) {
-        p.u = narrow_factor(u, 1, rows * R), p.ldu = R;
-        p.v = narrow_factor(b, s, (size_t)E * O * R), p.KU = R;
+    if (adapted && rows) {
+        lora_down<FACTOR_A>(u, inp, a, 1, offset, E, (int)rows, C, R);
+        p.u = narrow_factor(u, 1, rows, R, 1), p.ldu = p.KU = whole_ranks(R);
+        p.v = narrow_factor(b, s, (size_t)E * O, R, 1);
     }
     grouped::grouped_product(p);
-    if (adapted && !rank_fits(R)) { lora_up<FACTOR_B>(out, u, b, s, g, E, O, R); }
     workspace_release(mark);
 }
 
@@ -2418,14 +2299,13 @@ static void lora_backward(real *dinp, real *da, real *db, const act *dout, const
     grouped::Product p = product_of(dout, O, offset, E, g.at[E], C);
     p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales, p.w_by_k = 1;
-    if (adapted) { lora_down<FACTOR_B>(du, dout, b, s, g, offset, E, O, R); }
-    if (adapted && rank_fits(R) && rows) {
-        p.u = narrow_factor(du, 1, rows * R), p.ldu = R;
-        p.v = narrow_factor(a, 1, (size_t)E * R * C), p.KU = R;
+    if (adapted && rows) {
+        lora_down<FACTOR_B>(du, dout, b, s, offset, E, (int)rows, O, R);
+        p.u = narrow_factor(du, 1, rows, R, 1), p.ldu = p.KU = whole_ranks(R);
+        p.v = narrow_factor(a, 1, E, R, C);
     }
     grouped::grouped_product(p);
     if (adapted) {
-        if (!rank_fits(R)) { lora_up<FACTOR_A>(dinp, du, a, 1, g, E, C, R); }
         lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
         lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
     }
@@ -2492,26 +2372,68 @@ extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const 
     workspace_release(mark);
 }
 
-// Without adapters.
-extern "C" void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset,
-                                        const uint8_t *w, const uint8_t *scale, int E, int C,
-                                        int O) {
-    lora_experts_forward_gpu(out, NULL, inp, offset, w, scale, NULL, NULL, 1, E, C, O, 0);
-}
-
-extern "C" void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset,
-                                         const uint8_t *w, const uint8_t *scale, int E, int C,
-                                         int O) {
-    lora_experts_backward_gpu(dinp, NULL, NULL, dout, NULL, NULL, offset, w, scale, NULL, NULL, 1,
-                              E, C, O, 0);
-}
-
-// u (rows,R) = A_e h, what the backward of w2 needs of its forward.
-extern "C" void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a,
-                                      int E, int F, int R) {
+// The adapter's share of a forward and of a backward.
+extern "C" void lora_experts_down_gpu(real *u, const act *inp, const int *offset, const real *a,
+                                      int E, int C, int R) {
     const size_t mark = workspace_mark();
     if (a == NULL || R == 0 || offset[E] == 0) { return; }
-    lora_down<FACTOR_A>(u, h, a, 1, groups_of(offset, E), device_offsets(offset, E), E, F, R);
+    lora_down<FACTOR_A>(u, inp, a, 1, device_offsets(offset, E), E, offset[E], C, R);
+    workspace_release(mark);
+}
+
+extern "C" void lora_experts_gradients_gpu(real *du, real *da, real *db, const act *dout,
+                                           const act *inp, const real *u, const int *offset,
+                                           const real *b, float s, int E, int C, int O, int R) {
+    const size_t mark = workspace_mark();
+    if (b == NULL || R == 0 || offset[E] == 0) { return; }
+    const Groups g = groups_of(offset, E);
+    lora_down<FACTOR_B>(du, dout, b, s, device_offsets(offset, E), E, offset[E], O, R);
+    lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
+    lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
+    workspace_release(mark);
+}
+
+// Number i of (E,2R,C) and (E,2F,2R) in the adapters of w1 and w3 (C text: lora_stacked).
+__global__ void lora_stack_kernel(real *stack, real *a1, real *b1, real *a3, real *b3, int add,
+                                  size_t n_a, size_t n, int C, int F, int R) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    real *p = NULL;
+    if (i >= n) { return; }
+    if (i < n_a) {
+        const size_t r = i / C % (2 * R), e = i / C / (2 * R);
+        if (real *a = r < R ? a1 : a3) { p = a + (e * R + r % R) * C + i % C; }
+    } else {
+        const size_t row = (i - n_a) / (2 * R), r = (i - n_a) % (2 * R), f = row % (2 * F);
+        real *b = f < F ? b1 : b3;
+        if (b && (r < R) == (f < F)) { p = b + (row / (2 * F) * F + f % F) * R + r % R; }
+    }
+    if (!add) { stack[i] = p ? *p : 0; } else if (p) { *p += stack[i]; }
+}
+
+extern "C" void lora_stack_gpu(real *stack, real *a1, real *b1, real *a3, real *b3, int add, int E,
+                               int C, int F, int R) {
+    const size_t n_a = (size_t)E * 2 * R * C, n = n_a + (size_t)E * 4 * F * R;
+    if (n == 0) { return; }
+    lora_stack_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(stack, a1, b1, a3, b3, add, n_a, n, C,
+                                                              F, R);
+    cudaCheck(cudaGetLastError());
+}
+
+extern "C" void experts_fp8_product_gpu(act *out, const uint8_t *inp, const uint8_t *inp_scale,
+                                        const int *offset, const uint8_t *w, const uint8_t *scale,
+                                        const real *u, const real *v, int v_by_k, float s, int E,
+                                        int C, int O, int R) {
+    const size_t mark = workspace_mark();
+    grouped::Fp8Product p = {};
+    if (E == 0 || offset[E] == 0) { return; }
+    p.out = out, p.x = inp, p.x_scale = inp_scale, p.w = w, p.w_scale = scale;
+    p.offset = device_offsets(offset, E), p.E = E, p.rows = offset[E], p.N = O, p.K = C;
+    if (u != NULL && R > 0) {
+        p.KU = whole_ranks(R), p.v_by_k = v_by_k;
+        p.u = narrow_factor(u, 1, offset[E], R, 1);
+        p.v = narrow_factor(v, s, v_by_k ? E : (size_t)E * O, R, v_by_k ? O : 1);
+    }
+    grouped::fp8_product(p);
     workspace_release(mark);
 }
 
@@ -3229,20 +3151,23 @@ __global__ void regroup_kernel(Word *out, const Word *inp, const __grid_constant
     for (int i = lane; i < words; i += 32) { out[i] = inp[i]; }
 }
 
+// Calls f with a word as wide as rows of so many bytes allow.
+template <typename F> static void with_words(size_t row_bytes, F f) {
+    if (row_bytes % 16 == 0) { f(uint4()); }
+    else if (row_bytes % 4 == 0) { f(uint32_t()); }
+    else { f(uint8_t()); }
+    cudaCheck(cudaGetLastError());
+}
+
 extern "C" void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order,
                                  size_t row_bytes) {
     const int rows = runs.n ? runs.from[runs.n - 1] + runs.count[runs.n - 1] : 0;
-    const int wide = row_bytes % 16 == 0, words = (int)(row_bytes / (wide ? 16 : 4));
-    gpuRequire(row_bytes % 4 == 0);
     if (rows == 0) { return; }
-    if (wide) {
+    with_words(row_bytes, [&](auto word) {
         regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
-            (uint4 *)out, (const uint4 *)inp, runs, order == BY_SOURCE, rows, words);
-    } else {
-        regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
-            (uint32_t *)out, (const uint32_t *)inp, runs, order == BY_SOURCE, rows, words);
-    }
-    cudaCheck(cudaGetLastError());
+            (decltype(word) *)out, (const decltype(word) *)inp, runs, order == BY_SOURCE, rows,
+            (int)(row_bytes / sizeof word));
+    });
 }
 
 // own (n) = the sum of what all members have there, in their order. Member i's is row i of others
@@ -3258,19 +3183,25 @@ __global__ void sum_rows_kernel(real *own, const real *others, int members, int 
 
 #include "dev/device.cu"        // the host's side: start, memory, copies, NCCL
 
-// home[row] = inp[row_slot[row] / K]: one block per travelling row.
+// home[row] = inp[row_slot[row] / K]: one warp per travelling row.
 //   bytes: 4 C per row; 24,576 rows of 4,096: 403 MB, 94 us.
-__global__ void pack_rows_kernel(act *home, const act *inp, const int *row_slot, int K, int C) {
-    const size_t row = blockIdx.x;
-    const uint4 *from = (const uint4 *)(inp + (size_t)(row_slot[row] / K) * C);
-    uint4 *to = (uint4 *)(home + row * C);
-    for (int i = threadIdx.x; i < C / 8; i += blockDim.x) { to[i] = from[i]; }
+template <typename Word>
+__global__ void pack_rows_kernel(Word *home, const Word *inp, const int *row_slot, int n, int K,
+                                 int words) {
+    const size_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= n) { return; }
+    const Word *from = inp + (size_t)(row_slot[row] / K) * words;
+    for (int i = threadIdx.x % 32; i < words; i += 32) { home[row * words + i] = from[i]; }
 }
 
-extern "C" void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C) {
+extern "C" void pack_rows_gpu(void *home, const void *inp, const int *row_slot, int n, int K,
+                              size_t row_bytes) {
     if (n == 0) { return; }
-    pack_rows_kernel<<<n, row_threads(C), 0, stream>>>(home, inp, row_slot, K, C);
-    cudaCheck(cudaGetLastError());
+    with_words(row_bytes, [&](auto word) {
+        pack_rows_kernel<<<blocks_for(n, 8), 256, 0, stream>>>(
+            (decltype(word) *)home, (const decltype(word) *)inp, row_slot, n, K,
+            (int)(row_bytes / sizeof word));
+    });
 }
 
 __global__ void pack_weights_kernel(real *home, const real *weights, const int *row_slot, int n) {

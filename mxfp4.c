@@ -126,7 +126,7 @@ static inline ExpertTile *expert_tiles(int *count, const int *offset, int E, int
 // (E,O,C/32). Rows offset[e] .. offset[e+1]-1 are expert e's; offset (E+1) starts at 0.
 void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint8_t *w,
                          const uint8_t *scale, int E, int C, int O) {
-    GPU(experts_fp4_forward_gpu(out, inp, offset, w, scale, E, C, O))
+    CPU_ONLY();
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -143,12 +143,11 @@ void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint
     }
     free(list);
 }
-TWIN(experts_fp4_forward)
 
 // dinp (rows,C) += dout (rows,O) times the expert's matrix.
 void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const uint8_t *w,
                           const uint8_t *scale, int E, int C, int O) {
-    GPU(experts_fp4_backward_gpu(dinp, dout, offset, w, scale, E, C, O))
+    CPU_ONLY();
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -165,7 +164,6 @@ void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const 
     }
     free(list);
 }
-TWIN(experts_fp4_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 4 Recast to e4m3: the packed matrices as an fp8 product wants them
@@ -220,7 +218,7 @@ TWIN(recast_spread)
 // codes (E,rows,C), scales (E,rows/128,C/128) from w (E,O,C/2), scale (E,O,C/32): the O rows become
 // rows at .. at+O-1 of each expert's, so that two matrices may stand one above the other. turned:
 // codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128. offset (E+1),
-// if given: experts without rows are left out.
+// if given, are the experts' rows: those before the first and after the last with any are left out.
 void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale, int turned,
                 int at, int rows, const int *offset, int E, int C, int O) {
     GPU(recast_fp4_gpu(codes, scales, w, scale, turned, at, rows, offset, E, C, O))
@@ -231,7 +229,7 @@ void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t
     for (int b = 0; b < E * (O / FP8_BLOCK) * across; b++) {
         int o0 = b / across * FP8_BLOCK, c0 = b % across * FP8_BLOCK;   // o0: of all experts' rows
         size_t e = o0 / O, row0 = o0 % O + at;
-        if (offset && offset[e + 1] == offset[e]) { continue; }
+        if (offset && (offset[e + 1] == 0 || offset[e] == offset[E])) { continue; }
         int largest = recast_largest(scale, o0, c0, C);
         size_t grid = e * down * across + (turned ? c0 / FP8_BLOCK * down + row0 / FP8_BLOCK
                                                   : row0 / FP8_BLOCK * across + c0 / FP8_BLOCK);

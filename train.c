@@ -2864,8 +2864,8 @@ static inline ModelOptions plan_memory(Trainer *r) {
                        .training = !opt.eval && !*opt.check_adapter };
     o.offload = o.training ? opt.offload : 0;
     o.fp8 = *opt.precision == 'f';
-    refuse_if(o.fp8 && (o.R % 8 || r->config.C % FP8_BLOCK || r->config.F % FP8_BLOCK), "--precision "
-              "fp8 needs a --lora-r that 8 divides, and matrices of whole blocks of 128 x 128");
+    refuse_if(o.fp8 && (r->config.C % FP8_BLOCK || r->config.F % FP8_BLOCK), "--precision fp8 needs "
+              "experts of whole blocks of 128 x 128, not of %d x %d", r->config.F, r->config.C);
     if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.

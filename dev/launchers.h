@@ -55,13 +55,9 @@ void swiglu_quantize_forward_gpu(uint8_t *codes, uint8_t *scales, const act *gv,
                                  float limit, float floor, int T, int F);
 void swiglu_quantize_backward_gpu(uint8_t *dcodes, uint8_t *dscales, real *dweight, const act *dh,
                                   const act *gv, const real *weight, float limit, int T, int F);
-void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset, const uint8_t *w, const
-                             uint8_t *scale, int E, int C, int O);
-void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset, const uint8_t *w,
-                              const uint8_t *scale, int E, int C, int O);
 void recast_spread_gpu(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E, int C, int O);
-void recast_fp4_gpu(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale, int
-                    turned, int at, int rows, int E, int C, int O);
+void recast_fp4_gpu(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale,
+                    int turned, int at, int rows, const int *offset, int E, int C, int O);
 void experts_fp8_product_gpu(act *out, const uint8_t *inp, const uint8_t *inp_scale, const int
                              *offset, const uint8_t *w, const uint8_t *scale, const real *u, const
                              real *v, int v_by_k, float s, int E, int C, int O, int R);
@@ -79,8 +75,13 @@ void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout, 
                                const real *u, const int *offset, const uint8_t *w, const uint8_t
                                *scale, const real *a, const real *b, float s, int E, int C, int O,
                                int R);
-void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a, int E, int F,
+void lora_experts_down_gpu(real *u, const act *inp, const int *offset, const real *a, int E, int C,
                            int R);
+void lora_experts_gradients_gpu(real *du, real *da, real *db, const act *dout, const act *inp,
+                                const real *u, const int *offset, const real *b, float s, int E,
+                                int C, int O, int R);
+void lora_stack_gpu(real *stack, real *a1, real *b1, real *a3, real *b3, int add, int E, int C,
+                    int F, int R);
 void sum_squares_gpu(double *sum_h, const real *x, size_t n);
 void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double
                       lr, double beta1, double beta2, double eps, double weight_decay, int step);
@@ -96,7 +97,8 @@ void trip_count_gpu(int *counts, int *index, const int *ids, int slots, int E);
 void trip_sort_gpu(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs, int
                    slots);
 void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order, size_t row_bytes);
-void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
+void pack_rows_gpu(void *home, const void *inp, const int *row_slot, int n, int K,
+                   size_t row_bytes);
 void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
 void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
 void dispatch_backward_gpu(real *dinp, const act *home_dx, const int *slot_row, int T, int K, int
