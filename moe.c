@@ -306,13 +306,9 @@ void comm_broadcast(int which, void *data, size_t bytes, int root, const char *p
     }
 }
 
-// ---- 3.1 GPUs
-//
-// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones
-// find it in the page, others hear it from rank 0 (dev/launcher.c).
-
 #ifdef USE_CUDA
-// Connects the GPUs of all ranks; each has taken its own. folder: that all ranks see.
+// Connects the GPUs of all ranks; each has taken its own. NCCL's ranks need a first word: forked
+// ones find it in the page, others hear it from rank 0 (dev/launcher.c; folder: that all see).
 void comm_connect(const char *folder) {
     enum { INTS = GPU_ID_BYTES / sizeof(int) };
     int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
@@ -337,8 +333,7 @@ void comm_connect(const char *folder) {
 // trip), and room at the experts for the rows of one round.
 
 typedef struct {                // sizes of one MoE layer
-    int C, E, K, F, R;          // channels, experts (all ranks), experts per token, expert width,
-                                // LoRA rank
+    int C, E, K, F, R;          // channels, experts (all), experts per token, their width, LoRA rank
     int first, local;           // this rank owns experts first .. first+local-1
     float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
     int norm_topk;              // divide by the sum of the selected scores
@@ -396,8 +391,8 @@ typedef struct {
     act *h, *dv;                // (n,F)
     real *u2;                   // (n,R) A h
     real *dh, *dx;              // (n,F), (capacity,C)
-    // In fp8: tokens' x and dy, quantised; a layer's matrices as e4m3; rows widened for the
-    // adapters' products; adapters of w1 above w3, and their gradients; du, and d[g | v] in codes.
+    // In fp8: tokens' x and dy, quantised; a layer's matrices as e4m3, and d[g | v]; rows widened
+    // for the adapters; the adapters of w1 above w3, and their gradients; du.
     uint8_t *x8, *dy8, *codes, *dgv8;
     act *wide[2];               // (capacity, max(C,2F))
     real *stack, *dstack, *du;
@@ -416,13 +411,15 @@ static inline MoeHidden hidden_alloc(int class_, const MoeDims *d, size_t n) {
 static inline void moe_alloc_fp8(MoeScratch *x, const MoeDims *d, size_t T, int training) {
     const int C = d->C, F = d->F, wide = C > 2 * F ? C : 2 * F;
     const size_t n = x->capacity, stack = (size_t)d->local * 2 * d->R * (C + 2 * F);
+    const size_t codes = (size_t)d->local * 2 * F * (C + C / FP8_BLOCK), rows = 2 * n * wide;
     x->x8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
-    x->codes = MEM(uint8_t, MEM_SCRATCH, (size_t)d->local * 2 * F * (C + C / FP8_BLOCK));
-    x->wide[0] = MEM(act, MEM_SCRATCH, n * wide);
     x->stack = MEM(real, MEM_SCRATCH, stack);
+    x->codes = MEM(uint8_t, MEM_SCRATCH, codes > rows * sizeof(act) ? codes : rows * sizeof(act));
+    x->wide[0] = (act *)x->codes;       // one is done with before the other begins; dx: bf16's
+    x->wide[1] = x->wide[0] ? x->wide[0] + n * wide : NULL;
     if (!training) { return; }
+    x->dx = (real *)x->codes;
     x->dy8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
-    x->wide[1] = MEM(act, MEM_SCRATCH, n * wide);
     x->dstack = MEM(real, MEM_SCRATCH, stack);
     x->du = MEM(real, MEM_SCRATCH, n * 2 * d->R);
     x->dgv8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(n, 2 * F));
@@ -492,6 +489,7 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
     // Rows arrive while the shared expert has a dh, but both are over when dx begins.
     const size_t end = mem_mark(MEM_SCRATCH);
+    if (d->fp8) { return; }
     mem_release(MEM_SCRATCH, mark);
     x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
     if (mem_mark(MEM_SCRATCH) < end) { mem_release(MEM_SCRATCH, end); }
@@ -795,8 +793,7 @@ void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
 }
 TWIN(pack_weights)
 
-// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to
-// it.
+// Reorders a round's rows: BY_EXPERT from the order in which they arrive, BY_SOURCE back to it.
 void regroup_rows(void *out, const void *inp, Runs runs, int order, size_t row_bytes) {
     GPU(regroup_rows_gpu(out, inp, runs, order, row_bytes))
     for (int i = 0; i < runs.n; i++) {
@@ -850,8 +847,8 @@ static inline void trip_back(void *home, const void *rows, size_t row_bytes, rea
     comm_batch(0);
 }
 
-// What travels of a token: its row as it is, or codes and, after those of all rows, scales. A row
-// is quantised once, before it is copied for its experts.
+// What travels of a token: its row, or codes and, behind those of all rows, scales. It is quantised
+// once, before it is copied for its experts.
 typedef struct { const void *rows, *scales; size_t row, scale; } Payload;   // sizes in bytes
 
 static inline Payload payload(const act *inp, uint8_t *room, int kept, float floor, int T, int C) {
@@ -888,11 +885,10 @@ static inline MoeHidden *experts_place(MoeSaved *s, MoeScratch *x, const MoeDims
     return s->experts.g && fits ? &s->experts : &x->hidden;
 }
 
-// y (n,C) = the experts' outputs for the rows (n,C) that arrived; n = offset[local]. NULL: only what
-// the backward (again) needs of it: h (n,F) = weight silu(w1 x) (w3 x), clamped, and u2. g and v may
-// have been kept.
+// y (n,C) = the experts' outputs for the rows (n,C) that arrived; n = offset[local]. NULL: only
+// what the backward (again) needs: h (n,F) = weight silu(w1 x) (w3 x), clamped, and u2.
 // again: the backward's call, for which g and v may have been kept.
-static inline void experts_forward(act *y, MoeHidden *k, MoeScratch *x, const act *rows,
+static inline void experts_forward(act *y, MoeHidden *k, MoeScratch *x, const void *rows,
                                    const real *weight, const MoeWeights *w, const MoeDims *d,
                                    int again) {
     if (!again || k == &x->hidden) {
@@ -927,7 +923,7 @@ static inline void shared_hidden(MoeHidden *k, MoeScratch *x, const act *inp, co
 
 // Gradients of the rows (n,C) that arrived, from dy (n,C): dx (n,C) as act, overwriting dy, and
 // dweight (n). Adapter gradients +=.
-static inline void experts_backward(act *dy, real *dweight, const act *rows, const real *weight,
+static inline void experts_backward(void *dy, real *dweight, const void *rows, const real *weight,
                                     MoeHidden *k, const MoeWeights *w, const MoeDims *d,
                                     MoeScratch *x) {
     const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
@@ -935,7 +931,6 @@ static inline void experts_backward(act *dy, real *dweight, const act *rows, con
     phase_in(PHASE_EXPERTS, PASS_AGAIN);
     experts_forward(NULL, k, x, rows, weight, w, d, 1);
     phase_in(PHASE_EXPERTS, PASS_BACKWARD);
-
     // forward: y = w2 h
     zero(x->dh, (size_t)n * F * sizeof(real));
     lora_experts_backward(x->dh, w->e2.da, w->e2.db, dy, x->h, x->u2, x->offset, w->w2, w->s2,
@@ -1016,7 +1011,6 @@ static inline void experts_backward_fp8(void *dy, real *dweight, const void *row
     phase_in(PHASE_EXPERTS, PASS_AGAIN);
     experts_forward_fp8(NULL, k, x, rows, weight, w, d, 1);
     phase_in(PHASE_EXPERTS, PASS_BACKWARD);
-
     // forward: y = w2 h + s B (A h)
     widen_rows_fp8(x->wide[1], dy8.codes, dy8.scales, n, C);
     lora_experts_gradients(x->du, w->e2.da, w->e2.db, x->wide[1], x->wide[0], x->u2, x->offset,
@@ -1047,7 +1041,6 @@ static inline void shared_backward(real *dinp, const act *dout, const act *inp, 
     shared_hidden(k, x, inp, w, d, T, 1);
     lora_experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
     phase_in(PHASE_SHARED, PASS_BACKWARD);
-
     // forward: y = w2 h
     zero(x->dh, (size_t)T * F * sizeof(real));
     lora_linear_backward(x->dh, w->l2.da, w->l2.db, dout, x->h, x->u2, w->sh_w2, w->sh_s2,
@@ -1113,8 +1106,7 @@ TWIN(dispatch_backward)
 //
 // Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring
 // dx and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of
-// an expert group call both together, those without tokens too: their experts may still have
-// visitors.
+// an expert group call both together, those without tokens too: visitors may come to their experts.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
 // layers. Fills s. count_h (E), if given, += this rank's rows for each expert.
@@ -1143,8 +1135,8 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
         const void *rows = payload_there(x->rows_x, home_x, tokens_x, s->row_slot + x->home_at,
                                          x->home_rows, d->K, weight, home_w, x, d, "moe x");
         phase(PHASE_EXPERTS);
-        if (fp8) { experts_forward_fp8(y, experts_place(s, x, d), x, rows, weight, w, d, 0); }
-        else { experts_forward(y, experts_place(s, x, d), x, rows, weight, w, d, 0); }
+        (fp8 ? experts_forward_fp8 : experts_forward)(y, experts_place(s, x, d), x, rows, weight,
+                                                      w, d, 0);
         phase(PHASE_EXCHANGE);
         aside(ASIDE_BEGIN);
         trip_back(home_y, y, row, NULL, NULL, x, "moe y");
@@ -1193,9 +1185,8 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
         if (round == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
         phase(PHASE_EXCHANGE);
         aside(ASIDE_JOIN);
-        MoeHidden *k = experts_place(s, x, d);
-        if (fp8) { experts_backward_fp8(dy, dweight, rows, weight, k, w, d, x); }
-        else { experts_backward(dy, dweight, rows, weight, k, w, d, x); }
+        (fp8 ? experts_backward_fp8 : experts_backward)(dy, dweight, rows, weight,
+                                                        experts_place(s, x, d), w, d, x);
         phase(PHASE_EXCHANGE);
         trip_back(home_y, dy, row, home_dw, dweight, x, "moe dx");      // in place of dy it sent
     }

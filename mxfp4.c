@@ -217,8 +217,8 @@ TWIN(recast_spread)
 
 // codes (E,rows,C), scales (E,rows/128,C/128) from w (E,O,C/2), scale (E,O,C/32): the O rows become
 // rows at .. at+O-1 of each expert's, so that two matrices may stand one above the other. turned:
-// codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128. offset (E+1),
-// if given, are the experts' rows: those before the first and after the last with any are left out.
+// codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128. If offset
+// (E+1) is given, experts before the first and after the last with rows are left out.
 void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale, int turned,
                 int at, int rows, const int *offset, int E, int C, int O) {
     GPU(recast_fp4_gpu(codes, scales, w, scale, turned, at, rows, offset, E, C, O))
