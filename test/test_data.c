@@ -1,6 +1,6 @@
 // Tests of train.c's parts 9 to 12 and of prep.c: packing and the order of rows, token files,
 // options, logs, and the loop end to end on the built-in model, in children that fork. Each was
-// seen to fail on broken copies of what it tests, 68 in all:
+// seen to fail on broken copies of what it tests, 72 in all:
 //   packing     a piece of t + 1 tokens; next-fit with >=; the last piece of an epoch dropped; the
 //               same order in every epoch; no shuffling; --pack off ignored; chat not truncated;
 //               a cut piece's first token counted as a label
@@ -21,6 +21,8 @@
 //   resume      data not sought; moments lost; --reset-optim keeping them; other options, or data,
 //               accepted; -l ignored; old lines kept; --init-adapter with another r
 //   ends        a stop, or one that is not saved; a NaN ignored; OUT not moved, or all of it
+//   nonfinite   the check after the update, or none of the sum; second moments not read, or those of
+//               a neighbour among a rank's experts
 //   cc -std=gnu11 -O2 -fopenmp -Wall -Wextra test/test_data.c -o test_data -lm && ./test_data
 #define TESTING
 #include "../train.c"
