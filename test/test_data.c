@@ -742,6 +742,7 @@ static void test_resume(void) {
           said);
 }
 
+#ifdef HAVE_JSMN
 // A token file: n tokens, of this model's vocabulary.
 static void write_tokens(const char *name, const uint32_t *token, size_t n) {
     uint32_t header[BIN_HEADER / 4] = { BIN_MAGIC, BIN_VERSION, 264, (uint32_t)n };
@@ -754,7 +755,6 @@ static void write_tokens(const char *name, const uint32_t *token, size_t n) {
 
 static const char *const optimizers[2] = { "adamw", "muon" };
 
-#ifdef HAVE_JSMN
 // folder/out/checkpoint-00000k/file
 static char *in_checkpoint(const char *out, int k, const char *file) {
     char name[256];
