@@ -5,6 +5,31 @@
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_lora.c -o test_lora -lm && ./test_lora
 //   the same with -DACT=double -DREAL=double (central differences), and with sanitizers
 //
+// What must hold of gradients however a step is cut, and of updates, on the CPU, and the test that
+// shows it (file.function):
+//   G1  nothing is added after the sum; same bits         cli.splits, moe.ranks, moe.collectives
+//   G2  micro-batches and rows per rank change nothing    cli.splits, cli.ranks, data.steps
+//   G3  every backward adds                               lora.accumulation, moe.repeats,
+//                                                         cli.splits, train.packing
+//   G4  rows of any length: divided by all labels         cli.splits, train.packing, data.steps
+//   G5  expert parallelism changes no gradient            cli.splits, moe.ranks
+//   G6  the norm counts every element once                lora.norm, moe.collectives, cli.splits
+//   G7  clip, finite, momentum, update; an infinity       lora.nonfinite, lora.muon_size,
+//       leaves all as it was                              lora.muon_skips, data.nonfinite
+//   G8  one step counter, any chunks                      lora.adamw_chunks, data.resume
+//   G9  no rows, no experts, no targets, idle experts     lora.no_rows, lora.registry, moe.ranks,
+//                                                         train.empty_batch, cli.splits
+//   G10 no token is dropped                               moe.trip, moe.ranks (capacity 1)
+//   G11 the bias selects, weighs nothing, is not trained  moe.router, train.frozen
+//   G12 scales once                                       lora.accumulation, cli.splits
+//   G13 state of what is trained, and of nothing else     lora.registry, lora.muon_adapters,
+//                                                         train.frozen
+//   G14 64-bit places                                     lora.large_offsets, reshard.full_size
+//   G15 derived splits are those that the others say      moe.trip
+//   G16 resume to the bit; onto other ranks               cli.resume, cli.resume_ranks,
+//                                                         cli.resume_muon, data.other_ranks
+// Several GPUs: test_ranks.sh, functions gradients, uneven, numerics, losses.
+//
 // Each was seen to fail on a broken copy of lora.c:
 //   linears: A, B or u read transposed; B turned or put back with the wrong stride; s dropped from
 //     y, du or dB, used twice in dA, cut to an int; y rounded before the adapter is added; dx
@@ -383,28 +408,34 @@ static void test_no_rows(void) {
     }
 }
 
-// G14: 300 experts of 2^23 elements of A. Only the last one has rows; other pages stay untouched.
+// G14: 300 experts of 2^23 elements of A and 2^24 packed weights, in 2^23 bytes. Only the last one
+// has rows; other pages stay untouched.
 static void test_large_offsets(void) {
-    enum { E = 300, C = 8192, O = 32, R = 1024, T = 2 };
+    enum { E = 300, C = 8192, O = 2048, R = 1024, T = 2 };
     size_t size_a = (size_t)R * C, n = E * size_a, n_w = (size_t)E * O * C / 2;
-    size_t bytes = sizeof(real) * 2 * (n + E * O * R) + n_w + n_w / 16;
+    size_t n_b = (size_t)E * O * R, bytes = sizeof(real) * 2 * (n + n_b) + n_w + n_w / 16;
     char *base = (char *)mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) { skip("large offsets: no address space"); return; }
-    real *a = (real *)base, *da = a + n, *b = da + n, *db = b + E * O * R;
-    uint8_t *w = (uint8_t *)(db + E * O * R), *scale = w + n_w;
+    real *a = (real *)base, *da = a + n, *b = da + n, *db = b + n_b;
+    uint8_t *w = (uint8_t *)(db + n_b), *scale = w + n_w;
     int *offset = (int *)calloc(E + 1, sizeof(int));
     act *inp = random_acts((size_t)T * C), *out = random_acts(T * O), *dout = random_acts(T * O);
     real *dinp = random_reals((size_t)T * C), *u = random_reals(T * R);
     offset[E] = T;
     a[n - size_a + 5 * C + 7] = 2;              // A[5][7] of the last expert
-    b[E * O * R - R + 5] = 3;                   // B[O-1][5] of the last expert
+    b[n_b - R + 5] = 3;                         // B[O-1][5] of the last expert
+    w[n_w - C / 2 + 5] = 2 << 4;                // W[O-1][11] of the last expert is 1
+    scale[n_w / 16 - C / 32] = 127;
+    real before[T] = { dinp[11], dinp[C + 11] };
     lora_experts_forward(out, u, inp, offset, w, scale, a, b, 0.5f, E, C, O, R);
     lora_experts_backward(dinp, da, db, dout, inp, u, offset, w, scale, a, b, 0.5f, E, C, O, R);
     double want = 0;
     for (int t = 0; t < T; t++) {
         check_close("large u", t, u[t * R + 5], 2 * ld(inp + t * C + 7), 1e-6);
-        check_close("large out", t, ld(out + t * O + O - 1), 3 * (double)ld(inp + t * C + 7), 1e-2);
+        check_close("large out", t, ld(out + t * O + O - 1), 3 * (double)ld(inp + t * C + 7)
+                    + (double)ld(inp + t * C + 11), 1e-2);
+        check_close("large dinp", t, dinp[t * C + 11] - before[t], ld(dout + t * O + O - 1), 1e-6);
         want += 1.5 * ld(dout + t * O + O - 1) * ld(inp + t * C + 9);
     }
     check_close("large da", 9, da[n - size_a + 5 * C + 9], want, 1e-5);
