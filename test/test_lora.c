@@ -29,8 +29,8 @@
 //   Muon: no Nesterov; scale from the rows; decay of the step; grad_scale dropped; the restart one
 //     round late; Z and Q exchanged; 1e-7 added to the norm; a zero or non-finite slice moved; one
 //     method for both; a slice less
-//   stack: B1 and B3 exchanged, A's rows interleaved, B3 under A1's columns, = for +=, an absent one
-//     left as it was
+//   stack: B1 and B3 exchanged, A's rows interleaved, B3 in the columns of A1, = for +=, an absent
+//     one left as it was
 //   schedule: warm-up from 0, or one step too long; cosine from step 0, or to the last step; final
 //     fraction dropped, or not taken off; constant ignored, or without warm-up; nothing after the
 //     end
@@ -1256,7 +1256,9 @@ static void test_stack(void) {
             for (int i = 0; i < B; i++) {
                 int e = i / (F * R), f = i / R % F, r = i % R;
                 if (b1) { b[e][f][r] = b1[i]; before[1][i] += pass ? up[e][f][r] : 0; }
-                if (b3) { b[e][F + f][R + r] = b3[i]; before[3][i] += pass ? up[e][F + f][R + r] : 0; }
+                if (!b3) { continue; }
+                b[e][F + f][R + r] = b3[i];
+                before[3][i] += pass ? up[e][F + f][R + r] : 0;
             }
             lora_stack(stack, a1, b1, a3, b3, pass, E, C, F, R);
             check(pass || memcmp(stack, want, n * sizeof(real)) == 0, "stack of %d", present);
