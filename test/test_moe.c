@@ -3,7 +3,7 @@
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_moe.c -o test_moe -lm && ./test_moe
 // Everything that forks comes first: a process that has used OpenMP cannot have children that do.
 //
-// Seen to fail on these broken copies of moe.c (78, one at a time):
+// Seen to fail on these broken copies of moe.c and what it calls (115, one at a time):
 //   scores     a group as good as its best, closed experts at 0, sigmoid's slope, softmax's second
 //              term or its sum of exponentials
 //   routers    weight after w2, bias in the weights, bias missing or added to logits, route_scale
@@ -20,6 +20,14 @@
 //   experts    dh or dx not zeroed, u2 of an earlier call, w3 missing in dx, dg and dv swapped,
 //              shared expert missing in dinp, with a weight, without a limit; no LoRA scale at w2;
 //              dx different with several ranks
+//   fp8        no floor of x or h, one of dy or dg; scales of dg and dv exchanged; w1 and w3
+//              exchanged always, or turned; w2 not turned; s missing, or twice (each product); h in
+//              place of x, dh of dy; x or dy not quantised for an adapter, dy quantised for the
+//              shared expert; no adapter in dh; w twice in dweight, missing in dg; gradients of w1
+//              and w3 not reset, or not handed on; B3 in the columns of A1; scales of other rows,
+//              or not sent; u1, u2, x8, hidden rows or the stack of another layer, half of u1; an
+//              expert with one row left out; a wide layer in fp8, wide on one rank only, w3 not
+//              looked at, 15 octaves held, blocks of one rank counted
 //   ranks      sum in own order, one box for two, wrong replicas, max without NaN, gather of one
 //              box, all_to_all: own length, wrong begin, sizes not compared; collectives not
 //              compared, no time limit, others not killed, killed after 130, the last code, signal
