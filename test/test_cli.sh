@@ -106,7 +106,6 @@ test_refused() {
     refused '--lora-alpha' --lora-alhpa=3
     refused 'steps' -x
     refused 'steps.*many' -x many
-    refused 'fp8' "${small[@]}" --precision fp8
     refused 'lora-r' "${small[@]}" --lora-r 0
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
@@ -142,6 +141,40 @@ test_offload() {
     check "--offload is not in the plan" grep -q '^plan   offload' log
     equal_runs "--offload 4" near far
     refused 'offload 6.*5 layers' "${small[@]}" --offload 6
+}
+
+# within SHARE A B: as many losses in A as in B, and each within that share of the other.
+within() {
+    echo "$1 $2 $3" | awk '{
+        for (i = 2; i <= (NF + 1) / 2; i++) {
+            d = ($i - $(i + (NF - 1) / 2)) / $i
+            bad += !(d <= $1 && d >= -$1)
+        }
+        exit !(NF > 1 && NF % 2 == 1 && bad == 0) }'
+}
+
+# Experts in fp8, on the base that has read English: close to bf16, and not the same; the same bytes
+# whatever is computed again; with ranks; with a rank that no tile divides; with a forward alone.
+test_fp8() {
+    local options=("${given[@]}" -i text.txt -d 64 -x 3) how
+    run 0 "${options[@]}" -o bf16
+    for how in full moe none; do
+        run 0 "${options[@]}" --precision fp8 --recompute $how -o fp8-$how
+        check "--precision fp8 does not say what its experts are like" grep -qE \
+            '^fp8 .*: [0-9]+, more: 0 \| 0 of 5 layers stay in bf16' log
+        equal_runs "fp8, --recompute $how" fp8-full fp8-$how
+    done
+    check "losses in fp8 and bf16: $(value loss fp8-full) | $(value loss bf16)" \
+        within 0.01 "$(value loss fp8-full)" "$(value loss bf16)"
+    check "--precision fp8 does nothing" [ "$(value loss fp8-full)" != "$(value loss bf16)" ]
+    run 0 "${options[@]}" -x 1 --precision fp8 --ranks 2 -o fp8-ranks
+    check "first loss in fp8 on 1 and 2 ranks: $(value loss fp8-full) | $(value loss fp8-ranks)" \
+        within 1e-6 "$(value loss fp8-full | cut -d ' ' -f 1)" \
+        "$(value loss fp8-ranks | cut -d ' ' -f 1)"
+    run 0 "${options[@]}" -x 1 --precision fp8 --lora-r 3 -o fp8-r3
+    check "first loss in fp8 with --lora-r 3" within 1e-6 "$(value loss fp8-r3)" \
+        "$(value loss fp8-full | cut -d ' ' -f 1)"
+    run 0 "${given[@]}" --precision fp8 -j text.txt --eval --val-steps 1 -o fp8-eval
 }
 
 # A run that is interrupted, or whose disk is full, goes on to the same adapter, and so does one
@@ -400,6 +433,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_resume_muon
     test_splits
     test_adapts
+    test_fp8
     test_chat
 fi
 test_checkpoint
