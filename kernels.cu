@@ -148,6 +148,10 @@ typedef struct {
 enum { RUNS_MAX = 512, BY_EXPERT = 0, BY_SOURCE = 1 };
 typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
 
+// A box copied between two arrays: n (planes, rows, bytes), and what lies from each to the next.
+typedef struct { uint8_t *to; const uint8_t *from; size_t to_step[2], from_step[2], n[3]; }
+BoxCopy;
+
 // The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
 enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS };
 enum { COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
@@ -279,6 +283,8 @@ void gpu_sum_real(int which, real *values, size_t n);
 void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
                     const size_t *send_bytes_h);
 void gpu_trade(void **boxes_h, int which, size_t bytes);
+void gpu_broadcast(int which, void *data, size_t bytes, int root);
+void copy_boxes_gpu(const BoxCopy *box_h, int n);
 void scale_reals_gpu(real *x, double scale, size_t n);
 void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);
 // Numbers and dense products (fp8.c)
@@ -315,6 +321,9 @@ void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout, 
                                int R);
 void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a, int E, int F,
                            int R);
+void partial_forward_gpu(real *out, real *u, const act *inp, const int *offset, const uint8_t *w,
+                         const uint8_t *scale, int type, const real *a, const real *b, float s,
+                         int E, int C, int O, int R);
 void sum_squares_gpu(double *sum_h, const real *x, size_t n);
 void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double
                       lr, double beta1, double beta2, double eps, double weight_decay, int step);
@@ -1721,14 +1730,14 @@ static void grouped_product(const Product &p) {
           { product_kernel<128, 1, 1, 0, 0>, product_kernel<128, 1, 1, 1, 0> } },
         { { product_kernel<256, 1, 0, 0, 0>, product_kernel<256, 1, 0, 1, 0> },
           { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
-        { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
+        { { product_kernel<128, 2, 0, 0, 1>, product_kernel<128, 2, 0, 1, 1> },     // fp4
           { NULL, product_kernel<128, 2, 1, 1, 1> } } };
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     const int strides = p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8 ||
                         p.x_group % 8 || p.out_group % 8;
     gpuRequire(p.K > 0 && p.K % 8 == 0 && !strides && p.E <= PRODUCT_GROUPS);
     gpuRequire((!p.out_add || p.out_f32) && (p.offset || p.E == 1 || p.KU == 0));
-    gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k == p.out_f32));
+    gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k <= p.out_f32));
     const int ctas = multiprocessors() - side_sms;
     const int width = p.codes ? 128 : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
@@ -2010,12 +2019,12 @@ typedef struct { const bf16 *wide; const uint8_t *codes, *scales; } Matrices;
 
 // out = W x + s B (A x), group by group: B joins the product as R more columns of W,
 // u as R more columns of x, so that the sum is rounded once.
-static void lora_forward(act *out, real *u, const act *inp, Matrices w, const real *a,
-                         const real *b, float s, const Groups &g, const int *offset, int E, int C,
-                         int O, int R) {
+template <typename Y>
+static void lora_forward(Y *out, real *u, const act *inp, Matrices w, const real *a, const real *b,
+                         float s, const Groups &g, const int *offset, int E, int C, int O, int R) {
     const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
     grouped::Product p = product_of(inp, C, offset, E, g.at[E], O);
-    p.out = out, p.ldo = O;
+    p.out = out, p.ldo = O, p.out_f32 = sizeof *out == sizeof(float);
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales;
     const int adapted = a != NULL && R > 0;
     if (adapted) { lora_down<FACTOR_A>(u, inp, a, 1, g, offset, E, C, R); }
@@ -2109,6 +2118,20 @@ extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const 
     lora_backward(dinp, da + at_a, db + at_b, dout, inp, u,
                   { NULL, w + at / 2, scale + at / FP4_BLOCK }, a ? a + at_a : NULL,
                   b ? b + at_b : NULL, s, g, device_offsets(g.at, n), n, C, O, R);
+    workspace_release(mark);
+}
+
+// A receiver's terms, not rounded (dev/engine.c). type: DT_FP4, or DT_FP8: E is 1 then.
+extern "C" void partial_forward_gpu(real *out, real *u, const act *inp, const int *offset,
+                                    const uint8_t *w, const uint8_t *scale, int type,
+                                    const real *a, const real *b, float s, int E, int C, int O,
+                                    int R) {
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    Matrices m = { NULL, w, scale };
+    if (type == DT_FP8) { m = { widened_fp8(w, scale, C, O), NULL, NULL }; }
+    lora_forward(out, u, inp, m, a, b, s, groups_of(offset, E), device_offsets(offset, E), E, C, O,
+                 R);
     workspace_release(mark);
 }
 
@@ -2874,6 +2897,30 @@ __global__ void sum_rows_kernel(real *own, const real *others, int members, int 
     float sum = 0;
     for (int i = 0; i < members; i++) { sum += i == me ? own[j] : others[i * m + j]; }
     own[j] = sum;
+}
+
+// Boxes of a refit (refit.c), many in a launch: blocks first[i] and on are box i's. A thread copies
+// a word, of as many bytes as all addresses allow. bytes: each once in, once out.
+enum { BOXES_MAX = 128, BOX_THREADS = 512 };
+struct Boxes { int n, first[BOXES_MAX], word[BOXES_MAX]; BoxCopy box[BOXES_MAX]; };
+
+template <typename Word> __device__ inline void copy_word(const BoxCopy &b, unsigned i) {
+    const unsigned width = b.n[2] / sizeof(Word), rows = b.n[1], line = i / width;
+    const size_t e = line / rows, row = line % rows, at = (i - line * width) * sizeof(Word);
+    if (e >= b.n[0]) { return; }
+    *(Word *)(b.to + e * b.to_step[0] + row * b.to_step[1] + at) =
+        *(const Word *)(b.from + e * b.from_step[0] + row * b.from_step[1] + at);
+}
+
+__global__ void copy_boxes_kernel(const __grid_constant__ Boxes all) {
+    int i = 0;
+    for (int n = BOXES_MAX / 2; n > 0; n /= 2) {
+        if (i + n < all.n && all.first[i + n] <= (int)blockIdx.x) { i += n; }
+    }
+    const unsigned word = (blockIdx.x - all.first[i]) * BOX_THREADS + threadIdx.x;
+    if (all.word[i] == 16) { copy_word<uint4>(all.box[i], word); }
+    else if (all.word[i] == 4) { copy_word<uint32_t>(all.box[i], word); }
+    else { copy_word<uint8_t>(all.box[i], word); }
 }
 
 #include "dev/device.cu"        // the host's side: start, memory, copies, NCCL

@@ -190,6 +190,13 @@ static void test_linears(int T, int C, int O, int R) {
     real *a = reals((size_t)R * C, 0.1), *b = reals((size_t)O * R, 0.1), *u = blank((size_t)T * R);
     real *dinp = reals((size_t)T * C, 1), *da = reals((size_t)R * C, 1), *db = reals((size_t)O * R, 1);
     real *outb = blank((size_t)T * O), *dinb = reals((size_t)T * C, 1), *doutb = reals((size_t)T * O, 1);
+    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O), *u2 = blank((size_t)T * R);
+    const int all[2] = { 0, T };
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, X(a), X(b), 2, 1, C, O, R);
+           partial_forward(X(plain_terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, NULL, NULL, 2, 1, C,
+                           O, R); });
+    compare_real("linear terms", terms, (size_t)T * O, BF16);           // A, B, u are rounded to bf16
+    compare_real("linear terms without an adapter", plain_terms, (size_t)T * O, FP32);
     BOTH({ linear_fp8_forward(X(plain), X(inp), X(w), X(scale), T, C, O);
            lora_linear_forward(X(out), X(u), X(inp), X(w), X(scale), X(a), X(b), 2, T, C, O, R);
            lora_linear_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), X(w), X(scale), X(a), X(b),
@@ -218,6 +225,13 @@ static void test_experts(int C, int O, int R) {
     real *a = reals((size_t)E * R * C, 0.1), *b = reals((size_t)E * O * R, 0.1);
     real *u = blank((size_t)T * R), *u2 = blank((size_t)T * R), *dinp = reals((size_t)T * C, 1);
     real *da = reals((size_t)E * R * C, 1), *db = reals((size_t)E * O * R, 1);
+    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O);
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, X(a), X(b), 2, E, C, O,
+                           R);
+           partial_forward(X(plain_terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, NULL, NULL, 2, E,
+                           C, O, R); });
+    compare_real("experts' terms", terms, (size_t)T * O, BF16);
+    compare_real("experts' terms without adapters", plain_terms, (size_t)T * O, FP32);
     BOTH({ lora_experts_forward(X(out), X(u), X(inp), offset, X(w), X(scale), X(a), X(b), 2, E, C, O, R);
            lora_experts_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), offset, X(w), X(scale),
                                  X(a), X(b), 2, E, C, O, R);
@@ -574,6 +588,32 @@ static void test_trip(int slots, int E, int C) {
     check(memcmp(back_again, rows, (size_t)sent * C * sizeof(act)) == 0, "regroup: there and back");
 }
 
+// Boxes of all kinds of alignment, cut from matrices and packed, and from matrix to matrix; more
+// than fit in a launch, with empty ones between. What no box covers must stay as it was.
+static void test_boxes(int boxes) {
+    enum { PLANES = 3, ROWS = 40, BYTES = 288, WHOLE = PLANES * ROWS * BYTES };
+    static BoxCopy host[1000], list[1000];
+    arena_used = 0;
+    uint8_t *from = bytes_between(WHOLE, 0, 255);
+    uint8_t *to[1000];
+    for (int i = 0; i < boxes; i++) {
+        const size_t unit = i % 3 == 0 ? 16 : i % 3 == 1 ? 4 : 1, odd = i % 7 ? 0 : unit;
+        const size_t bytes = i % 11 == 5 ? 0 : unit * (1 + (size_t)(i * 37) % (BYTES / unit / 2));
+        const size_t n[3] = { 1 + (size_t)i % PLANES, 1 + (size_t)(i * 13) % (ROWS / 2), bytes };
+        const size_t step = i % 2 ? bytes : BYTES;      // packed, or again in a matrix
+        to[i] = memset(room(n[0] * n[1] * step + 32), 0xA5, n[0] * n[1] * step + 32);
+        host[i] = (BoxCopy){ to[i] + odd, from + (size_t)(i * 5 % 20) * BYTES + unit * (size_t)(i % 4),
+                             { n[1] * step, step }, { ROWS * BYTES, BYTES }, { n[0], n[1], n[2] } };
+    }
+    BOTH({ for (int i = 0; i < boxes; i++) {
+               list[i] = host[i];
+               list[i].to = X(host[i].to);
+               list[i].from = X(host[i].from);
+           }
+           copy_boxes(list, boxes); });
+    check(memcmp(back, H, arena_used) == 0, "%d boxes: other bytes", boxes);
+}
+
 int main(void) {
     int gpus = 0;
     char name[128];
@@ -603,6 +643,7 @@ int main(void) {
     test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
     test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
     test_swiglu(37, 2048); test_swiglu(3, 128);
+    test_boxes(0); test_boxes(1); test_boxes(700);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
     test_attention(odd, 5, 4, 128, 32, 0, 0);
     test_attention(odd, 5, 4, 128, 32, 4, 0);
