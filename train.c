@@ -2370,7 +2370,6 @@ static inline void expert_load(Trainer *r, double *worst, double *entropy) {
     free(rows);
 }
 
-#include "dev/engine.c"     // defines: engine_options, engine_begin, engine_refit, engine_receive
 // -------------------------------------------------------------------------------------------------
 // Part 11: log lines, JSON, plot
 //
@@ -2502,6 +2501,7 @@ void plot_at_exit(void) {
 #endif
 }
 
+#include "dev/engine.c"     // defines: engine_options, engine_begin, engine_refit, engine_receive
 // -------------------------------------------------------------------------------------------------
 // Part 12: options, main
 //

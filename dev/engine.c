@@ -451,8 +451,9 @@ static int engine_receive(Trainer *r) {
         }
         if (comm_rank() > 0) { continue; }
         printf("refit %5.0f | kl %.3e | receiver loss %.6f | trainer loss %.6f | version %d | "
-               "%.1f s\n", order[1], sums[0] / sums[3], sums[1] / sums[3], sums[2] / sums[3],
-               e->sets.version, clock_seconds() - began);
+               "%.1f s | mem %s\n", order[1], sums[0] / sums[3], sums[1] / sums[3],
+               sums[2] / sums[3], e->sets.version, clock_seconds() - began,
+               bytes_text(memory_used()));
         fflush(stdout);
     }
 }

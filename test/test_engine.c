@@ -74,6 +74,25 @@ static double measure(Engine *e, Model *m) {
     return comm_is_receiver() ? sums[0] / sums[3] : 0;
 }
 
+// Collective. The two ways of bringing the base leave the same bytes, in memory full of others.
+static void golden(Engine *e) {
+    const size_t bytes = comm_is_receiver() ? e->base.bytes : 0;
+    uint8_t *points = (uint8_t *)malloc(bytes + 1), *now = (uint8_t *)malloc(bytes + 1);
+    for (int how = REFIT_POINTS; how <= REFIT_GOLDEN; how++) {
+        memset(now, 0xA5, bytes);
+        if (bytes) { upload(e->weights, now, bytes); }
+        refit_move(&e->base, e->weights, how);
+        if (this_rank == 0) {
+            fprintf(stderr, "%s %.1f ms (wire %.1f), ", how ? "golden" : "points",
+                    1e3 * e->base.seconds, 1e3 * e->base.wire);
+        }
+        if (bytes) { download(how ? now : points, e->weights, bytes); }
+    }
+    fail_on(memcmp(points, now, bytes) != 0, "golden brings other bytes", 0);
+    free(points);
+    free(now);
+}
+
 static void swap_bytes(uint8_t *a, uint8_t *b, size_t n) {
     uint8_t *host = (uint8_t *)malloc(2 * n);
     download(host, a, n);
@@ -130,13 +149,14 @@ static void crew_begin(Engine *e, Model *m) {
     comm_reserve(crew.receivers);
     comm_launch(crew.trainers + crew.receivers, crew.ep, 60);
     take_card();
-    ModelOptions o = { .R = 4, .alpha = 8, .targets = targets_parse("attn,shared,experts"),
+    const int R = crew.folder ? 8 : 4;
+    ModelOptions o = { .R = R, .alpha = 2.0f * R, .targets = targets_parse("attn,shared,experts"),
                        .max_tokens = TOKENS };
     e->losses_h = NEW(double, TOKENS);
     if (comm_is_receiver()) {
         engine_open(e, &c, &o, crew.ep);
     } else {
-        build(m, &c, 4, TOKENS, 1, 3);
+        build(m, &c, o.R, TOKENS, 1, 3);
         if (!crew.F && !crew.folder) { checkpoint_load("dev/data/tiny", m->tensors, m->n_tensors); }
         engine_plan(e, m, crew.ep);
     }
@@ -183,6 +203,9 @@ static void crew_ranks(void *unused) {
         last = measure(e, &m);
         fail_on(!(last < close_kl), "adapters only", last);
     }
+    golden(e);
+    last = measure(e, &m);
+    fail_on(!(last < close_kl), "the base again", last);
     swap_halves(e, 0, layers);
     double swapped = measure(e, &m);
     const double least = crew.folder ? 0.1 : crew.F ? 1 : 0.3;      // weights may have read English
