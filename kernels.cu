@@ -4175,7 +4175,8 @@ static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
 // 9.1 Attention forward on tensor cores: 64 heads of 512 dims (dev/cuda/attention_forward.cu)
 //
 // A block takes one token at a time: its 64 heads are the rows of a product with 64 keys after the
-// other, which all heads share, so a key is read once per token.
+// other, which all heads share, so a key is read once per token. Of a receiver's 8, 16 or 32 heads
+// it makes 64 too, with the next tokens', and forgets those again: bits are the same.
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
@@ -4250,11 +4251,14 @@ __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t
     *(uint4 *)(row + lane * 8) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-// Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
-__device__ inline void store_fragments(act *at, const float *o, float k0, float k1) {
+// Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment; of those
+// the first `rows`, which are none, 8 or 16 for the whole warp, or more.
+__device__ inline void store_fragments(act *at, const float *o, float k0, float k1, int rows) {
+    if (rows <= 0) { return; }
     store_blocks(at,
                  pack_bf16(o[0] * k0, o[1] * k0), pack_bf16(o[4] * k0, o[5] * k0),
                  pack_bf16(o[8] * k0, o[9] * k0), pack_bf16(o[12] * k0, o[13] * k0));
+    if (rows <= 8) { return; }
     store_blocks(at + 8 * ATT_D,
                  pack_bf16(o[2] * k1, o[3] * k1), pack_bf16(o[6] * k1, o[7] * k1),
                  pack_bf16(o[10] * k1, o[11] * k1), pack_bf16(o[14] * k1, o[15] * k1));
@@ -4341,15 +4345,15 @@ __device__ inline void produce(const ForwardArguments &f, uint32_t base) {
     int use[2] = {0, 0};                                // fills of each buffer so far
     for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
         const Keys keys = token_keys(f.a, f.selected, t);
-        const act *row = f.q + ((size_t)t * ATT_H + mine) * ATT_D;
+        const act *row = mine < f.a.H ? f.q + ((size_t)t * f.a.H + mine) * ATT_D : NULL;
         barrier_wait(base + V3_Q_FREE, ~i & 1);
         copy_half(base + V3_Q, row, 0);
         copy_half(base + V3_Q, row, 1);
         barrier_arrive_copies(base + V3_Q_FULL);
         if (block_token(f.a, i + 1) >= 0 && threadIdx.x % 128 == 0) {
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                         :: "l"(f.q + (size_t)block_token(f.a, i + 1) * ATT_H * ATT_D),
-                            "r"(TILE_BYTES) : "memory");
+                         :: "l"(f.q + (size_t)block_token(f.a, i + 1) * f.a.H * ATT_D),
+                            "r"(f.a.H * ATT_D * 2) : "memory");
         }
         for (int tile = 0; tile * TILE < keys.count; tile++) {
             const int b = tile % 2;
@@ -4465,15 +4469,19 @@ __device__ inline void finish(const ForwardArguments &f, unsigned char *shared, 
     for (int i = 0; i < 2; i++) {
         const float total = sums[0][row + 8 * i] + sums[1][row + 8 * i];
         inverse[i] = 1 / total;
-        if (SIDE == 0 && lane % 4 == 0) {
-            f.lse[(size_t)t * ATT_H + row + 8 * i] = (x.reference[i] + log2f(total)) * LN2;
+        if (SIDE == 0 && lane % 4 == 0 && row + 8 * i < f.a.H) {
+            f.lse[(size_t)t * f.a.H + row + 8 * i] = (x.reference[i] + log2f(total)) * LN2;
         }
     }
-    act *at = f.out + ((size_t)t * ATT_H + row) * ATT_D + 256 * SIDE;
+    act *at = f.out + ((size_t)t * f.a.H + row) * ATT_D + 256 * SIDE;
     #pragma unroll
     for (int j = 0; j < 8; j++) {
-        store_fragments(at + 32 * j, o + 16 * j, inverse[0], inverse[1]);
+        store_fragments(at + 32 * j, o + 16 * j, inverse[0], inverse[1], f.a.H - row);
     }
+}
+
+__device__ inline float head_sink(const ForwardArguments &f, int row) {
+    return row < f.a.H ? f.sink[row] * LOG2E : 0;
 }
 
 // The steps of one consumer. use[b]: the tiles that buffer b has held before.
@@ -4482,7 +4490,7 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     float *reference = (float *)(shared + V3_REFERENCE), *mine = reference + 64 * SIDE;
-    const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
+    const float sink[2] = {head_sink(f, row), head_sink(f, row + 8)};
     const uint32_t values = base + V3_KV + SIDE * V3_HALF;
     const uint64_t others = operand_at(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
     unsigned char *own = shared + V3_P + SIDE * BLOCK_BYTES;
@@ -4592,7 +4600,7 @@ void attention_forward_wgmma_kernel(const __grid_constant__ ForwardArguments f) 
 static void attention_forward_v3(act *out, real *lse, const act *q, const act *kv,
                                  const act *entries, const float *sink, const int *selected,
                                  AttentionShape a) {
-    gpuRequire(a.D == ATT_D && a.H == ATT_H);
+    gpuRequire(a.D == ATT_D && a.H <= ATT_H && a.H % 8 == 0);
     const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V3_BYTES));
@@ -4665,8 +4673,8 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
                 const uint32_t full = base + V3_FULL + (2 * b + half) * 8;
                 if (tile == 0) {
                     barrier_wait(base + V4_Q_FREE + half * 8, ~i & 1);
-                    load_half(base + V3_Q, &g.q, base + V4_Q_FULL + half * 8, half, t * ATT_H,
-                              ATT_H);
+                    load_half(base + V3_Q, &g.q, base + V4_Q_FULL + half * 8, half,
+                              t * f.a.H, TILE);
                 }
                 barrier_wait(base + V3_FREE + (2 * b + half) * 8, ~(b ? use[1] : use[0]) & 1);
                 if (together) {
@@ -4680,7 +4688,7 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
             if (b) { use[1]++; } else { use[0]++; }
             if (tile == 0 && next >= 0 && threadIdx.x % 128 == 0) {
                 asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                             :: "l"(f.q + (size_t)next * ATT_H * ATT_D), "r"(TILE_BYTES)
+                             :: "l"(f.q + (size_t)next * f.a.H * ATT_D), "r"(f.a.H * ATT_D * 2)
                              : "memory");
             }
         }
@@ -4786,7 +4794,7 @@ template <int SIDE>
 __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *shared) {
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
+    const float sink[2] = {head_sink(f, row), head_sink(f, row + 8)};
     int use[2] = {0, 0}, window, next = block_token(f.a, 0);
     int count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
     for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
@@ -4848,14 +4856,14 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
 static void attention_forward_tiled(act *out, real *lse, const act *q, const act *kv,
                                     const act *entries, const float *sink, const int *selected,
                                     AttentionShape a) {
-    gpuRequire(a.D == ATT_D && a.H == ATT_H);
+    gpuRequire(a.D == ATT_D && a.H <= ATT_H && a.H % 8 == 0);
     const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
     const bool some = a.P > 0;                          // entries; else any valid map will do
     const TiledArguments g = {
         { out, lse, q, kv, entries, sink, selected, a },
-        rows_map(q, a.T * ATT_H, 32), rows_map(kv, a.T, 32),
+        rows_map(q, a.T * a.H, 32), rows_map(kv, a.T, 32),
         rows_map(some ? entries : kv, some ? a.P : a.T, 32),
     };
     const int blocks = a.T < processors ? a.T : processors;
@@ -4868,7 +4876,7 @@ extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const a
                                       const act *entries, const float *sink, const int *selected,
                                       AttentionShape a) {
     if (a.T == 0) { return; }
-    if (a.D != forward::ATT_D || a.H != forward::ATT_H) {
+    if (a.D != forward::ATT_D || a.H > forward::ATT_H || a.H % 8) {
         attention_forward_naive(out, lse, q, kv, entries, sink, selected, a);
     } else if (selected) {
         forward::attention_forward_v3(out, lse, q, kv, entries, sink, selected, a);

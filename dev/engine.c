@@ -356,6 +356,7 @@ static int engine_options(const Config *c, int by_launcher) {
               "and %d columns of an expert", n, c->H, c->G, c->F);
     refuse_if((*opt.model || *opt.train) && !*opt.val, "--gen-gpus compares validation rows, and "
               "there are none HINT: -j FILE");
+    setvbuf(stdout, NULL, _IOLBF, 0);   // two ranks write: the lines of one stay whole
     comm_reserve(n);
     return n;
 }

@@ -76,7 +76,7 @@ static double measure(Engine *e, Model *m) {
 
 // Collective. The two ways of bringing the base leave the same bytes, in memory full of others.
 static void golden(Engine *e) {
-    const size_t bytes = comm_is_receiver() ? e->base.bytes : 0;
+    const size_t bytes = e->weights ? e->base.bytes : 0;
     uint8_t *points = (uint8_t *)malloc(bytes + 1), *now = (uint8_t *)malloc(bytes + 1);
     for (int how = REFIT_POINTS; how <= REFIT_GOLDEN; how++) {
         memset(now, 0xA5, bytes);
@@ -105,7 +105,7 @@ static void swap_bytes(uint8_t *a, uint8_t *b, size_t n) {
 // Exchanges the halves of every expert's w13 in the layers from first on.
 static void swap_halves(Engine *e, int first, int end) {
     const Config *c = &e->model.config;
-    if (!comm_is_receiver()) { return; }
+    if (e->weights == NULL) { return; }
     for (int i = first * c->E; i < end * c->E; i++) {
         const MoeWeights *w = &e->model.layer[i / c->E].moe;
         size_t half = (size_t)e->F * (size_t)c->C, at = (size_t)(i % c->E) * 2 * half;
@@ -130,13 +130,14 @@ static void serve(Engine *e) {
     if (comm_is_receiver()) { engine_bind_adapters(e); }
 }
 
-// What every rank of the crew does first: the model, the plans, the base.
-static void crew_begin(Engine *e, Model *m) {
+// The crew's model, and the batches to measure with.
+static void crew_config(Config *config) {
     Config c;
     FILE *f = fopen("kernels.cu", "rb");
     config_tiny(&c);
     if (crew.F) { c = t2_config(2); c.F = crew.F; }
     if (crew.folder) { config_load(&c, crew.folder); }
+    *config = c;
     for (int k = 0; k < BATCHES; k++) {         // of three documents
         const int length[] = { 100 + k, 30, 126 - k };
         batches[k] = make_batch(length, 3, c.V);
@@ -146,6 +147,12 @@ static void crew_begin(Engine *e, Model *m) {
         }
     }
     fclose(f);
+}
+
+// What every rank of the crew does first: the model, the plans, the base.
+static void crew_begin(Engine *e, Model *m) {
+    Config c;
+    crew_config(&c);
     comm_reserve(crew.receivers);
     comm_launch(crew.trainers + crew.receivers, crew.ep, 60);
     take_card();
@@ -228,6 +235,85 @@ static void crew_ranks(void *unused) {
                 stale, swapped);
     }
     comm_barrier(COMM_ALL, "end");
+}
+
+// Two ranks that are trainers and receivers at once: each has the whole model and half of the
+// engine's, in arenas of their own. What a rank has itself is copied, not sent.
+static void both_ranks(void *unused) {
+    Model m;
+    Engine *e = &engine;
+    Config c, *own = &e->model.config;
+    double sums[4][4] = { { 0 } };
+    float losses[TOKENS];
+    (void)unused;
+    crew_config(&c);
+    comm_launch(2, 1, 60);
+    take_card();
+    const int R = crew.folder ? 8 : 4;
+    const ModelOptions o = { .R = R, .alpha = 2.0f * R, .targets = targets_parse("attn,shared,experts"),
+                             .max_tokens = TOKENS };
+    build(&m, &c, R, TOKENS, RECOMPUTE_FULL, 3);
+    if (!crew.folder) { checkpoint_load("dev/data/tiny", m.tensors, m.n_tensors); }
+    Refit *const plans[2] = { &e->base, &e->adapters };
+    for (int k = 0; k < 2; k++) {
+        *plans[k] = (Refit){ .layers = c.layers, .stage_layers = 1 };
+        for (int kind = 0; kind < 2; kind++) {
+            plans[k]->mesh[SOURCE][kind] = (Mesh){ 0, { 2, 1, 1 } };
+            plans[k]->mesh[ENGINE][kind] = (Mesh){ 0, { 1, 1, 2 } };
+        }
+    }
+    refit_offer_base(&e->base, m.tensors, m.n_tensors, c.E);
+    refit_offer_adapters(&e->adapters, &m.adapters, c.E);
+    for (int k = 0; k < 2; k++) { refit_plan(plans[k]); }
+    mem_count();
+    model_alloc(&e->model, &c, &o);
+    mem_count();
+    engine_alloc(e);            // all heads' room, so that the workspace is large enough for both
+    mem_open();
+    engine_alloc(e);
+    own->H /= 2;
+    own->G /= 2;
+    e->F = c.F / 2;
+    e->model.join = engine_join;
+    e->model.experts = engine_moe;
+    for (int k = 0; k < 2; k++) { rope_table(e->model.rope[k], own, k, TOKENS); }
+    refit_move(&e->base, e->weights, REFIT_POINTS);
+    fail_on(e->base.local < 0.2 * (double)e->base.bytes, "nothing was copied in place", e->base.local);
+    engine_bind(e);
+    golden(e);
+    // The base with hardly any adapters, with all of them, with swapped halves, put right again.
+    for (int pass = 0; pass < 4; pass++) {
+        if (pass > 1) { swap_halves(e, 0, c.layers); }
+        if (pass < 2) {
+            scale_reals(m.adapters.p, pass ? 1e3 : 1e-3, adapter_elements(&m));
+            serve(e);
+            engine_bind_adapters(e);
+        }
+        for (int k = 0; k < BATCHES; k++) {
+            model_forward(&m, &batches[k], 0);
+            for (int t = 0; t < batches[k].T; t++) { losses[t] = (float)m.loss_h[t]; }
+            model_forward(&e->model, &batches[k], 0);
+            engine_compare(sums[pass], e, &batches[k], losses);
+        }
+        sums[pass][0] /= sums[pass][3];
+    }
+    if (this_rank == 0) {
+        fprintf(stderr, "KL of the base %.1e, of adapters %.1e, swapped halves %.2g\n", sums[0][0],
+                sums[1][0], sums[2][0]);
+    }
+    fail_on(!(sums[0][0] < close_kl), "both at once, the base", sums[0][0]);
+    fail_on(!(sums[1][0] < close_kl), "both at once, adapters", sums[1][0]);
+    fail_on(!(sums[2][0] > 100 * close_kl), "both at once, swapped halves", sums[2][0]);
+    fail_on(sums[3][0] != sums[1][0], "both at once, put right again", sums[3][0]);
+    comm_barrier(COMM_ALL, "end");
+}
+
+static void test_both(const char *of) {
+    char text[2048];
+    crew = (__typeof__(crew)){ .folder = of };
+    int code = run_child(both_ranks, NULL, text, sizeof text);
+    check(code == 0, "2 ranks, both at once: exit code %d %s", code, text);
+    printf("  2 ranks, both at once: %s", text);
 }
 
 static void test_layouts(const char *of) {
@@ -394,7 +480,7 @@ int main(int argc, char **argv) {
         return finish("test_engine");
     }
 #endif
-    if (argc > 1) { test_layouts(argv[1]); return finish("test_engine"); }
+    if (argc > 1) { test_both(argv[1]); test_layouts(argv[1]); return finish("test_engine"); }
     snprintf(folder, sizeof folder, "%s/engine_XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     require(mkdtemp(folder) != NULL);
     for (int k = 0; k < 2; k++) {               // text to train on, text to validate with
@@ -403,6 +489,7 @@ int main(int argc, char **argv) {
         require(source && symlink(source, path) == 0);
         free(source);
     }
+    test_both(NULL);
     test_layouts(NULL);
     if (BF16) { test_program(); }
     if (BF16) { test_ends(); }

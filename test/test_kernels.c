@@ -304,6 +304,34 @@ static void test_swiglu(int T, int F) {
     compare_act("narrow", narrowed, n, 0);
 }
 
+// A receiver has some of the 64 heads (all_q, all_out: (T,64,D)): the same bits as beside the others.
+// a: on the device.
+static void test_some_heads(const act *all_q, const act *all_out, const act *kv, const act *entries,
+                            const real *sink, const int *selected, AttentionShape a) {
+    for (int H = 8; H < 64; H *= 2) {
+        const size_t row = (size_t)H * a.D, whole = (size_t)a.H * a.D, bytes = a.T * row * sizeof(act);
+        char *host = malloc(bytes), *got = malloc(bytes);
+        act *q, *out;
+        real *lse;
+        AttentionShape some = a;
+        some.H = H;
+        gpu_alloc((void **)&q, bytes);
+        gpu_alloc((void **)&out, bytes + 1024);
+        gpu_alloc((void **)&lse, (size_t)a.T * H * sizeof *lse);
+        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_q + t * whole + row, row * sizeof(act)); }
+        gpu_upload(q, host, bytes);
+        attention_forward_gpu(out, lse, q, kv, entries, sink + H, selected, some);
+        gpu_download(got, out, bytes);
+        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_out + t * whole + row, row * sizeof(act)); }
+        check(memcmp(host, got, bytes) == 0, "%d heads of 64: other bits", H);
+        gpu_download(host, out + bytes / sizeof(act), 1024);
+        for (int i = 0; i < 1024; i++) { got[0] = i ? got[0] | host[i] : host[i]; }
+        check(got[0] == 0, "%d heads of 64: something behind the last one's output", H);
+        gpu_free(q); gpu_free(out); gpu_free(lse);
+        free(host); free(got);
+    }
+}
+
 // Attention with its compressors and indexer over documents of those lengths.
 static void test_attention(const int *length, int docs, int Hn, int Dn, int W, int ratio, int topk) {
     arena_used = 0;
@@ -344,6 +372,12 @@ static void test_attention(const int *length, int docs, int Hn, int Dn, int W, i
                                   X(selected), SHAPE);
            attention_backward_query(X(dq), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
                                     X(selected), SHAPE); });
+    if (Hn == 64 && Dn == 512) {
+        on_gpu = 1;
+        test_some_heads(q, (const act *)(back + ((char *)out - H)), X(kv), X(entries), X(sink), X(selected),
+                        SHAPE);
+        on_gpu = 0;
+    }
     printf(" attention: %d tokens, %d documents, %d heads of %d, ratio %d, topk %d\n", T, docs, Hn, Dn, ratio, topk);
     if (ratio) {
         compare_act("entries", entries, (size_t)P * Dn, BF16);
@@ -654,6 +688,9 @@ int main(void) {
     test_attention(odd, 5, 64, 512, 128, 128, 0);
     test_attention(longer, 2, 4, 512, 128, 4, 512);
     test_attention(one, 1, 64, 512, 128, 4, 0);
+    test_attention(odd, 5, 32, 512, 128, 4, 0);
+    test_attention(longer, 2, 8, 512, 128, 4, 512);
+    test_attention(longer, 2, 64, 512, 128, 4, 512);
     test_groups_and_head(37); test_groups_and_head(600);
     test_muon(NS_GRAM); test_muon(NS_STANDARD);
     time_muon();
