@@ -1303,15 +1303,18 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
     }
 }
 
-// Collective. Says what has moved, and how fast: GB/s of the rank that sent or got most.
+// Collective. Says what has moved, and how fast: GB/s of the rank that sent or got most. The time
+// on the wire is the least of those that moved as much: others' has a wait for the last to come.
 static inline void move_report(Refit *r, double start) {
-    double most[4] = { (double)r->room[0] + (double)r->room[1], clock_seconds() - start,
-                       fmax(r->sent, r->received), -r->wire };
-    double sum[2] = { r->received, r->local };
-    comm_max_double(COMM_ALL, most, 4, "refit: time");
+    const double moved = fmax(r->sent, r->received);
+    double most[3] = { (double)r->room[0] + (double)r->room[1], clock_seconds() - start, moved };
+    double sum[2] = { r->received, r->local }, wire;
+    comm_max_double(COMM_ALL, most, 3, "refit: time");
+    wire = moved < most[2] / 2 ? -INFINITY : -r->wire;
+    comm_max_double(COMM_ALL, &wire, 1, "refit: wire");
     comm_sum_double(COMM_ALL, sum, 2, "refit: bytes");
     r->seconds = most[1];
-    r->wire = -most[3];             // the least: others' has a wait for the last one to come
+    r->wire = -wire;
     if (this_rank == 0) {
         printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms, on the wire %.1f | "
                "%.2f GB/s per rank | %.3f MB staging\n", sum[0] / 1e6, sum[1] / 1e6,
