@@ -288,7 +288,7 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
 }
 
 // data_h (bytes) of member `root`, to all members: the same number of bytes everywhere.
-void comm_tell(int which, void *data_h, size_t bytes, int root, const char *phase) {
+void comm_broadcast(int which, void *data_h, size_t bytes, int root, const char *phase) {
     if (comm_size(which) == 1) { return; }
     const int mine = comm_index(which) == root;
     for (size_t at = 0; at < bytes; at += COMM_BOX) {
@@ -303,14 +303,6 @@ void comm_tell(int which, void *data_h, size_t bytes, int root, const char *phas
         }
         if (!mine) { memcpy((unsigned char *)data_h + at, theirs->data, part); }
     }
-}
-
-// The same for what lies where activations do.
-void comm_broadcast(int which, void *data, size_t bytes, int root, const char *phase) {
-    if (comm_size(which) == 1) { return; }
-    comm_note("broadcast", phase);
-    GPU(gpu_broadcast(which, data, bytes, root))
-    comm_tell(which, data, bytes, root, phase);
 }
 
 // ---- 3.1 GPUs

@@ -1031,13 +1031,13 @@ static inline void plan_own(const Refit *r) {
 static inline void plan_agree(const Refit *r) {
     typedef struct { char name[sizeof r->param->name]; uint64_t hash; } Line;
     int n = r->n;
-    comm_tell(COMM_ALL, &n, sizeof n, 0, "refit: tensors");
+    comm_broadcast(COMM_ALL, &n, sizeof n, 0, "refit: tensors");
     Line *lines = (Line *)host_calloc(sizeof *lines * (size_t)n);
     for (int i = 0; i < n && this_rank == 0; i++) {
         memcpy(lines[i].name, r->param[i].name, sizeof lines[i].name);
         lines[i].hash = r->param[i].hash;
     }
-    comm_tell(COMM_ALL, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
+    comm_broadcast(COMM_ALL, lines, sizeof *lines * (size_t)n, 0, "refit: plan");
     for (int i = 0; i < n || i < r->n; i++) {
         const char *own = i < r->n ? r->param[i].name : "~", *name = i < n ? lines[i].name : "~";
         if (strcmp(own, name) == 0 && lines[i].hash == r->param[i].hash) { continue; }
@@ -1157,6 +1157,14 @@ static inline uint8_t *staging_begin(Refit *r, int place, size_t bytes) {
     r->staging[place] = (uint8_t *)arena_map(r->room[place]);
     if (r->staging[place] == NULL) { die(EXIT_FIT, "no %zu bytes of refit staging", bytes); }
     return r->staging[place];
+}
+
+// Collective. bytes of rank `root`'s staging, to all.
+static inline void staging_broadcast(uint8_t *staging, size_t bytes, int root) {
+    if (comm_size(COMM_ALL) == 1) { return; }
+    comm_note("broadcast", "refit");
+    GPU(gpu_broadcast(COMM_ALL, staging, bytes, root))
+    comm_broadcast(COMM_ALL, staging, bytes, root, "refit");
 }
 
 // The wire's clock, before and after an exchange. A GPU keeps it: the host is far ahead of it.
@@ -1296,7 +1304,7 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
             copies_end(&c);
             if (way == UNPACK) { continue; }
             wire_clock(r, 1);
-            comm_broadcast(COMM_ALL, staging, staged, root, "refit");
+            staging_broadcast(staging, staged, root);
             wire_clock(r, 0);
         }
         *(root == this_rank ? &r->sent : &r->received) += bytes;
