@@ -103,7 +103,7 @@ NVCCFLAGS := -O3 -std=c++17 $(GENCODE) -Xcompiler -Wall,-Wextra -Werror all-warn
     -diag-suppress 177 $(if $(HAS_NCCL),-DUSE_NCCL $(NCCL:%=-I%/include))
 NVCC_LINK = $(NVCC) $(if $(OPENMP),-Xcompiler -fopenmp) -Xlinker -rpath=$(CUDA_HOME)/lib64
 CUDA_LIBS = -lcublas $(if $(HAS_NCCL),$(NCCL_LINK)) $(LIBS)
-build/kernels.o: kernels.cu dev/device.cu build/flags
+build/kernels.o: kernels.cu dev/device.cu dev/launchers.h build/flags
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
 kernels.o cuda-check:
@@ -183,7 +183,7 @@ $(CHECKS): check/%:
 	    $(if $(OPENMP),,-Wno-unknown-pragmas) $(FLAGS$(suffix $*)) -S $(basename $*) -o /dev/null
 
 twins:
-	@awk -f test/twins.awk $(MODULES) kernels.cu
+	@awk -f test/twins.awk $(MODULES) dev/launchers.h kernels.cu
 
 check: $(CHECKS) twins cuda-check
 	@echo "✓ each alone, -Wall -Wextra -Werror, as bf16, float, double, without OpenMP: $(MODULES)"

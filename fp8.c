@@ -410,6 +410,13 @@ void linear_f32_backward(real *dinp, const real *dout, const float *w, int T, in
     linear_real_backward(dinp, dout, (Frozen){ w, NULL, widen_f32 }, T, C, O);
 }
 
+// out (n) = inp (n), rounded to storage.
+void narrow(act *out, const real *inp, size_t n) {
+    GPU(narrow_gpu(out, inp, n))
+    store_rows(out, inp, n);
+}
+TWIN(narrow)
+
 // -------------------------------------------------------------------------------------------------
 // 5 Quantisation: real numbers into codes and scales
 //
@@ -454,7 +461,7 @@ static inline uint8_t quantize_group(uint8_t *codes, const real *x, float floor,
 
 // codes (T,C), scales (T,ceil(C/128)) from inp (T,C): one scale per row and 128 columns.
 void quantize_rows_fp8(uint8_t *codes, uint8_t *scales, const act *inp, float floor, int T, int C) {
-    CPU_ONLY();
+    GPU(quantize_rows_fp8_gpu(codes, scales, inp, floor, T, C))
     int groups = ceil_div(C, FP8_BLOCK);
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
@@ -467,6 +474,7 @@ void quantize_rows_fp8(uint8_t *codes, uint8_t *scales, const act *inp, float fl
         }
     }
 }
+TWIN(quantize_rows_fp8)
 
 // codes (O,C), scales (ceil(O/128), ceil(C/128)) from w (O,C): one scale per block of 128 x 128, so
 // that quantising the transpose gives the transposed codes.
@@ -557,7 +565,7 @@ TWIN(swiglu_backward)
 // codes (T,F), scales (T,F/128) from gv (T,2F), weight (T) or NULL for all ones. F % 128 == 0.
 void swiglu_quantize_forward(uint8_t *codes, uint8_t *scales, const act *gv, const real *weight,
                              float limit, float floor, int T, int F) {
-    CPU_ONLY();
+    GPU(swiglu_quantize_forward_gpu(codes, scales, gv, weight, limit, floor, T, F))
     require(F % FP8_BLOCK == 0);
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
@@ -575,12 +583,13 @@ void swiglu_quantize_forward(uint8_t *codes, uint8_t *scales, const act *gv, con
         }
     }
 }
+TWIN(swiglu_quantize_forward)
 
 // dcodes (T,2F), dscales (T,2F/128): [dg | dv], and dweight (T), which may be NULL, from dh (T,F).
 // No floor: gradients may be as small as they like.
 void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, const act *dh,
                               const act *gv, const real *weight, float limit, int T, int F) {
-    CPU_ONLY();
+    GPU(swiglu_quantize_backward_gpu(dcodes, dscales, dweight, dh, gv, weight, limit, T, F))
     require(F % FP8_BLOCK == 0);
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
@@ -609,6 +618,7 @@ void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, 
         if (dweight) { dweight[t] = dw; }
     }
 }
+TWIN(swiglu_quantize_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 8 Rows that stay fp8: widened, transposed, carried to their experts
@@ -622,9 +632,17 @@ void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, 
 // to the largest scale of its rows, and turned. The result has the form of a frozen matrix.
 // Source: fp8-flow-moe.md, 2.4 and 2.5.
 
+// Rows of codes and, behind them, their scales: n C + n ceil(C/128) bytes.
+typedef struct { uint8_t *codes, *scales; } Fp8Rows;
+static inline Fp8Rows fp8_rows(const void *at, size_t n, int C) {
+    uint8_t *codes = (uint8_t *)(uintptr_t)at;
+    return (Fp8Rows){ codes, codes + n * C };
+}
+static inline size_t fp8_bytes(size_t n, int C) { return n * C + n * ceil_div(C, FP8_BLOCK); }
+
 // out (T,C) = what codes (T,C) with scales (T,ceil(C/128)) stand for. Exact, in bf16 too.
 void widen_rows_fp8(act *out, const uint8_t *codes, const uint8_t *scales, int T, int C) {
-    CPU_ONLY();
+    GPU(widen_rows_fp8_gpu(out, codes, scales, T, C))
     int groups = ceil_div(C, FP8_BLOCK);
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
@@ -634,6 +652,7 @@ void widen_rows_fp8(act *out, const uint8_t *codes, const uint8_t *scales, int T
         }
     }
 }
+TWIN(widen_rows_fp8)
 
 // The code nearest to e4m3(code) / 2^k, k >= 0, ties to the even one. NaN stays, and so does -0.
 // With exponents left, this is k off the exponent. Without, the leading one becomes a digit of a

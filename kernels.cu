@@ -249,151 +249,10 @@ extern int on_gpu;                  // decided once, at start, by what the machi
 // -------------------------------------------------------------------------------------------------
 // 1.4 Launchers
 //
-// One prototype per launcher, grouped by the part of this file that holds it. Each is the twin of
-// the C function without the suffix, except those that move memory.
+// One prototype per launcher: the twin of the C function without the suffix. cc compares it with
+// that function (TWIN), nvcc with the launcher.
 #if defined(USE_CUDA) || defined(__CUDACC__)
-#ifdef __cplusplus
-extern "C" {
-#endif
-// The device: start, memory, copies
-void gpu_count(int *n_h);
-void gpu_start(int device, char *name_h, size_t size);
-void gpu_alloc(void **p, size_t bytes);
-void gpu_free(void *p);
-void gpu_workspace(void *base, size_t bytes);
-void gpu_zero(void *p, size_t bytes);
-void gpu_upload(void *to, const void *from_h, size_t bytes);
-void gpu_download(void *to_h, const void *from, size_t bytes);
-void gpu_sync(void);
-void gpu_memory(size_t *used_h, size_t *total_h);
-enum { GPU_MARKS = 4097 };      // events that can stand between kernels (dev/phases.c)
-void gpu_mark(int i);
-void gpu_marks(double *at_h, int n);
-void gpu_aside(int step);
-void gpu_host_alloc(void **p, size_t bytes);
-void gpu_host_free(void *p);
-void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
-void gpu_copy_end(int place);
-// Ranks (moe.c, section 3): which is COMM_WORLD, COMM_EP or COMM_REPLICA
-void gpu_make_id(void *id_h);
-void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep);
-void gpu_waiting(double *seconds_h, char *error_h, size_t size);
-void gpu_batch(int begin);
-void gpu_sum_real(int which, real *values, size_t n);
-void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
-                    const size_t *send_bytes_h);
-void gpu_trade(void **boxes_h, int which, size_t bytes);
-void gpu_broadcast(int which, void *data, size_t bytes, int root);
-void copy_boxes_gpu(const BoxCopy *box_h, int n);
-void scale_reals_gpu(real *x, double scale, size_t n);
-void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);
-// Numbers and dense products (fp8.c)
-void linear_fp8_forward_gpu(act *out, const act *inp, const uint8_t *w, const uint8_t *scale, int T,
-                            int C, int O);
-void linear_bf16_forward_gpu(real *out, const act *inp, const bf16 *w, int T, int C, int O);
-void linear_bf16_backward_gpu(real *dinp, const real *dout, const bf16 *w, int T, int C, int O);
-void narrow_gpu(act *out, const real *inp, size_t n);
-void swiglu_forward_gpu(act *h, const act *g, const act *v, const real *weight, float limit, int T,
-                        int F);
-void swiglu_backward_gpu(act *dg, act *dv, real *dweight, const real *dh, const act *g, const act
-                         *v, const real *weight, float limit, int T, int F);
-void group_output_forward_gpu(act *v, const act *o, const uint8_t *w, const uint8_t *scale, int T,
-                              int G, int N, int O);
-void group_output_backward_gpu(act *do_, const real *dv, const uint8_t *w, const uint8_t *scale, int
-                               T, int G, int N, int O);
-void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset, const uint8_t *w, const
-                             uint8_t *scale, int E, int C, int O);
-void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset, const uint8_t *w,
-                              const uint8_t *scale, int E, int C, int O);
-// Adapters and optimizers (lora.c)
-void lora_linear_forward_gpu(act *out, real *u, const act *inp, const uint8_t *w, const uint8_t
-                             *scale, const real *a, const real *b, float s, int T, int C, int O, int
-                             R);
-void lora_linear_backward_gpu(real *dinp, real *da, real *db, const act *dout, const act *inp, const
-                              real *u, const uint8_t *w, const uint8_t *scale, const real *a, const
-                              real *b, float s, int T, int C, int O, int R);
-void lora_experts_forward_gpu(act *out, real *u, const act *inp, const int *offset, const uint8_t
-                              *w, const uint8_t *scale, const real *a, const real *b, float s, int
-                              E, int C, int O, int R);
-void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout, const act *inp,
-                               const real *u, const int *offset, const uint8_t *w, const uint8_t
-                               *scale, const real *a, const real *b, float s, int E, int C, int O,
-                               int R);
-void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a, int E, int F,
-                           int R);
-void partial_forward_gpu(real *out, real *u, const act *inp, const int *offset, const uint8_t *w,
-                         const uint8_t *scale, int type, const real *a, const real *b, float s,
-                         int E, int C, int O, int R);
-void sum_squares_gpu(double *sum_h, const real *x, size_t n);
-void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double grad_scale, double
-                      lr, double beta1, double beta2, double eps, double weight_decay, int step);
-void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
-                     double lr, double beta, double weight_decay, int restarts);
-void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, const float *bias,
-                       const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
-                       int T, int E, int K);
-void route_backward_gpu(real *dinp, const real *dweights, const int *slot_row, const int *ids, const
-                        real *weights, const real *logits, const real *all, const bf16 *gate,
-                        Routing how, float scale, int norm, int T, int C, int E, int K);
-void trip_count_gpu(int *counts, int *index, const int *ids, int slots, int E);
-void trip_sort_gpu(int *row_slot, int *slot_row, const int *ids, const int *index, Runs runs, int
-                   slots);
-void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order, size_t row_bytes);
-void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C);
-void pack_weights_gpu(real *home, const real *weights, const int *row_slot, int n);
-void combine_forward_gpu(act *out, const act *home_y, const int *slot_row, int T, int K, int C);
-void dispatch_backward_gpu(real *dinp, const act *home_dx, const int *slot_row, int T, int K, int
-                           C);
-// Norms, RoPE, hyper-connections (train.c parts 3 and 4)
-void rmsnorm_forward_gpu(act *out, real *rstd, const act *inp, const bf16 *w, float eps, int T, int
-                         C);
-void rmsnorm_backward_gpu(act *dinp, const real *dout, const act *inp, const real *rstd, const bf16
-                          *w, int T, int C);
-void embed_forward_gpu(act *X, const bf16 *embed, const int *token, int T, int C);
-void rope_apply_gpu(act *x, const real *table, const int *position, int sign, int T, int H, int D,
-                    int rope);
-void norm_rope_forward_gpu(act *out, real *rstd, const act *inp, const bf16 *w, const real *table,
-                           const int *position, float eps, int T, int H, int D, int rope);
-void norm_rope_backward_gpu(act *dinp, const act *dout, const act *out, const real *rstd, const real
-                            *table, const int *position, int T, int H, int D, int rope);
-void key_norm_rope_backward_gpu(act *dinp, const real *dout, const act *inp, const real *rstd, const
-                                bf16 *w, const real *table, const int *position, int n, int D, int
-                                rope);
-void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps, int T, int C,
-    int M);
-void hc_weights_forward_gpu(real *pre, real *post, real *comb, const real *m, const float *base,
-    const float *scale, float eps, int T, int M, int iters);
-void hc_enter_forward_gpu(act *x, real *rstd, const act *X, const real *pre, const bf16 *w,
-    float eps, int T, int C);
-void hc_enter_backward_gpu(act *dX, const real *dx, const real *dpost, const real *dcomb,
-    const act *X, const real *m, const real *r, const real *pre, const real *comb, const real *rstd,
-    const float *fn, const float *base, const float *scale, const bf16 *w, float eps, int T, int C,
-    int M, int iters);
-void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X, const real *post,
-    const real *comb, const float *fn, float eps, int T, int C, int M);
-void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY, const act *o, const act
-    *X, const real *post, int T, int C);
-void pool_forward_gpu(act *out, const real *K, const real *Z, const float *ape, AttentionShape a,
-                      const int *entry_position, int D);
-void pool_backward_gpu(real *dK, real *dZ, const act *dout, const real *K, const real *Z, const
-                       float *ape, AttentionShape a, const int *entry_position, int D);
-void indexer_select_gpu(int *selected, const act *q, const act *k, const real *w, AttentionShape a,
-                        int heads, int dim);
-// Attention (train.c 5.4)
-void attention_forward_gpu(act *out, real *lse, const act *q, const act *kv, const act *entries,
-                           const float *sink, const int *selected, AttentionShape a);
-void attention_delta_gpu(real *delta, const act *dout, const act *out, int T, int H, int D);
-void attention_backward_query_gpu(act *dq, const act *dout, const real *delta, const real *lse,
-                                  const act *q, const act *kv, const act *entries, const int
-                                  *selected, AttentionShape a);
-void attention_backward_key_gpu(real *dkv, real *dentries, const act *dout, const real *delta, const
-                                real *lse, const act *q, const act *kv, const act *entries, const
-                                int *selected, AttentionShape a);
-void head_loss_gpu(real *loss, real *dinp, const act *inp, const bf16 *head, const int *target, int
-                   T, int C, int V);
-#ifdef __cplusplus
-}
-#endif
+#include "dev/launchers.h"
 #endif
 
 // -------------------------------------------------------------------------------------------------
@@ -1071,19 +930,20 @@ extern "C" void draw_elements_gpu(void *data, int type, uint64_t key, float mean
 // e4m3 bits -> float: exact. As in fp8.c, the exponent is rebased by a multiplication.
 __device__ inline float e4m3_value(unsigned code) {
     const float v = __uint_as_float((code & 0x7F) << 20) * 0x1p120f;
-    return __uint_as_float(__float_as_uint(v) | (code & 0x80) << 24);
+    const unsigned nan = (code & 0x7F) == 0x7F ? 0x7FC00000 : 0;
+    return __uint_as_float(__float_as_uint(v) | nan | (code & 0x80) << 24);
 }
 
 __device__ inline float e8m0_value(unsigned b) { return __uint_as_float(b ? b << 23 : 1u << 22); }
 
-// out (O,C) bf16 from codes (O,C), scale (ceil(O/128), ceil(C/128)). 16 codes per thread.
+// out (O,C) bf16 from codes (O,C), scale (ceil(O/rows), ceil(C/128)): a scale is for 128 rows of a
+// frozen matrix, for one of activations. 16 codes per thread.
 __global__ void widen_fp8_kernel(bf16 *out, const uint8_t *codes, const uint8_t *scale, size_t n,
-                                 int C) {
+                                 int C, int rows) {
     const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 16;
     if (at >= n) { return; }
     const size_t o = at / C, c = at % C;
-    const float s = e8m0_value(scale[o / FP8_BLOCK * ((C + FP8_BLOCK - 1) / FP8_BLOCK) +
-                                     c / FP8_BLOCK]);
+    const float s = e8m0_value(scale[o / rows * ((C + FP8_BLOCK - 1) / FP8_BLOCK) + c / FP8_BLOCK]);
     const uint4 raw = *(const uint4 *)(codes + at);
     const unsigned word[4] = { raw.x, raw.y, raw.z, raw.w };
     #pragma unroll
@@ -1102,7 +962,8 @@ static bf16 *widened_fp8(const uint8_t *w, const uint8_t *scale, int C, int O) {
     const size_t n = (size_t)O * C;
     gpuRequire(C % 16 == 0);
     bf16 *wide = (bf16 *)workspace(sizeof(bf16) * n);
-    widen_fp8_kernel<<<blocks_for(n / 16, 256), 256, 0, stream>>>(wide, w, scale, n, C);
+    widen_fp8_kernel<<<blocks_for(n / 16, 256), 256, 0, stream>>>(wide, w, scale, n, C,
+                                                                  FP8_BLOCK);
     cudaCheck(cudaGetLastError());
     return wide;
 }
@@ -1147,56 +1008,196 @@ extern "C" void linear_bf16_backward_gpu(real *dinp, const real *dout, const bf1
 // Rounds n reals to storage: the GPU's store_rows.
 extern "C" void narrow_gpu(act *out, const real *inp, size_t n) { narrow(out, inp, n); }
 
-// The clamped SwiGLU. One block per row, so that the row's weight gradient has one owner.
-//   bytes: forward 6 F per row, backward 4 F + 4 F + 4 F = 12 F.
-__global__ void swiglu_forward_kernel(act *h, const act *g, const act *v, const real *weight,
-                                      float limit, int F) {
+// Numbers into e4m3, 128 to a scale: 16 neighbouring lanes hold a group, 8 numbers each.
+
+// The e8m0 byte of the smallest t >= -126 with a <= 448 * 2^t, for finite a >= 0.
+__device__ __forceinline__ unsigned scale_for_e4m3(float a) {
+    const unsigned bits = __float_as_uint(a);
+    const int t = (int)(bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000);
+    return (unsigned)(max(t, -126) + 127);
+}
+
+// x / 2^t as two codes; what is not finite becomes NaN.
+__device__ __forceinline__ unsigned quantize_two(float a, float b, float inverse) {
+    const float2 two = make_float2(fabsf(a) < INFINITY ? a * inverse : NAN,
+                                   fabsf(b) < INFINITY ? b * inverse : NAN);
+    return __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+}
+
+// A lane's eight codes; returns the group's scale. All lanes of the warp take part.
+__device__ __forceinline__ unsigned quantize_eight(uint2 &codes, const float *x, float floor) {
+    float amax = floor;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) { amax = fmaxf(amax, fabsf(x[i]) < INFINITY ? fabsf(x[i]) : 0); }
+    #pragma unroll
+    for (int k = 8; k > 0; k /= 2) { amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, k)); }
+    const unsigned scale = scale_for_e4m3(amax);
+    const float inverse = __uint_as_float((254 - scale) << 23);
+    codes.x = quantize_two(x[0], x[1], inverse) | quantize_two(x[2], x[3], inverse) << 16;
+    codes.y = quantize_two(x[4], x[5], inverse) | quantize_two(x[6], x[7], inverse) << 16;
+    return scale;
+}
+
+//   bytes: 2 + 1 per number; 24,576 rows of 4,096: 302 MB, 71 us.
+__global__ void quantize_rows_kernel(uint8_t *codes, uint8_t *scales, const bf16 *x, float floor,
+                                     size_t n) {
+    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    float v[8];
+    uint2 out;
+    load8(v, x + min(at, n - 8));
+    const unsigned scale = quantize_eight(out, v, floor);
+    if (at >= n) { return; }
+    *(uint2 *)(codes + at) = out;
+    if (at % FP8_BLOCK == 0) { scales[at / FP8_BLOCK] = (uint8_t)scale; }
+}
+
+extern "C" void quantize_rows_fp8_gpu(uint8_t *codes, uint8_t *scales, const act *inp, float floor,
+                                      int T, int C) {
+    const size_t n = (size_t)T * C;
+    gpuRequire(C % FP8_BLOCK == 0);
+    if (n == 0) { return; }
+    quantize_rows_kernel<<<blocks_for(n / 8, 256), 256, 0, stream>>>(codes, scales, inp, floor, n);
+    cudaCheck(cudaGetLastError());
+}
+
+extern "C" void widen_rows_fp8_gpu(act *out, const uint8_t *codes, const uint8_t *scales, int T,
+                                   int C) {
+    const size_t n = (size_t)T * C;
+    gpuRequire(C % 16 == 0);
+    if (n == 0) { return; }
+    widen_fp8_kernel<<<blocks_for(n / 16, 256), 256, 0, stream>>>(out, codes, scales, n, C, 1);
+    cudaCheck(cudaGetLastError());
+}
+
+// Bytes i of four words become word i: a 4 x 4 transpose.
+__device__ __forceinline__ void turn_four(uint32_t &a, uint32_t &b, uint32_t &c, uint32_t &d) {
+    const uint32_t ab = __byte_perm(a, b, 0x5140), cd = __byte_perm(c, d, 0x5140);
+    const uint32_t ab2 = __byte_perm(a, b, 0x7362), cd2 = __byte_perm(c, d, 0x7362);
+    a = __byte_perm(ab, cd, 0x5410), b = __byte_perm(ab, cd, 0x7632);
+    c = __byte_perm(ab2, cd2, 0x5410), d = __byte_perm(ab2, cd2, 0x7632);
+}
+
+// A tile of 128 x 128 bytes is turned in shared memory: thread (rows 4 i .. 4 i + 3, codes 16 p ..)
+// of 256 writes its words (column c, row / 4) at row / 4 ^ c / 16 * 4 of line c, so that no two
+// lanes meet in a bank, neither writing nor reading.
+__device__ __forceinline__ void tile_turn(uint32_t *tile, uint4 (&row)[4]) {
+    const int i = threadIdx.x / 8, part = threadIdx.x % 8;
+    #pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t word[4] = { (&row[0].x)[k], (&row[1].x)[k], (&row[2].x)[k], (&row[3].x)[k] };
+        turn_four(word[0], word[1], word[2], word[3]);
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            tile[(part * 16 + k * 4 + j) * 32 + (i ^ part * 4)] = word[j];
+        }
+    }
+}
+// Rows 16 p .. of column c of the turned tile.
+__device__ __forceinline__ uint4 tile_line(const uint32_t *tile, int c, int part) {
+    return *(const uint4 *)(tile + c * 32 + (part * 4 ^ c / 16 * 4));
+}
+
+// The largest of 128 bytes, which threads 0 .. 127 give; most: 4 words, to be read after a barrier.
+__device__ __forceinline__ void largest_byte(uint32_t *most, unsigned byte) {
+    const unsigned all = __reduce_max_sync(~0u, byte);
+    if (threadIdx.x % 32 == 0) { most[threadIdx.x / 32] = all; }
+}
+__device__ __forceinline__ int largest_of(const uint32_t *most) {
+    return (int)max(max(most[0], most[1]), max(most[2], most[3]));
+}
+
+// The clamped SwiGLU of g and v, whose rows are ld apart; TO_FP8: straight into codes. A NaN must
+// stay one: fminf and fmaxf would hide it.
+//   bytes: 6 F per row; into codes 5 F: 24,576 rows of 2,048 in 59 us.
+template <int TO_FP8>
+__global__ void swiglu_forward_kernel(act *h, uint8_t *codes, uint8_t *scales, const act *g,
+                                      const act *v, size_t ld, const real *weight, float limit,
+                                      float floor, int F) {
     const size_t row = blockIdx.x;
     const float w = weight ? weight[row] : 1;
-    for (int c = threadIdx.x * 8; c < F; c += blockDim.x * 8) {
+    for (int c0 = 0; c0 < F; c0 += blockDim.x * 8) {
+        const int c = c0 + threadIdx.x * 8, inside = c < F;
         float a[8], b[8];
-        load8(a, g + row * F + c);
-        load8(b, v + row * F + c);
+        uint2 out;
+        load8(a, g + row * ld + (inside ? c : 0));
+        load8(b, v + row * ld + (inside ? c : 0));
         #pragma unroll
         for (int k = 0; k < 8; k++) {
-            const float gate = fminf(a[k], limit), up = fminf(fmaxf(b[k], -limit), limit);
+            const float gate = a[k] > limit ? limit : a[k];
+            const float up = b[k] > limit ? limit : b[k] < -limit ? -limit : b[k];
             a[k] = w * (gate / (1 + expf(-gate))) * up;
         }
-        store8(h + row * F + c, a);
+        const unsigned scale = TO_FP8 ? quantize_eight(out, a, floor) : 0;
+        if (!inside) { continue; }
+        const size_t at = row * F + c;
+        if (!TO_FP8) { store8(h + at, a); continue; }
+        *(uint2 *)(codes + at) = out;
+        if (c % FP8_BLOCK == 0) { scales[at / FP8_BLOCK] = (uint8_t)scale; }
     }
 }
 
 extern "C" void swiglu_forward_gpu(act *h, const act *g, const act *v, const real *weight,
                                    float limit, int T, int F) {
     if (T == 0) { return; }
-    swiglu_forward_kernel<<<T, row_threads(F), 0, stream>>>(h, g, v, weight, limit, F);
+    swiglu_forward_kernel<0><<<T, row_threads(F), 0, stream>>>(h, NULL, NULL, g, v, F, weight,
+                                                               limit, 0, F);
     cudaCheck(cudaGetLastError());
 }
 
-__global__ void swiglu_backward_kernel(act *dg, act *dv, real *dweight, const real *dh,
-                                       const act *g, const act *v, const real *weight, float limit,
-                                       int F) {
+extern "C" void swiglu_quantize_forward_gpu(uint8_t *codes, uint8_t *scales, const act *gv,
+                                            const real *weight, float limit, float floor, int T,
+                                            int F) {
+    gpuRequire(F % FP8_BLOCK == 0);
+    if (T == 0) { return; }
+    swiglu_forward_kernel<1><<<T, row_threads(F), 0, stream>>>(NULL, codes, scales, gv, gv + F,
+                                                               2 * F, weight, limit, floor, F);
+    cudaCheck(cudaGetLastError());
+}
+
+// One block per row, so that the row's weight gradient has one owner. TO_FP8: dg and dv are halves
+// of rows of codes, with scales of their own.
+//   bytes: 12 F per row; into codes 8 F: 24,576 rows of 2,048 in 94 us.
+template <int TO_FP8, typename D>
+__global__ void swiglu_backward_kernel(act *dg, act *dv, uint8_t *codes, uint8_t *scales,
+                                       real *dweight, const D *dh, const act *g, const act *v,
+                                       size_t ld, const real *weight, float limit, int F) {
     __shared__ float shared[32];
     const size_t row = blockIdx.x;
     const float w = weight ? weight[row] : 1;
     float dw = 0;
-    for (int c = threadIdx.x * 8; c < F; c += blockDim.x * 8) {
+    for (int c0 = 0; c0 < F; c0 += blockDim.x * 8) {
+        const int c = c0 + threadIdx.x * 8, inside = c < F;
         float a[8], b[8], d[8];
-        load8(a, g + row * F + c);
-        load8(b, v + row * F + c);
-        load8(d, dh + row * F + c);
+        uint2 left, right;
+        load8(a, g + row * ld + (inside ? c : 0));
+        load8(b, v + row * ld + (inside ? c : 0));
+        load8(d, dh + row * F + (inside ? c : 0));
         #pragma unroll
         for (int k = 0; k < 8; k++) {
             // forward: h = w silu(gate) up, gate = min(g, limit), up = clamp(v, +-limit)
-            const float gate = fminf(a[k], limit), up = fminf(fmaxf(b[k], -limit), limit);
+            const int gate_passes = !(a[k] > limit), up_passes = !(fabsf(b[k]) > limit);
+            const float gate = gate_passes ? a[k] : limit;
+            const float up = up_passes ? b[k] : copysignf(limit, b[k]);
             const float s = 1 / (1 + expf(-gate)), silu = gate * s;
-            dw += d[k] * silu * up;
-            const float dgate = w * d[k] * up * s * (1 + gate * (1 - s)), dup = w * d[k] * silu;
-            a[k] = a[k] <= limit ? dgate : 0;
-            b[k] = fabsf(b[k]) <= limit ? dup : 0;
+            if (inside) { dw += d[k] * silu * up; }
+            a[k] = gate_passes ? w * d[k] * up * (s * (1 + gate * (1 - s))) : 0;
+            b[k] = up_passes ? w * d[k] * silu : 0;
         }
-        store8(dg + row * F + c, a);
-        store8(dv + row * F + c, b);
+        const unsigned scale_a = TO_FP8 ? quantize_eight(left, a, 0) : 0;
+        const unsigned scale_b = TO_FP8 ? quantize_eight(right, b, 0) : 0;
+        if (!inside) { continue; }
+        if (!TO_FP8) {
+            store8(dg + row * F + c, a);
+            store8(dv + row * F + c, b);
+            continue;
+        }
+        const size_t at = row * 2 * F + c;
+        *(uint2 *)(codes + at) = left;
+        *(uint2 *)(codes + at + F) = right;
+        if (c % FP8_BLOCK == 0) {
+            scales[at / FP8_BLOCK] = (uint8_t)scale_a;
+            scales[(at + F) / FP8_BLOCK] = (uint8_t)scale_b;
+        }
     }
     if (dweight) {
         dw = block_sum(dw, shared);
@@ -1207,8 +1208,19 @@ __global__ void swiglu_backward_kernel(act *dg, act *dv, real *dweight, const re
 extern "C" void swiglu_backward_gpu(act *dg, act *dv, real *dweight, const real *dh, const act *g,
                                     const act *v, const real *weight, float limit, int T, int F) {
     if (T == 0) { return; }
-    swiglu_backward_kernel<<<T, row_threads(F), 0, stream>>>(dg, dv, dweight, dh, g, v, weight,
-                                                             limit, F);
+    swiglu_backward_kernel<0><<<T, row_threads(F), 0, stream>>>(dg, dv, NULL, NULL, dweight, dh, g,
+                                                                v, F, weight, limit, F);
+    cudaCheck(cudaGetLastError());
+}
+
+extern "C" void swiglu_quantize_backward_gpu(uint8_t *dcodes, uint8_t *dscales, real *dweight,
+                                             const act *dh, const act *gv, const real *weight,
+                                             float limit, int T, int F) {
+    gpuRequire(F % FP8_BLOCK == 0);
+    if (T == 0) { return; }
+    swiglu_backward_kernel<1><<<T, row_threads(F), 0, stream>>>(NULL, NULL, dcodes, dscales,
+                                                                dweight, dh, gv, gv + F, 2 * F, weight,
+                                                                limit, F);
     cudaCheck(cudaGetLastError());
 }
 
@@ -1775,13 +1787,338 @@ static const int *device_offsets(const int *offset, int E) {
 }
 
 // -------------------------------------------------------------------------------------------------
+// 4.4 Experts in fp8: recast, multiply
+//
+// One layer's packed matrices become e4m3 codes in scratch, turned for the backward, and the fp8
+// tensor cores multiply them. The ladder is dev/cuda/fp8_matmul.cu.
+
+enum { RECAST_LIFT = 6, RECAST_SPREAD = 14, RECAST_TABLES = 20 };   // from d = 19 on all are 0
+
+// Nibbles 0 .. 3 and 4 .. 7 of w, looked up in a table of eight magnitudes. prmt's fourth selector
+// bit repeats a byte's sign: of bytes 0x80 it makes 0xFF where a code is negative.
+__device__ __forceinline__ void recast_eight(uint32_t &low, uint32_t &high, uint32_t w, uint2 t) {
+    uint32_t s_low, s_high, ones = 0x80808080;
+    asm("prmt.b32 %0, %1, %1, %2;" : "=r"(s_low) : "r"(ones), "r"(w));
+    asm("prmt.b32 %0, %1, %1, %2;" : "=r"(s_high) : "r"(ones), "r"(w >> 16));
+    low = __byte_perm(t.x, t.y, w & 0x7777) | (s_low << 1 & 0x80808080);
+    high = __byte_perm(t.x, t.y, w >> 16 & 0x7777) | (s_high << 1 & 0x80808080);
+}
+
+// The four scale bytes of row threadIdx.x of a block of 128 x 128, for threads 0 .. 127.
+__device__ __forceinline__ uint32_t recast_scales(uint32_t *most, const uint8_t *scale, size_t row0,
+                                                  int c0, int C) {
+    const size_t at = (row0 + threadIdx.x) * C + c0;
+    const uint32_t four = *(const uint32_t *)(scale + at / FP4_BLOCK);
+    const uint32_t two = __vmaxu2(four & 0x00FF00FF, four >> 8 & 0x00FF00FF);
+    largest_byte(most, max(two & 0xFFFF, two >> 16));
+    return four;
+}
+
+// 256 threads per block of 128 x 128; a thread takes 4 pieces of 16 codes, TURNED of 4 neighbouring
+// rows. A group whose scale lies d below the block's largest has its codes from table d.
+//   bytes: 0.53 read + 1 written per weight: one layer's 32 experts, 1.23 GB, 0.29 ms.
+template <int TURNED>
+__global__ void __launch_bounds__(256) recast_kernel(uint8_t *codes, uint8_t *scales,
+                                                     const uint8_t *w, const uint8_t *scale, int at,
+                                                     int rows, int C, int O) {
+    __shared__ uint2 table[RECAST_TABLES];
+    __shared__ uint32_t group[128], most[4];
+    __shared__ __align__(16) uint32_t tile[TURNED ? 128 * 32 : 1];
+    const int o0 = blockIdx.y * 128, c0 = blockIdx.x * 128, thread = threadIdx.x;
+    const int part = thread % 8, first = TURNED ? thread / 8 * 4 : thread / 8;
+    const size_t e = blockIdx.z, row0 = e * O + o0;
+    uint2 raw[4];
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int o = first + (TURNED ? j : j * 32);
+        raw[j] = *(const uint2 *)(w + ((row0 + o) * C + c0) / 2 + part * 8);
+    }
+    if (thread < 128) { group[thread] = recast_scales(most, scale, row0, c0, C); }
+    if (thread < RECAST_TABLES * 8) {
+        const int code = thread % 8;            // 0, 0.5, 1, 1.5, 2, 3, 4, 6
+        const float magnitude = code < 4 ? code * 0.5f : code < 6 ? code - 2 : 2 * code - 8;
+        const float value = ldexpf(magnitude, RECAST_LIFT - thread / 8);
+        ((uint8_t *)table)[thread] = __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
+    }
+    __syncthreads();
+    const int largest = max((int)RECAST_LIFT, largest_of(most));
+    const int down = rows / 128, across = C / 128, row_block = (at + o0) / 128;
+    if (thread == 0) {
+        const int block = TURNED ? blockIdx.x * down + row_block : row_block * across + blockIdx.x;
+        scales[e * down * across + block] = (uint8_t)(largest - RECAST_LIFT);
+    }
+    uint4 out[4];
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int o = first + (TURNED ? j : j * 32);
+        const int d = largest - (int)(group[o] >> part / 2 * 8 & 0xFF);
+        const uint2 t = table[min(d, RECAST_TABLES - 1)];
+        recast_eight(out[j].x, out[j].y, raw[j].x, t);
+        recast_eight(out[j].z, out[j].w, raw[j].y, t);
+        if (!TURNED) { *(uint4 *)(codes + (e * rows + at + o0 + o) * C + c0 + part * 16) = out[j]; }
+    }
+    if constexpr (TURNED) {
+        tile_turn(tile, out);
+        __syncthreads();
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int c = j * 32 + thread / 8;
+            *(uint4 *)(codes + (e * C + c0 + c) * rows + at + o0 + part * 16) =
+                tile_line(tile, c, part);
+        }
+    }
+}
+
+extern "C" void recast_fp4_gpu(uint8_t *codes, uint8_t *scales, const uint8_t *w,
+                               const uint8_t *scale, int turned, int at, int rows,
+                               const int *offset, int E, int C, int O) {
+    int e = 0;                          // the first expert with rows
+    while (offset && e < E && offset[e + 1] == 0) { e++; }
+    while (offset && E > e && offset[E - 1] == offset[E]) { E--; }
+    const size_t from = (size_t)e * O * C, to = (size_t)e * rows * C;
+    gpuRequire(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
+    gpuRequire(at % FP8_BLOCK == 0 && rows % FP8_BLOCK == 0);
+    if (E == e) { return; }
+    auto kernel = turned ? recast_kernel<1> : recast_kernel<0>;
+    kernel<<<dim3(C / 128, O / 128, E - e), 256, 0, stream>>>(
+        codes + to, scales + to / (FP8_BLOCK * FP8_BLOCK), w + from / 2, scale + from / FP4_BLOCK,
+        at, rows, C, O);
+    cudaCheck(cudaGetLastError());
+}
+
+__global__ void recast_spread_kernel(int *blocks, const uint8_t *w, const uint8_t *scale, int C) {
+    __shared__ uint32_t most[4], widest[4];
+    const size_t row0 = (size_t)blockIdx.y * 128, row = row0 + threadIdx.x;
+    const int c0 = blockIdx.x * 128;
+    const uint32_t four = recast_scales(most, scale, row0, c0, C);
+    __syncthreads();
+    const int largest = max((int)RECAST_LIFT, largest_of(most));
+    int spread = 0;
+    for (int i = 0; i < 16; i++) {              // words of 8 codes, 4 to a scale
+        const uint32_t word = ((const uint32_t *)(w + (row * C + c0) / 2))[i];
+        const int d = largest - (int)(four >> i / 4 * 8 & 0xFF);
+        if (word & 0x77777777) { spread = max(spread, d); }
+    }
+    largest_byte(widest, (unsigned)spread);
+    __syncthreads();
+    if (threadIdx.x == 0) { atomicAdd(blocks + min(largest_of(widest), RECAST_SPREAD + 1), 1); }
+}
+
+extern "C" void recast_spread_gpu(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E,
+                                  int C, int O) {
+    int found[RECAST_SPREAD + 2];
+    const size_t mark = workspace_mark();
+    int *blocks = (int *)workspace(sizeof found);
+    gpuRequire(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
+    cudaCheck(cudaMemsetAsync(blocks, 0, sizeof found, stream));
+    recast_spread_kernel<<<dim3(C / 128, E * (O / 128)), 128, 0, stream>>>(blocks, w, scale, C);
+    cudaCheck(cudaGetLastError());
+    gpu_download(found, blocks, sizeof found);
+    for (int i = 0; i < RECAST_SPREAD + 2; i++) { blocks_h[i] += found[i]; }
+    workspace_release(mark);
+}
+
+namespace grouped {
+
+// d (64,128) = (add ? d : 0) + x (64,32) w (128,32)^T in e4m3, for a warpgroup. Both along k: fp8
+// operands cannot be turned on their way, hence the turned matrix of the backward.
+__device__ __forceinline__ void wgmma_m64k32(float (&d)[64], uint64_t x, uint64_t w, int add) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS_64 "}, %64, %65, p, "
+        "1, 1; }"
+        : SUMS_32(d, 0), SUMS_32(d, 32)
+        : "l"(x), "l"(w), "r"(add));
+}
+
+// The grouped product of 4.2 with bytes for operands: tiles of 128 rows x 256 columns, a ring of 4
+// stages of 128 k, the same walk, the same stores. New are the scales. The tensor cores keep sums
+// to about 14 bits, so every 128 k they are taken out, scaled by row and block, and added in fp32.
+// A consumer warpgroup owns 128 x 128 sums, the left or the right half of the tile: one scale of w
+// per block. It multiplies 64 rows at a time into 64 registers beside its 128 sums; while it adds
+// those up, the other warpgroup multiplies.
+//   a block of 128 k: 1,024 tensor clocks, 256 of 1,024 issue slots to add, 144 KB through shared
+//   memory (1,125 clocks): about 1,040 TFLOP/s, against 730 of bf16.
+template <int V_BY_K>
+__global__ void __launch_bounds__(384, 1)
+fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
+           const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+           const __grid_constant__ CUtensorMap map_u, const __grid_constant__ CUtensorMap map_v,
+           const uint8_t *x_scale, const uint8_t *w_scale, const int *offset,
+           const __grid_constant__ ProductShape s) {
+    extern __shared__ unsigned char dynamic[];
+    typedef ProductMemory<256, 1> M;        // 128 k of e4m3 are as many bytes as 64 k of bf16
+    uint32_t unaligned = shared_address(dynamic), base;
+    asm volatile("add.u32 %0, %1, %2;" : "=r"(base) : "r"(unaligned), "r"(-unaligned % 1024));
+    int *groups = (int *)(dynamic + (base - unaligned) + M::OFFSET);
+    int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < M::STAGES; i++) {
+            barrier_init(base + M::FULL + 8 * i, 1);
+            barrier_init(base + M::EMPTY + 8 * i, PRODUCT_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    for (int i = threadIdx.x; i <= s.E; i += blockDim.x) { groups[i] = offset[i]; }
+    __syncthreads();
+
+    ProductTile t;
+    ProductWalk walk = { 0, 0 };
+    const int blocks = s.K / FP8_BLOCK;
+    int slot = 0, index = blockIdx.x, more = product_tile<256, 1>(t, walk, index, groups, s);
+    uint32_t phase = 0;
+    auto next_stage = [&] { if (++slot == M::STAGES) { slot = 0, phase ^= 1; } };
+    if (warpgroup == 2) {
+        registers_give<40>();
+        if (threadIdx.x != 256) { return; }
+        // A stage on its way: 128 rows of x or u, 256 columns of w or v.
+        auto load = [&](const CUtensorMap *of_x, const CUtensorMap *of_w, int k, int across_k) {
+            uint32_t full = base + M::FULL + 8 * slot, w = base + M::W + slot * M::W_STAGE;
+            barrier_wait(base + M::EMPTY + 8 * slot, phase ^ 1);
+            barrier_expect(full, M::X_STAGE + M::W_STAGE);
+            tma_load(base + M::X + slot * M::X_STAGE, of_x, full, k, t.row, 0);
+            for (int n = 0; n < 256; n += across_k ? 64 : 256) {
+                tma_load(w + n * 128, of_w, full, across_k ? t.n + n : k, across_k ? k : t.n + n,
+                         t.group);
+            }
+            next_stage();
+        };
+        while (more) {
+            for (int b = 0; b < blocks; b++) { load(&map_x, &map_w, b * PRODUCT_K, 0); }
+            for (int k = 0; k < s.KU; k += PRODUCT_K) { load(&map_u, &map_v, k, V_BY_K); }
+            more = product_tile<256, 1>(t, walk, index += gridDim.x, groups, s);
+        }
+        return;
+    }
+    registers_take<232>();
+    const uint32_t w_half = base + M::W + warpgroup * 128 * 128;
+    const uint32_t x0 = operand_low(base + M::X, 16), w0 = operand_low(w_half, 16);
+    const uint32_t v0 = operand_low(w_half, V_BY_K ? 8192 : 16), half_rows = 64 * 128 / 16;
+    while (more) {
+        float sum[2][64], part[64];
+        // The scales of this thread's rows, l / 4 and l / 4 + 8 of its warp's 16 in both halves,
+        // and of its columns; those of the next block are fetched while this one is multiplied.
+        int row_scale[4], column = min(t.n / FP8_BLOCK + warpgroup, s.N / FP8_BLOCK - 1);
+        int column_scale = (t.group * (s.N / FP8_BLOCK) + column) * blocks;
+        unsigned row_next[4], column_next = w_scale[column_scale];
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = t.row + i / 2 * 64 + warp % 4 * 16 + lane / 4 + i % 2 * 8;
+            row_scale[i] = min(row, s.rows - 1) * blocks;
+            row_next[i] = x_scale[row_scale[i]];
+        }
+        const int halves = t.rows > 64 ? 2 : 1;
+        #pragma unroll
+        for (int i = 0; i < 64; i++) { sum[0][i] = sum[1][i] = 0; }
+        for (int b = 0; b < blocks; b++) {
+            float factor[4], of_column = e8m0_value(column_next);
+            int next = min(b + 1, blocks - 1);
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                factor[i] = of_column * e8m0_value(row_next[i]);
+                row_next[i] = x_scale[row_scale[i] + next];
+            }
+            column_next = w_scale[column_scale + next];
+            uint32_t x = x0 + slot * (M::X_STAGE / 16), w = w0 + slot * (M::W_STAGE / 16);
+            barrier_wait(base + M::FULL + 8 * slot, phase);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (half == halves) { break; }
+                wgmma_fence();
+                #pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    wgmma_m64k32(part, operand(x + half * half_rows + 2 * k), operand(w + 2 * k),
+                                 k);
+                }
+                wgmma_commit();
+                wgmma_wait<0>();
+                if (half == halves - 1 && lane == 0) { barrier_arrive(base + M::EMPTY + 8 * slot); }
+                keep_order(part);
+                #pragma unroll
+                for (int i = 0; i < 64; i++) {
+                    sum[half][i] += part[i] * factor[2 * half + i / 2 % 2];
+                }
+            }
+            next_stage();
+        }
+        for (int left = s.KU; left > 0; left -= PRODUCT_K) {    // the border, in bf16
+            uint32_t u = x0 + slot * (M::X_STAGE / 16), v = v0 + slot * (M::W_STAGE / 16);
+            barrier_wait(base + M::FULL + 8 * slot, phase);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                for (int k = 0; k < min(left, (int)PRODUCT_K); k += 16) {     // waits: they are few
+                    wgmma_fence();
+                    wgmma_m64k16<128, V_BY_K>(sum[half], operand(u + half * half_rows + k / 8),
+                                              operand(v + (V_BY_K ? k * 8 : k / 8)), 1);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    keep_order(sum[half]);
+                }
+            }
+            if (lane == 0) { barrier_arrive(base + M::EMPTY + 8 * slot); }
+            next_stage();
+        }
+        ProductTile done = t;
+        more = product_tile<256, 1>(t, walk, index += gridDim.x, groups, s);
+        int n = done.n + warpgroup * 128;
+        if (n >= s.N) { continue; }
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = half * 64 + warp % 4 * 16, row = done.row + at, rows = done.rows - at;
+            if (rows >= 16) {
+                product_store<128, 0>(&map_out, sum[half], base + M::OUT + warp * 4096, n, row, 0);
+            } else if (rows > 0) {
+                product_store_some<128>(out + row * s.ldo + n, s.ldo, sum[half], rows, 128);
+            }
+        }
+    }
+    if (lane == 0) { tma_wait_all(); }
+}
+
+// What an fp8 product reads and writes. N, K: multiples of 128; KU of 8.
+struct Fp8Product {
+    bf16 *out;                      // (rows,N)
+    const uint8_t *x, *x_scale;     // (rows,K), (rows,K/128)
+    const uint8_t *w, *w_scale;     // (E,N,K), (E,N/128,K/128)
+    const bf16 *u, *v;              // border (rows,KU), and (E,N,KU) or, v_by_k, (E,KU,N)
+    const int *offset;              // device (E+1): rows of each group
+    int E, rows, N, K, KU, v_by_k;  // rows: of the buffers, at least offset[E]
+};
+
+static void fp8_product(const Fp8Product &p) {
+    if (p.rows == 0 || p.E == 0) { return; }
+    gpuRequire(p.K % FP8_BLOCK == 0 && p.N % FP8_BLOCK == 0 && p.K && p.E <= PRODUCT_GROUPS);
+    // To the copy engine two codes are one bf16: all it does is move bytes.
+    const int pairs = p.K / 2;
+    const size_t slice = (size_t)p.N * p.KU;
+    CUtensorMap out = tensor_map(p.out, 0, p.N, p.rows, 1, p.N, p.N, 16);
+    CUtensorMap x = tensor_map(p.x, 0, pairs, p.rows, 1, pairs, pairs, PRODUCT_ROWS);
+    CUtensorMap w = tensor_map(p.w, 0, pairs, p.N, p.E, pairs, (size_t)p.N * pairs, 256);
+    CUtensorMap u = x, v = w;
+    if (p.KU) {
+        u = tensor_map(p.u, 0, p.KU, p.rows, 1, p.KU, p.KU, PRODUCT_ROWS);
+        v = p.v_by_k ? tensor_map(p.v, 0, p.N, p.KU, p.E, p.N, slice, PRODUCT_K)
+                     : tensor_map(p.v, 0, p.KU, p.N, p.E, p.KU, slice, 256);
+    }
+    ProductShape s = { p.E, p.rows, p.N, p.K, p.KU, 1, 0, (size_t)p.N, 0, NULL, NULL };
+    auto kernel = p.v_by_k ? fp8_kernel<1> : fp8_kernel<0>;
+    const int bytes = 1024 + (int)ProductMemory<256, 1>::SIZE;
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<multiprocessors() - side_sms, 384, bytes, stream>>>(p.out, out, x, w, u, v, p.x_scale,
+                                                                 p.w_scale, p.offset, s);
+    cudaCheck(cudaGetLastError());
+}
+}   // namespace grouped
+
+// -------------------------------------------------------------------------------------------------
 // 5 Adapters and optimizers (lora.c)
 //
-// Three small products with the rank on one side, each for a list of groups of rows: one group is
-// a dense adapter, 32 groups are a layer's experts. They read the wide side once, so they are bound
-// by bytes; ranks are taken R_BLOCK at a time.
+// Small products with the rank on one side, each for a list of groups of rows: one group is a dense
+// adapter, 32 groups are a layer's experts. u = A x goes by the tensor cores; s B u and A^T du ride
+// in the product they are added to. Gradients of the factors sum over rows, and are bound by bytes:
+// they read the wide side once for R_BLOCK ranks.
 
-enum { R_BLOCK = 8, LORA_ROWS = 32, GROUPS_MAX = 256 };
+enum { R_BLOCK = 8, GROUPS_MAX = 256 };
 
 // Row ranges of the groups: group e has rows at[e] .. at[e+1]-1. Passed by value.
 typedef struct { int at[GROUPS_MAX + 1]; } Groups;
@@ -1806,82 +2143,7 @@ static int longest_group(const Groups &g, int E) {
     return most;
 }
 
-// Element (r, n) of a factor: A is (R,N), B is (N,R).
-enum { FACTOR_A, FACTOR_B };
-template <int KIND> __device__ inline float factor(const float *w, int r, int n, int R, int N) {
-    return KIND == FACTOR_A ? w[(size_t)r * N + n] : w[(size_t)n * R + r];
-}
-
-// u (rows,R) = s x (rows,N) w^T. A warp takes 4 rows, its lanes share the columns.
-//   bytes: 2 N per row: x once; w comes from L2, once per 32 rows.
-template <int KIND>
-__global__ void lora_down_kernel(float *u, const bf16 *x, const float *w, float s,
-                                 const __grid_constant__ Groups groups, int N, int R) {
-    const int e = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int end = groups.at[e + 1], row0 = groups.at[e] + (blockIdx.x * 8 + warp) * 4;
-    if (row0 >= end) { return; }
-    w += (size_t)e * R * N;
-    for (int r0 = 0; r0 < R; r0 += R_BLOCK) {
-        float sum[4][R_BLOCK] = {0};
-        for (int n = lane * 4; n < N; n += 128) {
-            float v[4][4];
-            #pragma unroll
-            for (int i = 0; i < 4; i++) { load4(v[i], x + (size_t)min(row0 + i, end - 1) * N + n); }
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                if (r0 + r >= R) { break; }
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float f = factor<KIND>(w, r0 + r, n + k, R, N);
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) { sum[i][r] += v[i][k] * f; }
-                }
-            }
-        }
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                const float all = warp_sum(sum[i][r]);
-                if (lane == 0 && row0 + i < end && r0 + r < R) {
-                    u[(size_t)(row0 + i) * R + r0 + r] = s * all;
-                }
-            }
-        }
-    }
-}
-
-// y (rows,N) += s u (rows,R) w. A thread owns 4 columns of LORA_ROWS rows.
-template <int KIND, typename Y>
-__global__ void lora_up_kernel(Y *y, const float *u, const float *w, float s,
-                               const __grid_constant__ Groups groups, int N, int R) {
-    const int e = blockIdx.z, n = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    const int row0 = groups.at[e] + blockIdx.x * LORA_ROWS;
-    const int end = min(groups.at[e + 1], row0 + LORA_ROWS);
-    if (row0 >= end || n >= N) { return; }
-    w += (size_t)e * R * N;
-    for (int r0 = 0; r0 < R; r0 += R_BLOCK) {
-        float f[R_BLOCK][4];
-        #pragma unroll
-        for (int r = 0; r < R_BLOCK; r++) {
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                f[r][k] = r0 + r < R ? s * factor<KIND>(w, r0 + r, n + k, R, N) : 0;
-            }
-        }
-        for (int row = row0; row < end; row++) {
-            float v[4];
-            load4(v, y + (size_t)row * N + n);
-            #pragma unroll
-            for (int r = 0; r < R_BLOCK; r++) {
-                const float c = r0 + r < R ? u[(size_t)row * R + r0 + r] : 0;
-                #pragma unroll
-                for (int k = 0; k < 4; k++) { v[k] += c * f[r][k]; }
-            }
-            store4(y + (size_t)row * N + n, v);
-        }
-    }
-}
+enum { FACTOR_A, FACTOR_B };    // A is (R,N), B is (N,R)
 
 // sum (split,R,N) = over the split's rows of u[row][r] x[row][n]. A thread owns 8 columns; the
 // rows' u wait in shared memory, where all threads of a warp read the same 32 bytes.
@@ -1943,21 +2205,25 @@ __global__ void lora_wgrad_add_kernel(float *grad, const float *sum, float s, in
     grad[e * each + (KIND == FACTOR_A ? r * N + c : c * R + r)] += s * all;
 }
 
-__global__ void narrow_factor_kernel(bf16 *out, const float *w, float s, size_t n) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) { out[i] = __float2bfloat16(s * w[i]); }
+// out (n / RP / inner, RP, inner) = s x (.., R, inner), zeros past R.
+__global__ void narrow_factor_kernel(bf16 *out, const float *x, float s, int R, int RP,
+                                     size_t inner, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, r = i / inner % RP;
+    if (i >= n) { return; }
+    out[i] = __float2bfloat16(r < R ? s * x[(i / inner / RP * R + r) * inner + i % inner] : 0);
 }
 
-// s times n numbers of a factor, or of u, as the tensor cores read them; in the workspace.
-static const bf16 *narrow_factor(const float *w, float s, size_t n) {
+// s times a factor as the tensor cores read it, its ranks (middle of outer x R x inner) filled up to
+// a multiple of 8; in the workspace.
+static int whole_ranks(int R) { return (R + 7) / 8 * 8; }
+static const bf16 *narrow_factor(const float *x, float s, size_t outer, int R, size_t inner) {
+    const size_t n = outer * whole_ranks(R) * inner;
     bf16 *out = (bf16 *)workspace(sizeof(bf16) * n);
-    narrow_factor_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, w, s, n);
+    narrow_factor_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(out, x, s, R, whole_ranks(R),
+                                                                 inner, n);
     cudaCheck(cudaGetLastError());
     return out;
 }
-
-// Ranks that the tensor cores take; others go by the kernels above.
-static int rank_fits(int R) { return R % 8 == 0; }
 
 // Rows of x (rows,K) by groups: offset on the device, NULL for one dense group.
 static grouped::Product product_of(const bf16 *x, int K, const int *offset, int E, int rows,
@@ -1969,32 +2235,23 @@ static grouped::Product product_of(const bf16 *x, int K, const int *offset, int 
     return p;
 }
 
+// u (rows,R) = s x (rows,N) w^T.
 template <int KIND>
-static void lora_down(float *u, const bf16 *x, const float *w, float s, const Groups &g,
-                      const int *offset, int E, int N, int R) {
-    const int most = longest_group(g, E);
-    if (most == 0) { return; }
-    if (rank_fits(R)) {             // A lies as (E,R,N), B as (E,N,R)
-        const size_t mark = workspace_mark();
-        grouped::Product p = product_of(x, N, offset, E, g.at[E], R);
-        p.out = u, p.ldo = R, p.out_f32 = 1;
-        p.w = narrow_factor(w, s, (size_t)E * R * N), p.w_by_k = KIND == FACTOR_B;
-        grouped::grouped_product(p);
-        workspace_release(mark);
-        return;
+static void lora_down(float *u, const bf16 *x, const float *w, float s, const int *offset, int E,
+                      int rows, int N, int R) {
+    const size_t mark = workspace_mark();
+    const int whole = whole_ranks(R);
+    if (rows == 0) { return; }
+    grouped::Product p = product_of(x, N, offset, E, rows, (int)whole);
+    float *to = whole > R ? (float *)workspace(sizeof(float) * rows * whole) : u;
+    p.out = to, p.ldo = whole, p.out_f32 = 1, p.w_by_k = KIND == FACTOR_B;
+    p.w = narrow_factor(w, s, KIND == FACTOR_A ? E : (size_t)E * N, R, KIND == FACTOR_A ? N : 1);
+    grouped::grouped_product(p);
+    if (to != u) {
+        cudaCheck(cudaMemcpy2DAsync(u, sizeof(float) * R, to, sizeof(float) * whole,
+                                    sizeof(float) * R, rows, cudaMemcpyDeviceToDevice, stream));
     }
-    lora_down_kernel<KIND><<<dim3(blocks_for(most, 32), E), 256, 0, stream>>>(u, x, w, s, g, N, R);
-    cudaCheck(cudaGetLastError());
-}
-
-template <int KIND, typename Y>
-static void lora_up(Y *y, const float *u, const float *w, float s, const Groups &g, int E, int N,
-                    int R) {
-    const int most = longest_group(g, E);
-    if (most == 0) { return; }
-    const dim3 grid(blocks_for(most, LORA_ROWS), blocks_for(N, 512), E);
-    lora_up_kernel<KIND, Y><<<grid, 128, 0, stream>>>(y, u, w, s, g, N, R);
-    cudaCheck(cudaGetLastError());
+    workspace_release(mark);
 }
 
 template <int KIND>
@@ -2027,13 +2284,12 @@ static void lora_forward(Y *out, real *u, const act *inp, Matrices w, const real
     p.out = out, p.ldo = O, p.out_f32 = sizeof *out == sizeof(float);
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales;
     const int adapted = a != NULL && R > 0;
-    if (adapted) { lora_down<FACTOR_A>(u, inp, a, 1, g, offset, E, C, R); }
-    if (adapted && rank_fits(R) && rows) {
-        p.u = narrow_factor(u, 1, rows * R), p.ldu = R;
-        p.v = narrow_factor(b, s, (size_t)E * O * R), p.KU = R;
+    if (adapted && rows) {
+        lora_down<FACTOR_A>(u, inp, a, 1, offset, E, (int)rows, C, R);
+        p.u = narrow_factor(u, 1, rows, R, 1), p.ldu = p.KU = whole_ranks(R);
+        p.v = narrow_factor(b, s, (size_t)E * O, R, 1);
     }
     grouped::grouped_product(p);
-    if (adapted && !rank_fits(R)) { lora_up<FACTOR_B>(out, u, b, s, g, E, O, R); }
     workspace_release(mark);
 }
 
@@ -2047,14 +2303,13 @@ static void lora_backward(real *dinp, real *da, real *db, const act *dout, const
     grouped::Product p = product_of(dout, O, offset, E, g.at[E], C);
     p.out = dinp, p.ldo = C, p.out_f32 = 1, p.out_add = 1;
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales, p.w_by_k = 1;
-    if (adapted) { lora_down<FACTOR_B>(du, dout, b, s, g, offset, E, O, R); }
-    if (adapted && rank_fits(R) && rows) {
-        p.u = narrow_factor(du, 1, rows * R), p.ldu = R;
-        p.v = narrow_factor(a, 1, (size_t)E * R * C), p.KU = R;
+    if (adapted && rows) {
+        lora_down<FACTOR_B>(du, dout, b, s, offset, E, (int)rows, O, R);
+        p.u = narrow_factor(du, 1, rows, R, 1), p.ldu = p.KU = whole_ranks(R);
+        p.v = narrow_factor(a, 1, E, R, C);
     }
     grouped::grouped_product(p);
     if (adapted) {
-        if (!rank_fits(R)) { lora_up<FACTOR_A>(dinp, du, a, 1, g, E, C, R); }
         lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
         lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
     }
@@ -2135,26 +2390,68 @@ extern "C" void partial_forward_gpu(real *out, real *u, const act *inp, const in
     workspace_release(mark);
 }
 
-// Without adapters.
-extern "C" void experts_fp4_forward_gpu(act *out, const act *inp, const int *offset,
-                                        const uint8_t *w, const uint8_t *scale, int E, int C,
-                                        int O) {
-    lora_experts_forward_gpu(out, NULL, inp, offset, w, scale, NULL, NULL, 1, E, C, O, 0);
-}
-
-extern "C" void experts_fp4_backward_gpu(real *dinp, const act *dout, const int *offset,
-                                         const uint8_t *w, const uint8_t *scale, int E, int C,
-                                         int O) {
-    lora_experts_backward_gpu(dinp, NULL, NULL, dout, NULL, NULL, offset, w, scale, NULL, NULL, 1,
-                              E, C, O, 0);
-}
-
-// u (rows,R) = A_e h, what the backward of w2 needs of its forward.
-extern "C" void lora_experts_down_gpu(real *u, const act *h, const int *offset, const real *a,
-                                      int E, int F, int R) {
+// The adapter's share of a forward and of a backward.
+extern "C" void lora_experts_down_gpu(real *u, const act *inp, const int *offset, const real *a,
+                                      int E, int C, int R) {
     const size_t mark = workspace_mark();
     if (a == NULL || R == 0 || offset[E] == 0) { return; }
-    lora_down<FACTOR_A>(u, h, a, 1, groups_of(offset, E), device_offsets(offset, E), E, F, R);
+    lora_down<FACTOR_A>(u, inp, a, 1, device_offsets(offset, E), E, offset[E], C, R);
+    workspace_release(mark);
+}
+
+extern "C" void lora_experts_gradients_gpu(real *du, real *da, real *db, const act *dout,
+                                           const act *inp, const real *u, const int *offset,
+                                           const real *b, float s, int E, int C, int O, int R) {
+    const size_t mark = workspace_mark();
+    if (b == NULL || R == 0 || offset[E] == 0) { return; }
+    const Groups g = groups_of(offset, E);
+    lora_down<FACTOR_B>(du, dout, b, s, device_offsets(offset, E), E, offset[E], O, R);
+    lora_wgrad<FACTOR_B>(db, u, dout, s, g, E, O, R);
+    lora_wgrad<FACTOR_A>(da, du, inp, 1, g, E, C, R);
+    workspace_release(mark);
+}
+
+// Number i of (E,2R,C) and (E,2F,2R) in the adapters of w1 and w3 (C text: lora_stacked).
+__global__ void lora_stack_kernel(real *stack, real *a1, real *b1, real *a3, real *b3, int add,
+                                  size_t n_a, size_t n, int C, int F, int R) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    real *p = NULL;
+    if (i >= n) { return; }
+    if (i < n_a) {
+        const size_t r = i / C % (2 * R), e = i / C / (2 * R);
+        if (real *a = r < R ? a1 : a3) { p = a + (e * R + r % R) * C + i % C; }
+    } else {
+        const size_t row = (i - n_a) / (2 * R), r = (i - n_a) % (2 * R), f = row % (2 * F);
+        real *b = f < F ? b1 : b3;
+        if (b && (r < R) == (f < F)) { p = b + (row / (2 * F) * F + f % F) * R + r % R; }
+    }
+    if (!add) { stack[i] = p ? *p : 0; } else if (p) { *p += stack[i]; }
+}
+
+extern "C" void lora_stack_gpu(real *stack, real *a1, real *b1, real *a3, real *b3, int add, int E,
+                               int C, int F, int R) {
+    const size_t n_a = (size_t)E * 2 * R * C, n = n_a + (size_t)E * 4 * F * R;
+    if (n == 0) { return; }
+    lora_stack_kernel<<<blocks_for(n, 256), 256, 0, stream>>>(stack, a1, b1, a3, b3, add, n_a, n, C,
+                                                              F, R);
+    cudaCheck(cudaGetLastError());
+}
+
+extern "C" void experts_fp8_product_gpu(act *out, const uint8_t *inp, const uint8_t *inp_scale,
+                                        const int *offset, const uint8_t *w, const uint8_t *scale,
+                                        const real *u, const real *v, int v_by_k, float s, int E,
+                                        int C, int O, int R) {
+    const size_t mark = workspace_mark();
+    grouped::Fp8Product p = {};
+    if (E == 0 || offset[E] == 0) { return; }
+    p.out = out, p.x = inp, p.x_scale = inp_scale, p.w = w, p.w_scale = scale;
+    p.offset = device_offsets(offset, E), p.E = E, p.rows = offset[E], p.N = O, p.K = C;
+    if (u != NULL && R > 0) {
+        p.KU = whole_ranks(R), p.v_by_k = v_by_k;
+        p.u = narrow_factor(u, 1, offset[E], R, 1);
+        p.v = narrow_factor(v, s, v_by_k ? E : (size_t)E * O, R, v_by_k ? O : 1);
+    }
+    grouped::fp8_product(p);
     workspace_release(mark);
 }
 
@@ -2872,20 +3169,23 @@ __global__ void regroup_kernel(Word *out, const Word *inp, const __grid_constant
     for (int i = lane; i < words; i += 32) { out[i] = inp[i]; }
 }
 
+// Calls f with a word as wide as rows of so many bytes allow.
+template <typename F> static void with_words(size_t row_bytes, F f) {
+    if (row_bytes % 16 == 0) { f(uint4()); }
+    else if (row_bytes % 4 == 0) { f(uint32_t()); }
+    else { f(uint8_t()); }
+    cudaCheck(cudaGetLastError());
+}
+
 extern "C" void regroup_rows_gpu(void *out, const void *inp, Runs runs, int order,
                                  size_t row_bytes) {
     const int rows = runs.n ? runs.from[runs.n - 1] + runs.count[runs.n - 1] : 0;
-    const int wide = row_bytes % 16 == 0, words = (int)(row_bytes / (wide ? 16 : 4));
-    gpuRequire(row_bytes % 4 == 0);
     if (rows == 0) { return; }
-    if (wide) {
+    with_words(row_bytes, [&](auto word) {
         regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
-            (uint4 *)out, (const uint4 *)inp, runs, order == BY_SOURCE, rows, words);
-    } else {
-        regroup_kernel<<<blocks_for(rows, 8), 256, 0, stream>>>(
-            (uint32_t *)out, (const uint32_t *)inp, runs, order == BY_SOURCE, rows, words);
-    }
-    cudaCheck(cudaGetLastError());
+            (decltype(word) *)out, (const decltype(word) *)inp, runs, order == BY_SOURCE, rows,
+            (int)(row_bytes / sizeof word));
+    });
 }
 
 // own (n) = the sum of what all members have there, in their order. Member i's is row i of others
@@ -2925,19 +3225,25 @@ __global__ void copy_boxes_kernel(const __grid_constant__ Boxes all) {
 
 #include "dev/device.cu"        // the host's side: start, memory, copies, NCCL
 
-// home[row] = inp[row_slot[row] / K]: one block per travelling row.
+// home[row] = inp[row_slot[row] / K]: one warp per travelling row.
 //   bytes: 4 C per row; 24,576 rows of 4,096: 403 MB, 94 us.
-__global__ void pack_rows_kernel(act *home, const act *inp, const int *row_slot, int K, int C) {
-    const size_t row = blockIdx.x;
-    const uint4 *from = (const uint4 *)(inp + (size_t)(row_slot[row] / K) * C);
-    uint4 *to = (uint4 *)(home + row * C);
-    for (int i = threadIdx.x; i < C / 8; i += blockDim.x) { to[i] = from[i]; }
+template <typename Word>
+__global__ void pack_rows_kernel(Word *home, const Word *inp, const int *row_slot, int n, int K,
+                                 int words) {
+    const size_t row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= n) { return; }
+    const Word *from = inp + (size_t)(row_slot[row] / K) * words;
+    for (int i = threadIdx.x % 32; i < words; i += 32) { home[row * words + i] = from[i]; }
 }
 
-extern "C" void pack_rows_gpu(act *home, const act *inp, const int *row_slot, int n, int K, int C) {
+extern "C" void pack_rows_gpu(void *home, const void *inp, const int *row_slot, int n, int K,
+                              size_t row_bytes) {
     if (n == 0) { return; }
-    pack_rows_kernel<<<n, row_threads(C), 0, stream>>>(home, inp, row_slot, K, C);
-    cudaCheck(cudaGetLastError());
+    with_words(row_bytes, [&](auto word) {
+        pack_rows_kernel<<<blocks_for(n, 8), 256, 0, stream>>>(
+            (decltype(word) *)home, (const decltype(word) *)inp, row_slot, n, K,
+            (int)(row_bytes / sizeof word));
+    });
 }
 
 __global__ void pack_weights_kernel(real *home, const real *weights, const int *row_slot, int n) {

@@ -298,6 +298,77 @@ void lora_experts_backward(real *dinp, real *da, real *db, const act *dout, cons
 }
 TWIN(lora_experts_backward)
 
+// The adapters' share alone, for a product that is not made of real numbers (moe.c, 7.1):
+// u (T,R) = A x, of inp (T,C), and, for the backward,
+void lora_experts_down(real *u, const act *inp, const int *offset, const real *a, int E, int C,
+                       int R) {
+    GPU(lora_experts_down_gpu(u, inp, offset, a, E, C, R))
+    if (a == NULL || R == 0) { return; }
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        size_t e = list[i].expert, row = list[i].row, n = list[i].n;
+        real *x = tile_alloc(n * C);
+        load_rows(x, inp + row * C, n * C);
+        lora_down_forward(u + row * R, x, a + e * R * C, (int)n, C, R);
+        free(x);
+    }
+    free(list);
+}
+TWIN(lora_experts_down)
+
+// du (T,R) = s B^T dy, overwritten; da (E,R,C) += du x^T, db (E,O,R) += s dy u^T. A^T du, what the
+// input gets, is left to the caller.
+void lora_experts_gradients(real *du, real *da, real *db, const act *dout, const act *inp,
+                            const real *u, const int *offset, const real *b, float s, int E, int C,
+                            int O, int R) {
+    GPU(lora_experts_gradients_gpu(du, da, db, dout, inp, u, offset, b, s, E, C, O, R))
+    if (b == NULL || R == 0) { return; }
+    int count;
+    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], O));
+    #pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < count; i++) {
+        size_t e = list[i].expert, row = list[i].row, n = list[i].n;
+        real *dy = tile_alloc(n * O);
+        load_rows(dy, dout + row * O, n * O);
+        lora_up_backward(du + row * R, dy, b + e * O * R, (real)s, (int)n, O, R);
+        free(dy);
+    }
+    free(list);
+    lora_backward_factors(da, db, dout, inp, u, du, offset, (real)s, E, C, O, R);
+}
+TWIN(lora_experts_gradients)
+
+// w1 above w3 is one matrix (2F,C), and their adapters are one of rank 2R: A = [A1; A3], and
+// B = [B1 0; 0 B3]. Number i of (E,2R,C) and, behind it, (E,2F,2R): where it is in theirs, which
+// are (E,R,C) and (E,F,R). NULL: in none of them.
+static inline real *lora_stacked(size_t i, real *a1, real *b1, real *a3, real *b3, int E, int C,
+                                 int F, int R) {
+    const size_t n_a = (size_t)E * 2 * R * C;
+    if (i < n_a) {
+        size_t r = i / C % (2 * R), e = i / C / (2 * R);
+        real *a = r < (size_t)R ? a1 : a3;
+        return a ? a + (e * R + r % R) * C + i % C : NULL;
+    }
+    size_t row = (i - n_a) / (2 * R), r = (i - n_a) % (2 * R), f = row % (2 * F), e = row / (2 * F);
+    real *b = f < (size_t)F ? b1 : b3;
+    return b && (r < (size_t)R) == (f < (size_t)F) ? b + (e * F + f % F) * R + r % R : NULL;
+}
+
+// stack = those numbers, or, add, what they belong to += stack. Either adapter may be absent.
+void lora_stack(real *stack, real *a1, real *b1, real *a3, real *b3, int add, int E, int C, int F,
+                int R) {
+    GPU(lora_stack_gpu(stack, a1, b1, a3, b3, add, E, C, F, R))
+    #pragma omp parallel for
+    for (size_t i = 0; i < (size_t)E * 2 * R * (C + 2 * F); i++) {
+        real *p = lora_stacked(i, a1, b1, a3, b3, E, C, F, R);
+        if (!add) { stack[i] = p ? *p : 0; }
+        else if (p) { *p += stack[i]; }
+    }
+}
+TWIN(lora_stack)
+
 // -------------------------------------------------------------------------------------------------
 // 3 Which matrices get an adapter
 //

@@ -305,43 +305,9 @@ void comm_broadcast(int which, void *data_h, size_t bytes, int root, const char 
     }
 }
 
-// ---- 3.1 GPUs
-//
-// Rows and gradients go from GPU to GPU by NCCL. Its ranks need a first word, an id: forked ones
-// find it in the page, others hear it from rank 0 (dev/launcher.c).
-
 #ifdef USE_CUDA
-// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has
-// been begun and not seen to end for longer than the limit waits for the rank that has come least
-// far.
-static void *comm_watch(void *unused) {
-    const struct timespec nap = { 0, 100000000 };
-    const Desk *desk = comm.page->desk;
-    for (;; nanosleep(&nap, NULL)) {
-        double waited;
-        char text[256] = "", other[160] = "the other ranks";
-        gpu_waiting(&waited, text, sizeof text);
-        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[this_rank].doing, text); }
-        if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
-        for (int r = 0, least = this_rank; comm.forked && r < comm.all; r++) {
-            if (desk[r].begun >= desk[least].begun) { continue; }
-            least = r;
-            snprintf(other, sizeof other, "rank %d, last seen in %s", r, desk[r].doing);
-        }
-        die(EXIT_COMM, "%s: waited %g s for %s HINT: see what it was doing, or raise --timeout",
-            desk[this_rank].doing, comm.timeout_s, other);
-    }
-    return unused;
-}
-
-// A rank ends without taking CUDA and NCCL down, which might wait for ranks that are gone.
-static void comm_leave(int code, void *unused) {
-    (void)unused;
-    fflush(NULL);
-    _exit(code);
-}
-
-// Connects the GPUs of all ranks; each has taken its own. folder: that all ranks see.
+// Connects the GPUs of all ranks; each has taken its own. NCCL's ranks need a first word: forked
+// ones find it in the page, others hear it from rank 0 (dev/launcher.c; folder: that all see).
 void comm_connect(const char *folder) {
     enum { INTS = GPU_ID_BYTES / sizeof(int) };
     int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
@@ -366,13 +332,13 @@ void comm_connect(const char *folder) {
 // trip), and room at the experts for the rows of one round.
 
 typedef struct {                // sizes of one MoE layer
-    int C, E, K, F, R;          // channels, experts (all ranks), experts per token, expert width,
-                                // LoRA rank
+    int C, E, K, F, R;          // channels, experts (all), experts per token, their width, LoRA rank
     int first, local;           // this rank owns experts first .. first+local-1
     float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
     int norm_topk;              // divide by the sum of the selected scores
     Routing how;                // the scores, and what is chosen by
     float lora_scale;
+    int fp8;                    // --precision fp8: the experts' products, and rows on their way
 } MoeDims;
 
 typedef struct {                // frozen weights and adapters of one MoE layer
@@ -383,11 +349,12 @@ typedef struct {                // frozen weights and adapters of one MoE layer
                                 // (local,F,C/2), (local,C,F/2), (local,F,C/2), and e8m0 scales
     const uint8_t *sh_w1, *sh_w2, *sh_w3, *sh_s1, *sh_s2, *sh_s3;   // shared expert, fp8
     Lora e1, e2, e3, l1, l2, l3;                    // adapters: routed w1 w2 w3, shared w1 w2 w3
+    int wide;                   // blocks of them that e4m3 cannot hold, on any rank: bf16 then
 } MoeWeights;
 
 typedef struct {                // the first products of n rows
-    act *g, *v;                 // (n,F) w1 x, w3 x; NULL: not kept
-    real *u1, *u3;              // (n,R) A x of their adapters
+    act *g, *v;                 // (n,F) w1 x, w3 x; NULL: not kept. In fp8 g is (n,2F), [g | v]
+    real *u1, *u3;              // (n,R) A x of their adapters. In fp8 u1 is (n,2R)
 } MoeHidden;
 
 typedef struct {                // kept from forward to backward, per layer
@@ -396,6 +363,7 @@ typedef struct {                // kept from forward to backward, per layer
     int *row_slot, *slot_row;   // (T*K) travelling row -> slot t*K + k, and back
     int *counts_h;              // (ep,E) rows of each source for each expert
     MoeHidden experts, shared;  // of moe_capacity and T rows
+    uint8_t *x8;                // fp8: inp (T,C) in codes and scales; NULL: not kept
 } MoeSaved;
 
 typedef struct {
@@ -422,15 +390,38 @@ typedef struct {
     act *h, *dv;                // (n,F)
     real *u2;                   // (n,R) A h
     real *dh, *dx;              // (n,F), (capacity,C)
+    // In fp8: tokens' x and dy, quantised; a layer's matrices as e4m3, and d[g | v]; rows widened
+    // for the adapters; the adapters of w1 above w3, and their gradients; du.
+    uint8_t *x8, *dy8, *codes, *dgv8;
+    act *wide[2];               // (capacity, max(C,2F))
+    real *stack, *dstack, *du;
 } MoeScratch;
 
 static inline MoeHidden hidden_alloc(int class_, const MoeDims *d, size_t n) {
     MoeHidden h;
-    h.g = MEM(act, class_, n * d->F);
-    h.v = MEM(act, class_, n * d->F);
-    h.u1 = MEM(real, class_, n * d->R);
-    h.u3 = MEM(real, class_, n * d->R);
+    h.g = MEM(act, class_, n * 2 * d->F);
+    h.v = h.g ? h.g + n * d->F : NULL;
+    h.u1 = MEM(real, class_, n * 2 * d->R);
+    h.u3 = h.u1 ? h.u1 + n * d->R : NULL;
     return h;
+}
+
+// What fp8 needs besides.
+static inline void moe_alloc_fp8(MoeScratch *x, const MoeDims *d, size_t T, int training) {
+    const int C = d->C, F = d->F, wide = C > 2 * F ? C : 2 * F;
+    const size_t n = x->capacity, stack = (size_t)d->local * 2 * d->R * (C + 2 * F);
+    const size_t codes = (size_t)d->local * 2 * F * (C + C / FP8_BLOCK), rows = 2 * n * wide;
+    x->x8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
+    x->stack = MEM(real, MEM_SCRATCH, stack);
+    x->codes = MEM(uint8_t, MEM_SCRATCH, codes > rows * sizeof(act) ? codes : rows * sizeof(act));
+    x->wide[0] = (act *)x->codes;       // one is done with before the other begins; dx: bf16's
+    x->wide[1] = x->wide[0] ? x->wide[0] + n * wide : NULL;
+    if (!training) { return; }
+    x->dx = (real *)x->codes;
+    x->dy8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
+    x->dstack = MEM(real, MEM_SCRATCH, stack);
+    x->du = MEM(real, MEM_SCRATCH, n * 2 * d->R);
+    x->dgv8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(n, 2 * F));
 }
 
 // Rows that a rank works off in a round, in calls of at most T tokens per rank. With several ranks
@@ -444,7 +435,7 @@ static inline int moe_capacity(const MoeDims *d, int T) {
     return capacity > 0 ? (int)capacity : 1;
 }
 
-// keep: the hidden rows too, so that the backward need not compute them again.
+// keep: 2: the hidden rows too, so that the backward need not compute them again; 1, 2: x in fp8.
 void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
     memset(s, 0, sizeof *s);
     s->ids = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
@@ -453,7 +444,8 @@ void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
     s->row_slot = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->slot_row = MEM(int, MEM_ACTIVATIONS, (size_t)T * d->K);
     s->counts_h = mem.counting ? NULL : (int *)host_alloc(sizeof(int) * comm_ep() * d->E);
-    if (!keep) { return; }
+    if (keep && d->fp8) { s->x8 = MEM(uint8_t, MEM_ACTIVATIONS, fp8_bytes((size_t)T, d->C)); }
+    if (keep < 2) { return; }
     s->experts = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)moe_capacity(d, T));
     s->shared = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)T);
 }
@@ -476,6 +468,7 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     x->mine = MEM(int, MEM_SCRATCH, d->E);
     x->index = MEM(int, MEM_SCRATCH, slots);
     x->home_x = MEM(act, MEM_SCRATCH, stay * d->C);
+    if (d->fp8) { moe_alloc_fp8(x, d, (size_t)T, training); }
     x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
     x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
@@ -495,6 +488,7 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
     // Rows arrive while the shared expert has a dh, but both are over when dx begins.
     const size_t end = mem_mark(MEM_SCRATCH);
+    if (d->fp8) { return; }
     mem_release(MEM_SCRATCH, mark);
     x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
     if (mem_mark(MEM_SCRATCH) < end) { mem_release(MEM_SCRATCH, end); }
@@ -780,13 +774,13 @@ static inline void trip_round(MoeScratch *x, const MoeDims *d, int round) {
     for (int i = 0; i < d->local; i++) { x->offset[i + 1] += x->offset[i]; }
 }
 
-// home[row] = inp (T,C) of the token that row belongs to, n rows: the only copy a row needs on one
-// rank.
-void pack_rows(act *home, const act *inp, const int *row_slot, int n, int K, int C) {
-    GPU(pack_rows_gpu(home, inp, row_slot, n, K, C))
+// home[row] = inp of the token that row belongs to, n rows: the only copy a row needs on one rank.
+void pack_rows(void *home, const void *inp, const int *row_slot, int n, int K, size_t row_bytes) {
+    GPU(pack_rows_gpu(home, inp, row_slot, n, K, row_bytes))
     #pragma omp parallel for schedule(static)
     for (int row = 0; row < n; row++) {
-        memcpy(home + (size_t)row * C, inp + (size_t)(row_slot[row] / K) * C, C * sizeof(act));
+        memcpy((uint8_t *)home + row * row_bytes,
+               (const uint8_t *)inp + (row_slot[row] / K) * row_bytes, row_bytes);
     }
 }
 TWIN(pack_rows)
@@ -798,8 +792,7 @@ void pack_weights(real *home, const real *weights, const int *row_slot, int n) {
 }
 TWIN(pack_weights)
 
-// Reorders the rows of a round: BY_EXPERT from the order in which they arrive, BY_SOURCE back to
-// it.
+// Reorders a round's rows: BY_EXPERT from the order in which they arrive, BY_SOURCE back to it.
 void regroup_rows(void *out, const void *inp, Runs runs, int order, size_t row_bytes) {
     GPU(regroup_rows_gpu(out, inp, runs, order, row_bytes))
     for (int i = 0; i < runs.n; i++) {
@@ -853,6 +846,31 @@ static inline void trip_back(void *home, const void *rows, size_t row_bytes, rea
     comm_batch(0);
 }
 
+// What travels of a token: its row, or codes and, behind those of all rows, scales. It is quantised
+// once, before it is copied for its experts.
+typedef struct { const void *rows, *scales; size_t row, scale; } Payload;   // sizes in bytes
+
+static inline Payload payload(const act *inp, uint8_t *room, int kept, float floor, int T, int C) {
+    const Fp8Rows q = fp8_rows(room, (size_t)T, C);
+    if (room == NULL) { return (Payload){ inp, NULL, C * sizeof(act), 0 }; }
+    phase(PHASE_CASTS);
+    if (!kept) { quantize_rows_fp8(q.codes, q.scales, inp, floor, T, C); }
+    return (Payload){ q.codes, q.scales, (size_t)C, (size_t)(C / FP8_BLOCK) };
+}
+
+// pack_rows and trip_there of all of a payload: n rows to send, those of the tokens of row_slot.
+static inline void *payload_there(void *rows, void *home, Payload p, const int *row_slot, int n,
+                                  int K, real *rows_w, const real *home_w, MoeScratch *x,
+                                  const MoeDims *d, const char *phase) {
+    uint8_t *scales = (uint8_t *)home + n * p.row;
+    pack_rows(home, p.rows, row_slot, n, K, p.row);
+    if (p.scale) { pack_rows(scales, p.scales, row_slot, n, K, p.scale); }
+    uint8_t *there = trip_there(rows, home, p.row, rows_w, home_w, x, phase);
+    uint8_t *there_scales = there + x->offset[d->local] * p.row;
+    if (p.scale) { trip_there(there_scales, scales, p.scale, NULL, NULL, x, phase); }
+    return there;
+}
+
 // -------------------------------------------------------------------------------------------------
 // 7 The experts of this rank, the shared expert, combine
 //
@@ -866,10 +884,12 @@ static inline MoeHidden *experts_place(MoeSaved *s, MoeScratch *x, const MoeDims
     return s->experts.g && fits ? &s->experts : &x->hidden;
 }
 
-// h (n,F) = weight silu(w1 x) (w3 x), clamped, of the rows (n,C) that arrived; n = offset[local].
+// y (n,C) = the experts' outputs for the rows (n,C) that arrived; n = offset[local]. NULL: only
+// what the backward (again) needs: h (n,F) = weight silu(w1 x) (w3 x), clamped, and u2.
 // again: the backward's call, for which g and v may have been kept.
-static inline void experts_hidden(MoeHidden *k, MoeScratch *x, const act *rows, const real *weight,
-                                  const MoeWeights *w, const MoeDims *d, int again) {
+static inline void experts_forward(act *y, MoeHidden *k, MoeScratch *x, const void *rows,
+                                   const real *weight, const MoeWeights *w, const MoeDims *d,
+                                   int again) {
     if (!again || k == &x->hidden) {
         lora_experts_forward(k->g, k->u1, rows, x->offset, w->w1, w->s1, w->e1.a, w->e1.b,
                              d->lora_scale, d->local, d->C, d->F, d->R);
@@ -877,6 +897,12 @@ static inline void experts_hidden(MoeHidden *k, MoeScratch *x, const act *rows, 
                              d->lora_scale, d->local, d->C, d->F, d->R);
     }
     swiglu_forward(x->h, k->g, k->v, weight, d->limit, x->offset[d->local], d->F);
+    if (y) {
+        lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
+                             d->lora_scale, d->local, d->F, d->C, d->R);
+    } else {
+        lora_experts_down(x->u2, x->h, x->offset, w->e2.a, d->local, d->F, d->R);
+    }
 }
 
 // The same for the shared expert: every token of inp (T,C), no weight.
@@ -894,45 +920,16 @@ static inline void shared_hidden(MoeHidden *k, MoeScratch *x, const act *inp, co
     swiglu_forward(x->h, k->g, k->v, NULL, d->limit, T, d->F);
 }
 
-// u (n,R) = A_e h: what the backward of w2 needs of its forward, without w2's large product.
-// h (n,F) by expert, offset (E+1), a (E,R,F) or NULL.
-void lora_experts_down(real *u, const act *h, const int *offset, const real *a, int E, int F,
-                       int R) {
-    GPU(lora_experts_down_gpu(u, h, offset, a, E, F, R))
-    if (a == NULL || R == 0) { return; }
-    int count;
-    ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], F));
-    #pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < count; i++) {
-        size_t e = list[i].expert, row = list[i].row, n = list[i].n;
-        real *wide = tile_alloc(n * F);
-        load_rows(wide, h + row * F, n * F);
-        lora_down_forward(u + row * R, wide, a + e * R * F, (int)n, F, R);
-        free(wide);
-    }
-    free(list);
-}
-TWIN(lora_experts_down)
-
-// out (n) = inp (n), rounded to storage.
-void narrow(act *out, const real *inp, size_t n) {
-    GPU(narrow_gpu(out, inp, n))
-    store_rows(out, inp, n);
-}
-TWIN(narrow)
-
 // Gradients of the rows (n,C) that arrived, from dy (n,C): dx (n,C) as act, overwriting dy, and
 // dweight (n). Adapter gradients +=.
-static inline void experts_backward(act *dy, real *dweight, const act *rows, const real *weight,
+static inline void experts_backward(void *dy, real *dweight, const void *rows, const real *weight,
                                     MoeHidden *k, const MoeWeights *w, const MoeDims *d,
                                     MoeScratch *x) {
     const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
     const float s = d->lora_scale;
     phase_in(PHASE_EXPERTS, PASS_AGAIN);
-    experts_hidden(k, x, rows, weight, w, d, 1);
-    lora_experts_down(x->u2, x->h, x->offset, w->e2.a, E, F, R);
+    experts_forward(NULL, k, x, rows, weight, w, d, 1);
     phase_in(PHASE_EXPERTS, PASS_BACKWARD);
-
     // forward: y = w2 h
     zero(x->dh, (size_t)n * F * sizeof(real));
     lora_experts_backward(x->dh, w->e2.da, w->e2.db, dy, x->h, x->u2, x->offset, w->w2, w->s2,
@@ -951,6 +948,89 @@ static inline void experts_backward(act *dy, real *dweight, const act *rows, con
     narrow(dy, x->dx, (size_t)n * C);
 }
 
+// ---- 7.1 The same in fp8
+//
+// Rows arrive as codes and stay codes: each product reads codes and scales, and the SwiGLU writes
+// them. The layer's matrices are recast to e4m3 where they are used, w1 above w3; for a gradient,
+// turned. Adapters read the numbers that the codes stand for, in the backward as in the forward:
+// theirs is the gradient of the function that was computed.
+
+// Whether the experts of this layer work in fp8; all ranks say the same.
+static inline int moe_fp8(const MoeWeights *w, const MoeDims *d) { return d->fp8 && !w->wide; }
+
+// x->codes = w1 above w3 (E,2F,C), or w2 (E,C,F); turned. Returns them with their scales.
+static inline Fp8Rows recast_layer(MoeScratch *x, const MoeWeights *w, const MoeDims *d, int second,
+                                   int turned) {
+    const int E = d->local, C = d->C, F = d->F;
+    const size_t n = (size_t)E * (second ? 1 : 2) * F * C;
+    const Fp8Rows m = { x->codes, x->codes + n };
+    if (second) { recast_fp4(m.codes, m.scales, w->w2, w->s2, turned, 0, C, x->offset, E, F, C); }
+    for (int i = 0; !second && i < 2; i++) {
+        recast_fp4(m.codes, m.scales, i ? w->w3 : w->w1, i ? w->s3 : w->s1, turned, i * F, 2 * F,
+                   x->offset, E, C, F);
+    }
+    return m;
+}
+
+// As experts_forward, of rows of codes. x->wide[0] is left with h.
+static inline void experts_forward_fp8(act *y, MoeHidden *k, MoeScratch *x, const void *rows,
+                                       const real *weight, const MoeWeights *w, const MoeDims *d,
+                                       int again) {
+    const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
+    const Fp8Rows x8 = fp8_rows(rows, (size_t)n, C), h8 = fp8_rows(x->h, (size_t)n, F);
+    const real *a = x->stack, *b = a + (size_t)E * 2 * R * C;
+    lora_stack(x->stack, w->e1.a, w->e1.b, w->e3.a, w->e3.b, 0, E, C, F, R);
+    if (!again || k == &x->hidden) {
+        widen_rows_fp8(x->wide[0], x8.codes, x8.scales, n, C);
+        lora_experts_down(k->u1, x->wide[0], x->offset, a, E, C, 2 * R);
+        const Fp8Rows m = recast_layer(x, w, d, 0, 0);
+        experts_fp8_product(k->g, x8.codes, x8.scales, x->offset, m.codes, m.scales, k->u1, b, 0,
+                            d->lora_scale, E, C, 2 * F, 2 * R);
+    }
+    swiglu_quantize_forward(h8.codes, h8.scales, k->g, weight, d->limit, FP8_FLOOR, n, F);
+    widen_rows_fp8(x->wide[0], h8.codes, h8.scales, n, F);
+    lora_experts_down(x->u2, x->wide[0], x->offset, w->e2.a, E, F, R);
+    if (y) {
+        const Fp8Rows m = recast_layer(x, w, d, 1, 0);
+        experts_fp8_product(y, h8.codes, h8.scales, x->offset, m.codes, m.scales,
+                            w->e2.b ? x->u2 : NULL, w->e2.b, 0, d->lora_scale, E, F, C, R);
+    }
+}
+
+// As experts_backward: dy (n,C) comes as codes, and is overwritten with dx as act.
+static inline void experts_backward_fp8(void *dy, real *dweight, const void *rows,
+                                        const real *weight, MoeHidden *k, const MoeWeights *w,
+                                        const MoeDims *d, MoeScratch *x) {
+    const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
+    const size_t at_b = (size_t)E * 2 * R * C, stacked = at_b + (size_t)E * 4 * F * R;
+    const Fp8Rows x8 = fp8_rows(rows, (size_t)n, C), dy8 = fp8_rows(dy, (size_t)n, C);
+    const Fp8Rows dgv8 = fp8_rows(x->dgv8, (size_t)n, 2 * F);
+    const float s = d->lora_scale;
+    act *dh = (act *)x->dh;
+    phase_in(PHASE_EXPERTS, PASS_AGAIN);
+    experts_forward_fp8(NULL, k, x, rows, weight, w, d, 1);
+    phase_in(PHASE_EXPERTS, PASS_BACKWARD);
+    // forward: y = w2 h + s B (A h)
+    widen_rows_fp8(x->wide[1], dy8.codes, dy8.scales, n, C);
+    lora_experts_gradients(x->du, w->e2.da, w->e2.db, x->wide[1], x->wide[0], x->u2, x->offset,
+                           w->e2.b, s, E, F, C, R);
+    const Fp8Rows w2 = recast_layer(x, w, d, 1, 1);
+    experts_fp8_product(dh, dy8.codes, dy8.scales, x->offset, w2.codes, w2.scales,
+                        w->e2.a ? x->du : NULL, w->e2.a, 1, 1, E, C, F, R);
+    // forward: h = weight silu(min(g, L)) clamp(v, -L, L)
+    swiglu_quantize_backward(dgv8.codes, dgv8.scales, dweight, dh, k->g, weight, d->limit, n, F);
+    // forward: [g | v] = [w1; w3] x, with adapters of rank 2R
+    widen_rows_fp8(x->wide[1], dgv8.codes, dgv8.scales, n, 2 * F);
+    widen_rows_fp8(x->wide[0], x8.codes, x8.scales, n, C);
+    zero(x->dstack, stacked * sizeof(real));
+    lora_experts_gradients(x->du, x->dstack, x->dstack + at_b, x->wide[1], x->wide[0], k->u1,
+                           x->offset, x->stack + at_b, s, E, C, 2 * F, 2 * R);
+    lora_stack(x->dstack, w->e1.da, w->e1.db, w->e3.da, w->e3.db, 1, E, C, F, R);
+    const Fp8Rows w13 = recast_layer(x, w, d, 0, 1);
+    experts_fp8_product((act *)dy, dgv8.codes, dgv8.scales, x->offset, w13.codes, w13.scales,
+                        x->du, x->stack, 1, 1, E, 2 * F, C, 2 * R);
+}
+
 // dinp (T,C) += gradient through the shared expert. Adapter gradients +=.
 static inline void shared_backward(real *dinp, const act *dout, const act *inp, MoeHidden *k,
                                    const MoeWeights *w, const MoeDims *d, MoeScratch *x, int T) {
@@ -960,7 +1040,6 @@ static inline void shared_backward(real *dinp, const act *dout, const act *inp, 
     shared_hidden(k, x, inp, w, d, T, 1);
     lora_experts_down(x->u2, x->h, all, w->l2.a, 1, F, R);
     phase_in(PHASE_SHARED, PASS_BACKWARD);
-
     // forward: y = w2 h
     zero(x->dh, (size_t)T * F * sizeof(real));
     lora_linear_backward(x->dh, w->l2.da, w->l2.db, dout, x->h, x->u2, w->sh_w2, w->sh_s2,
@@ -1026,15 +1105,15 @@ TWIN(dispatch_backward)
 //
 // Forward: route, send x, compute, bring y back, add. Backward: send x and dy the same way, bring
 // dx and dw back. While rows travel, GPUs work on the shared expert, which needs none. All ranks of
-// an expert group call both together, those without tokens too: their experts may still have
-// visitors.
+// an expert group call both together, those without tokens too: visitors may come to their experts.
 
 // out (T,C) = sum_k y_k + shared expert, of inp (T,C). tokens (T): vocabulary ids, for hash-routed
 // layers. Fills s. count_h (E), if given, += this rank's rows for each expert.
 void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const MoeWeights *w,
                  const MoeDims *d, MoeScratch *x, long *count_h, int T) {
-    const int C = d->C, F = d->F, R = d->R, slots = T * d->K;
+    const int C = d->C, F = d->F, R = d->R, slots = T * d->K, fp8 = moe_fp8(w, d);
     const size_t row = C * sizeof(act);
+    const Payload tokens_x = payload(inp, fp8 ? s->x8 ? s->x8 : x->x8 : NULL, 0, FP8_FLOOR, T, C);
     phase(PHASE_ROUTE);
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
@@ -1051,13 +1130,12 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
         act *home_y = x->home_y + (size_t)x->home_at * C, *y = trip_place(home_y, x->rows_y);
         real *home_w = x->home_w + x->home_at, *weight = trip_place(home_w, x->rows_w);
         act *home_x = trip_place(x->home_x, home_y);
-        pack_rows(home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
         phase(PHASE_EXCHANGE);
-        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x");
+        const void *rows = payload_there(x->rows_x, home_x, tokens_x, s->row_slot + x->home_at,
+                                         x->home_rows, d->K, weight, home_w, x, d, "moe x");
         phase(PHASE_EXPERTS);
-        experts_hidden(experts_place(s, x, d), x, rows, weight, w, d, 0);
-        lora_experts_forward(y, x->u2, x->h, x->offset, w->w2, w->s2, w->e2.a, w->e2.b,
-                             d->lora_scale, d->local, F, C, R);
+        (fp8 ? experts_forward_fp8 : experts_forward)(y, experts_place(s, x, d), x, rows, weight,
+                                                      w, d, 0);
         phase(PHASE_EXCHANGE);
         aside(ASIDE_BEGIN);
         trip_back(home_y, y, row, NULL, NULL, x, "moe y");
@@ -1078,9 +1156,12 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
 // adapter gradients +=. dout (T,C); s and inp (T,C) as in the forward.
 void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, const MoeWeights *w,
                   const MoeDims *d, MoeScratch *x, int T) {
-    const int C = d->C, slots = T * d->K;
+    const int C = d->C, slots = T * d->K, fp8 = moe_fp8(w, d);
     const size_t row = C * sizeof(act);
     require(x->dx != NULL || x->T == 0);    // scratch of a training run
+    uint8_t *x8 = fp8 ? s->x8 ? s->x8 : x->x8 : NULL;
+    const Payload tokens_x = payload(inp, x8, s->x8 != NULL, FP8_FLOOR, T, C);
+    const Payload tokens_dy = payload(dout, fp8 ? x->dy8 : NULL, 0, 0, T, C);
     phase(PHASE_EXCHANGE);
     trip_begin(x, d, s, T, 1);
     phase(PHASE_ROUTE);
@@ -1094,16 +1175,17 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
         act *home_x = trip_place(x->home_x, home_y);
         phase(PHASE_EXCHANGE);
         aside(ASIDE_BEGIN);
-        pack_rows(home_x, inp, row_slot, x->home_rows, d->K, C);
-        const act *rows = trip_there(x->rows_x, home_x, row, weight, home_w, x, "moe x again");
+        const void *rows = payload_there(x->rows_x, home_x, tokens_x, row_slot, x->home_rows, d->K,
+                                         weight, home_w, x, d, "moe x again");
         // forward: out = sum_k y_k + shared, so every row's dy is its token's dout
-        pack_rows(home_y, dout, row_slot, x->home_rows, d->K, C);
-        act *dy = trip_there(x->rows_y, home_y, row, NULL, NULL, x, "moe dy");
+        void *dy = payload_there(x->rows_y, home_y, tokens_dy, row_slot, x->home_rows, d->K, NULL,
+                                 NULL, x, d, "moe dy");
         aside(ASIDE_END);
         if (round == 0) { shared_backward(dinp, dout, inp, shared_place(s, x), w, d, x, T); }
         phase(PHASE_EXCHANGE);
         aside(ASIDE_JOIN);
-        experts_backward(dy, dweight, rows, weight, experts_place(s, x, d), w, d, x);
+        (fp8 ? experts_backward_fp8 : experts_backward)(dy, dweight, rows, weight,
+                                                        experts_place(s, x, d), w, d, x);
         phase(PHASE_EXCHANGE);
         trip_back(home_y, dy, row, home_dw, dweight, x, "moe dx");      // in place of dy it sent
     }

@@ -126,7 +126,7 @@ static inline ExpertTile *expert_tiles(int *count, const int *offset, int E, int
 // (E,O,C/32). Rows offset[e] .. offset[e+1]-1 are expert e's; offset (E+1) starts at 0.
 void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint8_t *w,
                          const uint8_t *scale, int E, int C, int O) {
-    GPU(experts_fp4_forward_gpu(out, inp, offset, w, scale, E, C, O))
+    CPU_ONLY();
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -143,12 +143,11 @@ void experts_fp4_forward(act *out, const act *inp, const int *offset, const uint
     }
     free(list);
 }
-TWIN(experts_fp4_forward)
 
 // dinp (rows,C) += dout (rows,O) times the expert's matrix.
 void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const uint8_t *w,
                           const uint8_t *scale, int E, int C, int O) {
-    GPU(experts_fp4_backward_gpu(dinp, dout, offset, w, scale, E, C, O))
+    CPU_ONLY();
     require(C % FP4_BLOCK == 0);
     Frozen m = { w, scale, widen_fp4 };
     int count;
@@ -165,7 +164,6 @@ void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const 
     }
     free(list);
 }
-TWIN(experts_fp4_backward)
 
 // -------------------------------------------------------------------------------------------------
 // 4 Recast to e4m3: the packed matrices as an fp8 product wants them
@@ -201,7 +199,7 @@ static inline int recast_largest(const uint8_t *scale, int o0, int c0, int C) {
 // (E,O,C/32), whose widest group, among those that hold a number, lies d below the largest scale;
 // in the last place those that a recast would round. O, C: multiples of 128.
 void recast_spread(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E, int C, int O) {
-    CPU_ONLY();
+    GPU(recast_spread_gpu(blocks_h, w, scale, E, C, O))
     require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
     for (int o0 = 0; o0 < E * O; o0 += FP8_BLOCK) {
         for (int c0 = 0; c0 < C; c0 += FP8_BLOCK) {
@@ -215,13 +213,15 @@ void recast_spread(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E,
         }
     }
 }
+TWIN(recast_spread)
 
 // codes (E,rows,C), scales (E,rows/128,C/128) from w (E,O,C/2), scale (E,O,C/32): the O rows become
 // rows at .. at+O-1 of each expert's, so that two matrices may stand one above the other. turned:
-// codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128.
+// codes (E,C,rows), scales (E,C/128,rows/128) instead. All sizes are multiples of 128. If offset
+// (E+1) is given, experts before the first and after the last with rows are left out.
 void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale, int turned,
-                int at, int rows, int E, int C, int O) {
-    CPU_ONLY();
+                int at, int rows, const int *offset, int E, int C, int O) {
+    GPU(recast_fp4_gpu(codes, scales, w, scale, turned, at, rows, offset, E, C, O))
     require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0 && at % FP8_BLOCK == 0
             && rows % FP8_BLOCK == 0);
     int across = C / FP8_BLOCK, down = rows / FP8_BLOCK;
@@ -229,6 +229,7 @@ void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t
     for (int b = 0; b < E * (O / FP8_BLOCK) * across; b++) {
         int o0 = b / across * FP8_BLOCK, c0 = b % across * FP8_BLOCK;   // o0: of all experts' rows
         size_t e = o0 / O, row0 = o0 % O + at;
+        if (offset && (offset[e + 1] == 0 || offset[e] == offset[E])) { continue; }
         int largest = recast_largest(scale, o0, c0, C);
         size_t grid = e * down * across + (turned ? c0 / FP8_BLOCK * down + row0 / FP8_BLOCK
                                                   : row0 / FP8_BLOCK * across + c0 / FP8_BLOCK);
@@ -244,6 +245,7 @@ void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t
         }
     }
 }
+TWIN(recast_fp4)
 
 // out (T,O) = the rows that inp (T,C), inp_scale (T,C/128) stand for, times the transpose of their
 // expert's matrix: w (E,O,C) e4m3 codes, scale (E,O/128,C/128), as recast_fp4 leaves them. Sums of
@@ -254,7 +256,8 @@ void recast_fp4(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t
 void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale, const int *offset,
                          const uint8_t *w, const uint8_t *scale, const real *u, const real *v,
                          int v_by_k, float s, int E, int C, int O, int R) {
-    CPU_ONLY();
+    GPU(experts_fp8_product_gpu(out, inp, inp_scale, offset, w, scale, u, v, v_by_k, s, E, C, O,
+                                R))
     require(C % FP8_BLOCK == 0 && O % FP8_BLOCK == 0);
     Frozen m = { w, scale, widen_fp8 };     // E * O rows: the grids of scales follow each other too
     int count;
@@ -285,4 +288,5 @@ void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale,
     }
     free(list);
 }
+TWIN(experts_fp8_product)
 #endif // MXFP4_C

@@ -1281,6 +1281,7 @@ typedef struct {
     int max_tokens;             // of a micro-batch or a sample
     int recompute;              // RECOMPUTE_*
     int muon;                   // as in Adapters
+    int fp8;                    // experts' products, and rows on their way to them
     int training;               // 0: forward only, for evaluation
     uint64_t seed;              // of the random base and the adapters' start
     int offload;                // the inputs of so many layers wait in host memory
@@ -1839,7 +1840,7 @@ static void saved_alloc(Model *m, size_t T) {
         s->m = MEM(real, MEM_ACTIVATIONS, T * HC_MIX);
         s->r = MEM(real, MEM_ACTIVATIONS, T);
         s->f = MEM(act, MEM_ACTIVATIONS, T * c->C);
-        moe_alloc_saved(&s->moe, &m->moe, (int)T, m->options.recompute == RECOMPUTE_NONE);
+        moe_alloc_saved(&s->moe, &m->moe, (int)T, RECOMPUTE_FULL - m->options.recompute);
         int selects = truncates && (c->ratio[i] == 4 || !training);
         s->selected = selects ? MEM(int, MEM_ACTIVATIONS, T * c->index_topk) : NULL;
     }
@@ -1924,7 +1925,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         .C = c->C, .E = c->E, .K = c->K, .F = c->F, .R = o->R, .local = c->E / comm_ep(),
         .first = comm_ep_rank() * (c->E / comm_ep()), .limit = c->swiglu_limit,
         .route_scale = c->route_scale, .norm_topk = c->norm_topk, .lora_scale = o->alpha / o->R,
-        .how = c->how,
+        .how = c->how, .fp8 = o->fp8,
     };
     if (m->layer == NULL) {
         m->layer = host_calloc(sizeof(Layer) * (size_t)c->layers);
@@ -2591,17 +2592,6 @@ static Option option_table[] = {
     {"help", 'h', FLAG, &opt.help, "0", "", NOT_KEPT, .help = ""},
     {"version", 0, FLAG, &opt.version, "0", "", NOT_KEPT, .help = ""},
 };
-// What the table promises and this version does not do yet. value NULL: any.
-static inline void options_refuse(void) {
-    static const struct { void *field; const char *value; } later[] = {
-        {&opt.precision, "fp8"} };
-    for (size_t i = 0; i < sizeof later / sizeof later[0]; i++) {
-        const Option *o = option_of(later[i].field);
-        int asked = is_given(o->at) && (!later[i].value || strcmp(later[i].value, o->text) == 0);
-        refuse_if(asked, "--%s %s is not there yet: this version trains in bf16", o->name, o->text);
-    }
-}
-
 // Takes a value over from the run or the adapter that is gone on with. What the user says as well
 // must be the same: a run that silently goes on with other settings is two runs in one log.
 static inline void option_adopt(Option *o, const char *text, const char *whose) {
@@ -2732,7 +2722,6 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     }
     if (opt.version) { printf("train 0.1, LoRA for DeepSeek-V4-Flash\n"); exit(EXIT_OK); }
     if (*opt.config) { options_from_file(opt.config); }
-    options_refuse();
     refuse_if(*opt.init && *opt.resume, "--init-adapter begins a run, --resume goes on with one");
     refuse_if(opt.reset_optim && !*opt.resume, "--reset-optim needs --resume");
     refuse_if(is_given(&opt.steps) && opt.steps && is_given(&opt.epochs), "--steps and --epochs "
@@ -2874,6 +2863,9 @@ static inline ModelOptions plan_memory(Trainer *r) {
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
     o.offload = o.training ? opt.offload : 0;
+    o.fp8 = *opt.precision == 'f';
+    refuse_if(o.fp8 && (r->config.C % FP8_BLOCK || r->config.F % FP8_BLOCK), "--precision fp8 needs "
+              "experts of whole blocks of 128 x 128, not of %d x %d", r->config.F, r->config.C);
     if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
@@ -3238,6 +3230,9 @@ static inline int run(Trainer *r, const char *checkpoint) {
     }
     double began = clock_seconds();
     model_load(&r->model, base);
+    for (int i = 0; r->model.moe.fp8 && i < r->config.layers; i++) {
+        inspect_spread(&r->model.layer[i].moe, &r->model.moe, i, r->config.layers);
+    }
     if (*opt.init) {
         Adapters host = adapters_host(a);
         adapter_load(opt.init, &host, &r->config);

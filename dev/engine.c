@@ -262,7 +262,8 @@ static void engine_moe(Model *m, int layer, const act *inp, const int *token) {
     pack_weights(x->home_w, s->weights, s->row_slot, T * d->K);
     for (int round = 0; round < x->rounds; round++) {
         trip_round(x, d, round);
-        pack_rows(x->home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K, C);
+        pack_rows(x->home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K,
+                  C * sizeof(act));
         engine_hidden(e, w, x->home_x, x->home_w + x->home_at);
         partial_forward(e->sum, x->u2, x->h, x->offset, w->w2, w->s2, DT_FP4, w->e2.a, w->e2.b,
                         d->lora_scale, d->E, e->F, C, R);

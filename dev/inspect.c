@@ -1,5 +1,6 @@
-// inspect.c: what lies in files, in words: the tensors of a checkpoint (--inspect), and whether an
-// adapter does anything (--check-adapter). The trainer includes it.
+// inspect.c: what lies in files, in words: the tensors of a checkpoint (--inspect), whether an
+// adapter does anything (--check-adapter), and whether experts can be had in fp8. The trainer
+// includes it.
 //
 // An adapter adds scale * B A to a matrix. Programs that serve adapters skip what they do not know,
 // and training that never reached a module leaves its B at zero, so an adapter can load everywhere
@@ -57,5 +58,26 @@ static inline void inspect_adapter(const Adapters *a, const char *dir) {
         printf("done   %s fits: %d modules, r=%d alpha=%g%s\n", dir, modules, a->R, a->alpha,
                zeros < modules ? "" : " | it does nothing: every B is zero");
     }
+}
+
+// --precision fp8: whether e4m3 holds the packed experts of a layer exactly (mxfp4.c, section 4);
+// with a block that it does not hold, on any rank, the layer stays in bf16. Called for all layers
+// in order; the last call says what was found.
+static inline void inspect_spread(MoeWeights *w, const MoeDims *d, int layer, int layers) {
+    static int blocks[RECAST_SPREAD + 2], stay;
+    const int before = blocks[RECAST_SPREAD + 1];
+    recast_spread(blocks, w->w1, w->s1, d->local, d->C, d->F);
+    recast_spread(blocks, w->w3, w->s3, d->local, d->C, d->F);
+    recast_spread(blocks, w->w2, w->s2, d->local, d->F, d->C);
+    double wide = blocks[RECAST_SPREAD + 1] - before;
+    comm_max_double(COMM_WORLD, &wide, 1, "spread of scales");
+    w->wide = (int)wide;
+    stay += wide > 0;
+    if (layer < layers - 1 || this_rank != 0) { return; }
+    printf("fp8    blocks of 128 x 128 weights, by the octaves that their scales are apart:");
+    for (int i = 0; i <= RECAST_SPREAD; i++) {
+        if (blocks[i]) { printf(" %d: %d,", i, blocks[i]); }
+    }
+    printf(" more: %d | %d of %d layers stay in bf16\n", blocks[RECAST_SPREAD + 1], stay, layers);
 }
 #endif // INSPECT_C

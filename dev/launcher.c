@@ -313,4 +313,36 @@ static inline void launcher_tell(const Place *p, void *data, size_t bytes, const
             p->ranks, p->rank ? "rank 0 not found" : "not all others came", timeout_s, where);
     }
 }
+
+#ifdef USE_CUDA
+// A rank that waits inside CUDA or NCCL cannot look at the clock: this thread does it. What has
+// been begun and not seen to end for longer than the limit waits for the rank that has come least
+// far.
+static void *comm_watch(void *unused) {
+    const struct timespec nap = { 0, 100000000 };
+    const Desk *desk = comm.page->desk;
+    for (;; nanosleep(&nap, NULL)) {
+        double waited;
+        char text[256] = "", other[160] = "the other ranks";
+        gpu_waiting(&waited, text, sizeof text);
+        if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[this_rank].doing, text); }
+        if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
+        for (int r = 0, least = this_rank; comm.forked && r < comm.all; r++) {
+            if (desk[r].begun >= desk[least].begun) { continue; }
+            least = r;
+            snprintf(other, sizeof other, "rank %d, last seen in %s", r, desk[r].doing);
+        }
+        die(EXIT_COMM, "%s: waited %g s for %s HINT: see what it was doing, or raise --timeout",
+            desk[this_rank].doing, comm.timeout_s, other);
+    }
+    return unused;
+}
+
+// A rank ends without taking CUDA and NCCL down, which might wait for ranks that are gone.
+static void comm_leave(int code, void *unused) {
+    (void)unused;
+    fflush(NULL);
+    _exit(code);
+}
+#endif
 #endif // LAUNCHER_C

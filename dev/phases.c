@@ -6,13 +6,13 @@
 #include "../kernels.cu"        // defines: GPU, ON_GPU, clock_seconds
 
 enum { PHASE_STREAMS, PHASE_PRODUCTS, PHASE_ENTRIES, PHASE_INDEXER, PHASE_ATTENTION, PHASE_ROUTE,
-       PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
+       PHASE_CASTS, PHASE_EXCHANGE, PHASE_EXPERTS, PHASE_SHARED, PHASE_HEAD, PHASE_UPDATE, PHASES };
 enum { PASS_FORWARD, PASS_AGAIN, PASS_BACKWARD, PASSES };
 
 static inline const char *phase_name(int p) {
     static const char *const names[PHASES] = {
-        "streams", "projections", "compressors", "indexer", "attention core", "routing", "exchange",
-        "experts", "shared expert", "head and loss", "update" };
+        "streams", "projections", "compressors", "indexer", "attention core", "routing", "fp8 casts",
+        "exchange", "experts", "shared expert", "head and loss", "update" };
     return names[p];
 }
 

@@ -272,7 +272,7 @@ static void test_routing(int T, int C, int E, int K, Routing how, int norm) {
                          norm, T, E, K);
            route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(needed), X(gate),
                           how, 1.5f, norm, T, C, E, K);
-           pack_rows(X(home), X(inp), X(row_slot), T * K, K, C);
+           pack_rows(X(home), X(inp), X(row_slot), T * K, K, C * sizeof(act));
            pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
            combine_forward(X(out), X(rows), X(slot_row), T, K, C);
            dispatch_backward(X(dinp2), X(rows), X(slot_row), T, K, C); });
@@ -330,6 +330,138 @@ static void test_some_heads(const act *all_q, const act *all_out, const act *kv,
         gpu_free(q); gpu_free(out); gpu_free(lse);
         free(host); free(got);
     }
+}
+
+static void compare_bytes(const char *what, const uint8_t *p, size_t n) {
+    const uint8_t *got = (const uint8_t *)(back + ((const char *)p - H));
+    size_t wrong = 0;
+    for (size_t i = 0; i < n; i++) { wrong += got[i] != p[i]; }
+    check(wrong == 0, "%s: %zu of %zu bytes wrong", what, wrong, n);
+}
+
+// Codes (T,C) and scales of arithmetic that may round differently in its last place: the numbers
+// they stand for agree, and all but one code in a thousand.
+static void compare_codes(const char *what, const uint8_t *codes, const uint8_t *scales, size_t n) {
+    const uint8_t *got = (const uint8_t *)(back + ((const char *)codes - H));
+    const uint8_t *got_scales = (const uint8_t *)(back + ((const char *)scales - H));
+    double diff = 0, all = 0;
+    size_t unlike = 0;
+    for (size_t i = 0; i < n; i++) {
+        double a = (double)float_from_e4m3(got[i]) * (double)float_from_e8m0(got_scales[i / 128]);
+        double b = (double)float_from_e4m3(codes[i]) * (double)float_from_e8m0(scales[i / 128]);
+        diff += (a - b) * (a - b);
+        all += b * b;
+        unlike += got[i] != codes[i];
+    }
+    check(unlike <= n / 1000 + 1, "%s: %zu of %zu codes differ", what, unlike, n);
+    check_relative(what, diff, all, 2e-3);
+}
+
+static uint8_t *blank_bytes(size_t n) { return memset(room(n), 0xFF, n); }
+
+// Rows in fp8: everything but the SwiGLU is exact on both sides, byte by byte.
+static void test_rows_fp8(int T, int C) {
+    arena_used = 0;
+    size_t n = (size_t)T * C, groups = (size_t)T * (C / 128);
+    act *x = acts(n, 3), *wide = blank_act(n), *gv = acts(2 * n, 15), *dh = acts(n, 1);
+    uint8_t *codes = blank_bytes(n), *scales = blank_bytes(groups), *h = blank_bytes(n);
+    uint8_t *h_scales = blank_bytes(groups), *d = blank_bytes(2 * n);
+    uint8_t *d_scales = blank_bytes(2 * groups);
+    real *w = reals(T, 1), *dw = blank(T);
+    for (int c = 0; c < C; c++) { st(x + c, 0); st(x + n - 1 - c, (real)(1e-8 * (c + 1))); }
+    st(gv, 10); st(gv + C, -10);
+    BOTH({ quantize_rows_fp8(X(codes), X(scales), X(x), FP8_FLOOR, T, C);
+           widen_rows_fp8(X(wide), X(codes), X(scales), T, C);
+           swiglu_quantize_forward(X(h), X(h_scales), X(gv), X(w), 10, FP8_FLOOR, T, C);
+           swiglu_quantize_backward(X(d), X(d_scales), X(dw), X(dh), X(gv), X(w), 10, T, C); });
+    compare_bytes("quantise rows", codes, n);
+    compare_bytes("quantise rows, scales", scales, groups);
+    compare_act("widen rows", wide, n, 0);
+    compare_codes("swiglu in fp8, h", h, h_scales, n);
+    compare_codes("swiglu in fp8, dg and dv", d, d_scales, 2 * n);
+    compare_real("swiglu in fp8, dweight", dw, T, 1e-4);
+}
+
+// Recast and product, forward and turned. Integers few enough for the tensor cores' 14 bits: exact.
+static void test_experts_fp8(int C, int O, int R) {
+    arena_used = 0;
+    const int offset[8] = { 0, 5, 5, 134, 198, 199, 600, 600 };
+    enum { E = 7, ROWS = 600 };
+    size_t n = (size_t)E * O * C;
+    uint8_t *w = bytes_between(n / 2, 0, 255), *scale = bytes_between(n / 32, 120, 127);
+    uint8_t *plain = bytes_between(n / 32, 127, 127), *codes = blank_bytes(4 * n);
+    uint8_t *grid = blank_bytes(4 * n / 16384), *exact = blank_bytes(2 * n);
+    uint8_t *exact_grid = blank_bytes(2 * n / 16384);
+    uint8_t *x = room((size_t)ROWS * C), *dy = room((size_t)ROWS * O);
+    uint8_t *x_scale = bytes_between((size_t)ROWS * C / 128, 124, 128);
+    uint8_t *dy_scale = bytes_between((size_t)ROWS * O / 128, 124, 128);
+    act *y = blank_act((size_t)ROWS * O), *dx = blank_act((size_t)ROWS * C);
+    act *plain_y = blank_act((size_t)ROWS * O);
+    real *u = room(sizeof(real) * ROWS * R), *a = room(sizeof(real) * E * R * C);
+    real *b = room(sizeof(real) * E * O * R);
+    int blocks[2][RECAST_SPREAD + 2] = {{0}};
+    for (int i = 0; i < ROWS * R; i++) { u[i] = (real)(i * 7 % 5 - 2); }
+    for (int i = 0; i < E * R * C; i++) { a[i] = (real)(i * 11 % 7 - 3); }
+    for (int i = 0; i < E * O * R; i++) { b[i] = (real)(i * 13 % 7 - 3); }
+    for (int i = 0; i < ROWS * C; i++) { x[i] = e4m3_from_float((float)(i * 7 % 11 % 3 - 1)); }
+    for (int i = 0; i < ROWS * O; i++) { dy[i] = e4m3_from_float((float)(i * 5 % 11 % 3 - 1)); }
+    for (size_t o = 0; o < (size_t)E * O; o++) {        // a scale for each block of 128 x 128
+        for (int g = 0; g < C / 32; g++) {
+            plain[o * (C / 32) + g] = (uint8_t)(126 + (o / 128 * 2 + g / 4) % 4);
+        }
+    }
+    scale[5] = 115; scale[n / 32 - 1] = 90;             // a wide block, and one too wide
+    BOTH({ recast_fp4(X(codes), X(grid), X(w), X(scale), 0, 0, 2 * O, NULL, E, C, O);
+           recast_fp4(X(codes), X(grid), X(w), X(plain), 0, O, 2 * O, offset, E, C, O);
+           recast_fp4(X(codes) + 2 * n, X(grid) + 2 * n / 16384, X(w), X(scale), 1, O, 2 * O, NULL,
+                      E, C, O);
+           recast_fp4(X(exact), X(exact_grid), X(w), X(plain), 0, 0, O, NULL, E, C, O);
+           recast_fp4(X(exact) + n, X(exact_grid) + n / 16384, X(w), X(plain), 1, 0, O, NULL, E, C,
+                      O);
+           recast_spread(blocks[on_gpu], X(w), X(scale), E, C, O);
+           experts_fp8_product(X(plain_y), X(x), X(x_scale), offset, X(exact), X(exact_grid), NULL,
+                               NULL, 0, 1, E, C, O, 0);
+           experts_fp8_product(X(y), X(x), X(x_scale), offset, X(exact), X(exact_grid), X(u), X(b), 0,
+                               0.5f, E, C, O, R);
+           experts_fp8_product(X(dx), X(dy), X(dy_scale), offset, X(exact) + n,
+                               X(exact_grid) + n / 16384, X(u), X(a), 1, 1, E, O, C, R); });
+    compare_bytes("recast", codes, 4 * n);
+    compare_bytes("recast, scales", grid, 4 * n / 16384);
+    for (int i = 0; i < RECAST_SPREAD + 2; i++) {
+        check(blocks[1][i] == 2 * blocks[0][i], "recast spread %d: %d, want %d", i, blocks[1][i] / 2,
+              blocks[0][i]);
+    }
+    check(blocks[0][RECAST_SPREAD + 1] == 1, "no block is too wide");
+    compare_act("fp8 product", plain_y, (size_t)ROWS * O, 0);
+    compare_act("fp8 product with an adapter", y, (size_t)ROWS * O, 0);
+    compare_act("fp8 product, turned", dx, (size_t)ROWS * C, 0);
+}
+
+// The adapters' share alone, and those of w1 and w3 as one.
+static void test_adapter_share(int C, int F, int R) {
+    arena_used = 0;
+    const int offset[8] = { 0, 5, 5, 134, 198, 199, 300, 300 };
+    enum { E = 7, ROWS = 300 };
+    const size_t n_a = (size_t)E * R * C, n_b = (size_t)E * F * R, n = 2 * n_a + 4 * n_b;
+    act *x = acts((size_t)ROWS * C, 1), *dy = acts((size_t)ROWS * F, 1);
+    real *a1 = reals(n_a, 1), *a3 = reals(n_a, 1), *b1 = reals(n_b, 1), *b3 = reals(n_b, 1);
+    real *u = blank((size_t)ROWS * R), *du = blank((size_t)ROWS * R), *stack = blank(n);
+    real *half = blank(n), *da = reals(n_a, 1), *db = reals(n_b, 1), *a = reals(n_a, 1);
+    real *b = reals(n_b, 1), *added = reals(n, 1);
+    BOTH({ lora_experts_down(X(u), X(x), offset, X(a1), E, C, R);
+           lora_experts_gradients(X(du), X(da), X(db), X(dy), X(x), X(u), offset, X(b1), 0.5f, E, C,
+                                  F, R);
+           lora_stack(X(stack), X(a1), X(b1), X(a3), X(b3), 0, E, C, F, R);
+           lora_stack(X(half), NULL, NULL, X(a3), X(b3), 0, E, C, F, R);
+           lora_stack(X(added), X(a), X(b), NULL, NULL, 1, E, C, F, R); });
+    compare_real("adapter's u", u, (size_t)ROWS * R, 1e-2);
+    compare_real("adapter's du", du, (size_t)ROWS * R, 1e-2);
+    compare_real("adapter's da", da, n_a, 1e-2);
+    compare_real("adapter's db", db, n_b, 1e-2);
+    compare_real("two adapters stacked", stack, n, 0);
+    compare_real("one of two stacked", half, n, 0);
+    compare_real("gradients from the stack, a", a, n_a, 1e-6);
+    compare_real("gradients from the stack, b", b, n_b, 1e-6);
 }
 
 // Attention with its compressors and indexer over documents of those lengths.
@@ -678,6 +810,9 @@ int main(void) {
     test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
     test_swiglu(37, 2048); test_swiglu(3, 128);
     test_boxes(0); test_boxes(1); test_boxes(700);
+    test_rows_fp8(37, 2048); test_rows_fp8(256, 128); test_rows_fp8(200, 384);
+    test_experts_fp8(256, 128, 8); test_experts_fp8(384, 512, 3); test_experts_fp8(128, 128, 72);
+    test_adapter_share(256, 128, 8); test_adapter_share(128, 384, 16); test_adapter_share(128, 128, 3);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
     test_attention(odd, 5, 4, 128, 32, 0, 0);
     test_attention(odd, 5, 4, 128, 32, 4, 0);

@@ -429,7 +429,7 @@ static void test_recast_distances(void) {
         memset(w + 64 * 9 + 48, 0x80, 16);
         scale[4 * 9 + 3] = 1;
         for (int turned = 0; turned < 2; turned++) {
-            recast_fp4(codes[turned], scales[turned], w, scale, turned, 0, 128, 1, 128, 128);
+            recast_fp4(codes[turned], scales[turned], w, scale, turned, 0, 128, NULL, 1, 128, 128);
             check(scales[turned][0] == 127 - 6, "the block's scale is %d", scales[turned][0]);
         }
         for (int o = 0; o < 128; o++) {
@@ -469,7 +469,7 @@ static void test_recast_places(void) {
         int turned = variant % 2, at = variant / 2 * 256, wrong = 0, untouched = 0;
         memset(codes, 0x7E, ALL);
         memset(scales, 200, ALL / 128 / 128);
-        recast_fp4(codes, scales, w, scale, turned, at, ROWS, E, C, O);
+        recast_fp4(codes, scales, w, scale, turned, at, ROWS, NULL, E, C, O);
         for (int e = 0; e < E; e++) {
             for (int r = 0; r < ROWS; r++) {
                 for (int c = 0; c < C; c++) {
@@ -524,7 +524,7 @@ static void check_fp8_product(int E, const int *counts, int C, int O) {
         for (int i = 0; i < E * to * R; i++) { v[i] = (real)(below(9) - 4); }
         for (int i = 0; i < k.T * from; i++) { x[i] = e4m3_from_float((float)(below(9) - 4)); }
         for (int i = 0; i < k.T * (int)groups; i++) { x_scale[i] = (uint8_t)(127 + i * 5 % 4); }
-        recast_fp4(codes, scales, k.w, k.scale, back, 0, O, E, C, O);
+        recast_fp4(codes, scales, k.w, k.scale, back, 0, O, NULL, E, C, O);
         experts_fp8_product(out, x, x_scale, k.offset, codes, scales, R ? u : NULL, v, back, 4, E,
                             from, to, R);
         for (int t = 0; t < k.T; t++) {
@@ -577,9 +577,9 @@ static void test_fp8_adjoint(void) {
         for (int g = 0; g < C / 128; g++) { x_scale[t * C / 128 + g] = (uint8_t)(127 + t % 4); }
         for (int g = 0; g < O / 128; g++) { dy_scale[t * O / 128 + g] = (uint8_t)(127 - t % 5); }
     }
-    recast_fp4(codes, scales, k.w, k.scale, 0, 0, O, 3, C, O);
+    recast_fp4(codes, scales, k.w, k.scale, 0, 0, O, NULL, 3, C, O);
     experts_fp8_product(y, x, x_scale, k.offset, codes, scales, NULL, NULL, 0, 1, 3, C, O, 0);
-    recast_fp4(codes, scales, k.w, k.scale, 1, 0, O, 3, C, O);
+    recast_fp4(codes, scales, k.w, k.scale, 1, 0, O, NULL, 3, C, O);
     experts_fp8_product(dx, dy, dy_scale, k.offset, codes, scales, NULL, NULL, 0, 1, 3, O, C, 0);
     for (int t = 0; t < T; t++) {
         for (int o = 0; o < O; o++) {
@@ -650,18 +650,18 @@ static void test_fp8_expert(void) {
     store_rows(dx, dx_real, T * C);
 
     quantize_rows_fp8(rows, scales, x, FP8_FLOOR, T, C);
-    recast_fp4(w8, s8, w[0], s[0], 0, 0, 2 * F, 1, C, F);
-    recast_fp4(w8, s8, w[2], s[2], 0, F, 2 * F, 1, C, F);
+    recast_fp4(w8, s8, w[0], s[0], 0, 0, 2 * F, NULL, 1, C, F);
+    recast_fp4(w8, s8, w[2], s[2], 0, F, 2 * F, NULL, 1, C, F);
     experts_fp8_product(gv, rows, scales, offset, w8, s8, NULL, NULL, 0, 1, 1, C, 2 * F, 0);
     swiglu_quantize_forward(hidden, hidden_scales, gv, weight, 10, FP8_FLOOR, T, F);
-    recast_fp4(w8, s8, w[1], s[1], 0, 0, C, 1, F, C);
+    recast_fp4(w8, s8, w[1], s[1], 0, 0, C, NULL, 1, F, C);
     experts_fp8_product(y8, hidden, hidden_scales, offset, w8, s8, NULL, NULL, 0, 1, 1, F, C, 0);
     quantize_rows_fp8(rows, scales, dy, 0, T, C);
-    recast_fp4(w8, s8, w[1], s[1], 1, 0, C, 1, F, C);
+    recast_fp4(w8, s8, w[1], s[1], 1, 0, C, NULL, 1, F, C);
     experts_fp8_product(dh8, rows, scales, offset, w8, s8, NULL, NULL, 0, 1, 1, C, F, 0);
     swiglu_quantize_backward(hidden, hidden_scales, dw8, dh8, gv, weight, 10, T, F);
-    recast_fp4(w8, s8, w[0], s[0], 1, 0, 2 * F, 1, C, F);
-    recast_fp4(w8, s8, w[2], s[2], 1, F, 2 * F, 1, C, F);
+    recast_fp4(w8, s8, w[0], s[0], 1, 0, 2 * F, NULL, 1, C, F);
+    recast_fp4(w8, s8, w[2], s[2], 1, F, 2 * F, NULL, 1, C, F);
     experts_fp8_product(dx8, hidden, hidden_scales, offset, w8, s8, NULL, NULL, 0, 1, 1, 2 * F, C,
                         0);
     check_alike("an expert in fp8: y", y8, y, T * C, 4 * 3.5e-4);
