@@ -73,11 +73,15 @@ static inline void inspect_spread(MoeWeights *w, const MoeDims *d, int layer, in
     comm_max_double(COMM_WORLD, &wide, 1, "spread of scales");
     w->wide = (int)wide;
     stay += wide > 0;
-    if (layer < layers - 1 || this_rank != 0) { return; }
+    if (layer < layers - 1) { return; }
+    double all[RECAST_SPREAD + 2];      // of all experts
+    for (int i = 0; i < RECAST_SPREAD + 2; i++) { all[i] = blocks[i]; }
+    comm_sum_double(COMM_EP, all, RECAST_SPREAD + 2, "spread of scales");
+    if (this_rank != 0) { return; }
     printf("fp8    blocks of 128 x 128 weights, by the octaves that their scales are apart:");
     for (int i = 0; i <= RECAST_SPREAD; i++) {
-        if (blocks[i]) { printf(" %d: %d,", i, blocks[i]); }
+        if (all[i] > 0) { printf(" %d: %.0f,", i, all[i]); }
     }
-    printf(" more: %d | %d of %d layers stay in bf16\n", blocks[RECAST_SPREAD + 1], stay, layers);
+    printf(" more: %.0f | %d of %d layers stay in bf16\n", all[RECAST_SPREAD + 1], stay, layers);
 }
 #endif // INSPECT_C

@@ -106,7 +106,6 @@ test_refused() {
     refused '--lora-alpha' --lora-alhpa=3
     refused 'steps' -x
     refused 'steps.*many' -x many
-    refused 'fp8' "${small[@]}" --precision fp8
     refused 'lora-r' "${small[@]}" --lora-r 0
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
@@ -142,6 +141,40 @@ test_offload() {
     check "--offload is not in the plan" grep -q '^plan   offload' log
     equal_runs "--offload 4" near far
     refused 'offload 6.*5 layers' "${small[@]}" --offload 6
+}
+
+# within SHARE A B: as many losses in A as in B, and each within that share of the other.
+within() {
+    echo "$1 $2 $3" | awk '{
+        for (i = 2; i <= (NF + 1) / 2; i++) {
+            d = ($i - $(i + (NF - 1) / 2)) / $i
+            bad += !(d <= $1 && d >= -$1)
+        }
+        exit !(NF > 1 && NF % 2 == 1 && bad == 0) }'
+}
+
+# Experts in fp8, on the base that has read English: close to bf16, and not the same; the same bytes
+# whatever is computed again; with ranks; with a rank that no tile divides; with a forward alone.
+test_fp8() {
+    local options=("${given[@]}" -i text.txt -d 64 -x 3) how
+    run 0 "${options[@]}" -o bf16
+    for how in full moe none; do
+        run 0 "${options[@]}" --precision fp8 --recompute $how -o fp8-$how
+        check "--precision fp8 does not say what its experts are like" grep -qE \
+            '^fp8 .*: [0-9]+, more: 0 \| 0 of 5 layers stay in bf16' log
+        equal_runs "fp8, --recompute $how" fp8-full fp8-$how
+    done
+    check "losses in fp8 and bf16: $(value loss fp8-full) | $(value loss bf16)" \
+        within 0.01 "$(value loss fp8-full)" "$(value loss bf16)"
+    check "--precision fp8 does nothing" [ "$(value loss fp8-full)" != "$(value loss bf16)" ]
+    run 0 "${options[@]}" -x 1 --precision fp8 --ranks 2 -o fp8-ranks
+    check "first loss in fp8 on 1 and 2 ranks: $(value loss fp8-full) | $(value loss fp8-ranks)" \
+        within 1e-6 "$(value loss fp8-full | cut -d ' ' -f 1)" \
+        "$(value loss fp8-ranks | cut -d ' ' -f 1)"
+    run 0 "${options[@]}" -x 1 --precision fp8 --lora-r 3 -o fp8-r3
+    check "first loss in fp8 with --lora-r 3" within 1e-6 "$(value loss fp8-r3)" \
+        "$(value loss fp8-full | cut -d ' ' -f 1)"
+    run 0 "${given[@]}" --precision fp8 -j text.txt --eval --val-steps 1 -o fp8-eval
 }
 
 # A run that is interrupted, or whose disk is full, goes on to the same adapter, and so does one
@@ -255,34 +288,63 @@ moments() {
     od -An -v -tf4 -w4 -j $((8 + length)) "$file"
 }
 
-# Eight rows as ranks x micro-batches x rows of each: after one step of Muon its moment is 0.05 times
-# the gradient, unclipped (Muon itself would hide a wrong scale), within 1e-5 in every 1,024 numbers
-# (a factor or a part of one; an expert's too). Ten steps of AdamW: losses within 2e-4.
+# same_gradients A B N: in every 1,024 of two runs' moments (a factor or a part of one, an expert's
+# too) they agree within 1e-5, or are zero in both; between N and 329 of the 330 are not.
+same_gradients() {
+    paste "$1" "$2" | awk -v least="$3" '
+        { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
+        NR % 1024 == 0 {
+            used += s > 0
+            bad += !(d <= 1e-10 * s)
+            if (d > worst * s && s > 0) { worst = d / s }
+            d = s = 0 }
+        END { printf "%d of %d differ, %d have a gradient, worst %.1e\n", bad, NR / 1024, used,
+                  sqrt(worst)
+              exit !(NR == 337920 && used >= least && used < 330 && bad == 0) }' >> log
+}
+
+# G1 to G6, G9, G12: a step as ranks x micro-batches x rows of each, on any number of expert groups.
+# The moment after one step of Muon is 0.05 times the gradient, unclipped (Muon itself would hide a
+# wrong scale). Eight equal rows; and seven of 3 to 64 tokens, so that ranks run empty, of two
+# letters, so that experts do. Ten steps of the equal rows: losses within 2e-4; of Muon, whose steps
+# do not shrink with the gradient, in three of the six.
 test_splits() {
-    local ranks rows split
+    local ranks rows ep split letters options one ten norm optimizer
     train=$root/build/train_float
     if [ ! -x "$train" ]; then skip "splits of a step: no $train"; train=$root/train; return; fi
-    local options=(--cpu --random-base -i text.txt -t 16 -d 128 -v 0 -s 0 --clip 0 -l 1e-3 -u 0)
-    run 0 "${options[@]}" -b 8 -x 3 -n 0 -o start                 # B is not zero any more
+    options=(--cpu --random-base -v 0 -s 0 --clip 0 -l 1e-3 -u 0)
+    run 0 "${options[@]}" -i text.txt -t 16 -d 128 -b 8 -x 3 -n 0 -o start  # B is not zero any more
+    for letters in 1 62 30 9 45 14 22; do
+        awk -v n=$letters 'BEGIN { while (n--) { printf "%c", 97 + n * n % 2 } }' > part$letters.txt
+    done
+    one=("${options[@]}" --init-adapter start/adapter --optimizer muon -n 1 -o one)
     for split in '1 8' '1 1' '2 1' '4 1' '8 1' '2 2'; do
         read -r ranks rows <<< "$split"
-        run 0 "${options[@]}" --init-adapter start/adapter --optimizer muon -x 1 -n 1 \
-            --ranks "$ranks" -b "$rows" -o one
-        run 0 "${options[@]}" --init-adapter start/adapter -x 10 -n 0 \
-            --ranks "$ranks" -b "$rows" -o ten
+        run 0 "${one[@]}" -x 1 -i text.txt -t 16 -d 128 --ranks "$ranks" -b "$rows"
         moments one > now
-        if [ "$split" = '1 8' ]; then mv now undivided; value loss ten > losses; continue; fi
-        check "the gradient of $split: $(paste undivided now | awk '
-            { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
-            NR % 1024 == 0 { if (d > worst * s) { worst = d / s } used += s > 0; d = s = 0 }
-            END { print sqrt(worst), used, NR; exit }')" awk '
-            { d += ($1 - $2) ^ 2; s += $1 ^ 2 }
-            NR % 1024 == 0 { bad += !(d <= 1e-10 * s); used += s > 0; d = s = 0 }
-            END { exit !(NR == 337920 && NR % 1024 == 0 && used > 300 && bad == 0) }' \
-            <(paste undivided now)
-        check "ten losses of $split: $(value loss ten), not $(cat losses)" awk '
-            { for (i = 1; i <= 10; i++) { d = $i - $(10 + i); bad += !(d <= 2e-4 && d >= -2e-4) } }
-            END { exit !(NF == 20 && bad == 0) }' <(echo "$(cat losses) $(value loss ten)")
+        if [ "$split" = '1 8' ]; then mv now equal; else
+            check "the gradient of $split" same_gradients equal now 300; fi
+        for optimizer in adamw muon; do
+            if [ $optimizer = muon ] && ! [[ $split =~ ^(1 8|8 1|2 2)$ ]]; then continue; fi
+            run 0 "${options[@]}" --init-adapter start/adapter --optimizer $optimizer -x 10 -n 0 \
+                -i text.txt -t 16 -d 128 --ranks "$ranks" -b "$rows" -o ten
+            ten=$(value loss ten)
+            if [ "$split" = '1 8' ]; then echo "$ten" > $optimizer.ten; fi
+            check "ten losses of $split, $optimizer: $ten, not $(cat $optimizer.ten)" awk '{
+                for (i = 1; i <= 10; i++) { d = $i - $(10 + i); bad += !(d <= 2e-4 && d >= -2e-4) }
+                exit !(NF == 20 && bad == 0) }' <(echo "$ten $(cat $optimizer.ten)")
+        done
+    done
+    for split in '1 8 1' '1 1 1' '4 1 2' '8 1 1'; do
+        read -r ranks rows ep <<< "$split"
+        run 0 "${one[@]}" --epochs 1 -i 'part*.txt' --pack off -t 64 -d 512 --ranks "$ranks" \
+            -b "$rows" --ep "$ep"
+        check "not the tokens of the seven rows" same "$(value num_tokens_per_step one)" 197
+        moments one > now
+        if [ "$split" = '1 8 1' ]; then mv now uneven; norm=$(value grad_norm one); continue; fi
+        check "the gradient of $split, uneven rows" same_gradients uneven now 200
+        check "the norm of $split: $(value grad_norm one), not $norm" awk '{ d = $1 / $2 - 1
+            exit !(NF == 2 && d <= 1e-5 && d >= -1e-5) }' <(echo "$(value grad_norm one) $norm")
     done
     train=$root/train
 }
@@ -371,6 +433,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_resume_muon
     test_splits
     test_adapts
+    test_fp8
     test_chat
 fi
 test_checkpoint

@@ -1,6 +1,6 @@
 // Tests of train.c's parts 9 to 12 and of prep.c: packing and the order of rows, token files,
 // options, logs, and the loop end to end on the built-in model, in children that fork. Each was
-// seen to fail on broken copies of what it tests, 68 in all:
+// seen to fail on broken copies of what it tests, 72 in all:
 //   packing     a piece of t + 1 tokens; next-fit with >=; the last piece of an epoch dropped; the
 //               same order in every epoch; no shuffling; --pack off ignored; chat not truncated;
 //               a cut piece's first token counted as a label
@@ -21,10 +21,13 @@
 //   resume      data not sought; moments lost; --reset-optim keeping them; other options, or data,
 //               accepted; -l ignored; old lines kept; --init-adapter with another r
 //   ends        a stop, or one that is not saved; a NaN ignored; OUT not moved, or all of it
+//   nonfinite   the check after the update, or none of the sum; second moments not read, or those of
+//               a neighbour among a rank's experts
 //   cc -std=gnu11 -O2 -fopenmp -Wall -Wextra test/test_data.c -o test_data -lm && ./test_data
 #define TESTING
 #include "../train.c"
 #include "check.h"
+#include <float.h>
 
 static char folder[PATH_SIZE];                  // of this test's files
 
@@ -610,18 +613,24 @@ static void test_steps(void) {
     check(last < 0.2 * first, "six steps on one row: %g -> %g", first, last);
 }
 
+// The numbers of a tensor in a safetensors file that was read, n of them.
+static float *tensor_in(char *file, const char *name, size_t *n) {
+    unsigned long begin = 0, end = 0, header = 0;
+    char quoted[160];
+    memcpy(&header, file, 8);
+    snprintf(quoted, sizeof quoted, "%s\"", name);
+    char *at = strstr(file + 8, quoted);
+    at = at ? strstr(at, "\"data_offsets\":[") : NULL;
+    check(at && sscanf(at + 16, "%lu,%lu", &begin, &end) == 2, "there is no tensor %s", name);
+    *n = (end - begin) / 4;
+    return (float *)(file + 8 + header + begin);
+}
+
 // Factor B of the last layer's wo_b, from an adapter's folder: n numbers.
 static const float *factor_b(const char *adapter, size_t *n) {
     char name[256];
-    unsigned long begin = 0, end = 0, header = 0;
     snprintf(name, sizeof name, "%s/adapter_model.safetensors", adapter);
-    char *file = read_file(in_folder(name), n), *at;
-    memcpy(&header, file, 8);
-    at = strstr(file + 8, "layers.4.attn.wo_b.lora_B.weight");
-    at = at ? strstr(at, "\"data_offsets\":[") : NULL;
-    check(at && sscanf(at + 16, "%lu,%lu", &begin, &end) == 2, "no wo_b in %s", adapter);
-    *n = (end - begin) / 4;
-    return (const float *)(file + 8 + header + begin);
+    return tensor_in(read_file(in_folder(name), n), "layers.4.attn.wo_b.lora_B.weight", n);
 }
 
 // Adam's first step is lr times the sign of the gradient, whatever its size: with a wrong count, or
@@ -733,6 +742,212 @@ static void test_resume(void) {
           said);
 }
 
+#ifdef HAVE_JSMN
+// A token file: n tokens, of this model's vocabulary.
+static void write_tokens(const char *name, const uint32_t *token, size_t n) {
+    uint32_t header[BIN_HEADER / 4] = { BIN_MAGIC, BIN_VERSION, 264, (uint32_t)n };
+    char *file = malloc(sizeof header + 4 * n);
+    memcpy(file, header, sizeof header);
+    memcpy(file + sizeof header, token, 4 * n);
+    write_file(in_folder(name), file, sizeof header + 4 * n);
+    free(file);
+}
+
+static const char *const optimizers[2] = { "adamw", "muon" };
+
+// folder/out/checkpoint-00000k/file
+static char *in_checkpoint(const char *out, int k, const char *file) {
+    char name[256];
+    snprintf(name, sizeof name, "%s/checkpoint-%06d/%s", out, k, file);
+    return in_folder(name);
+}
+
+static int same_files(const char *a, const char *b) {
+    size_t n[2];
+    char *x = read_file(a, &n[0]), *y = read_file(b, &n[1]);
+    int same = n[0] == n[1] && n[0] > 100 && memcmp(x, y, n[0]) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+// What the process holds when it ends, whatever ends it: adapters and moments, in folder/held.
+static void write_held(void) {
+    FILE *f = fopen(in_folder("held"), "wb");
+    if (f == NULL) { return; }
+    fwrite(mem.arena[MEM_ADAPTERS].base, 1, mem.arena[MEM_ADAPTERS].used / 2, f);  // p, and not g
+    fwrite(mem.arena[MEM_OPTIMIZER].base, 1, mem.arena[MEM_OPTIMIZER].used, f);
+    fclose(f);
+}
+static void child_held(void *words) { atexit(write_held); child_trainer(words); }
+
+// w1 of one of layer 0's experts: the largest element of the first moment of its A or B.
+static double largest_moment(const char *out, int step, int expert, char factor) {
+    char name[128];
+    double most = 0;
+    size_t n;
+    char *file = read_file(in_checkpoint(out, step, "optimizer.safetensors"), &n);
+    snprintf(name, sizeof name, "layers.0.ffn.experts.%d.w1.lora_%c.weight.m", expert, factor);
+    const float *m = tensor_in(file, name, &n);
+    for (size_t i = 0; i < n; i++) { most = fmax(most, fabs(m[i])); }
+    free(file);
+    return most;
+}
+
+// Writes the adapter that lies in a folder to another one, but in the same w1 A is zero, and each
+// element of B is b: the forward does not notice b, and the gradient of A is proportional to it.
+static void write_adapter(const char *to, const char *from, int expert, double b) {
+    static const char *const files[2] = { "adapter_config.json", "adapter_model.safetensors" };
+    mkdir(in_folder(to), 0777);
+    for (int f = 0; f < 2; f++) {
+        char name[256];
+        size_t n, count;
+        snprintf(name, sizeof name, "%s/%s", from, files[f]);
+        char *file = read_file(in_folder(name), &n);
+        for (int k = 0; f == 1 && k < 2; k++) {
+            snprintf(name, sizeof name, "layers.0.ffn.experts.%d.w1.lora_%c.weight", expert,
+                     "AB"[k]);
+            float *x = tensor_in(file, name, &count);
+            for (size_t i = 0; i < count; i++) { x[i] = k ? (float)b : 0; }
+        }
+        snprintf(name, sizeof name, "%s/%s", to, files[f]);
+        write_file(in_folder(name), file, n);
+        free(file);
+    }
+}
+
+// A run that meets the gradient in step 3: it ends with one line that has its name, said by that
+// rank (-1: any), what was saved after step 2 is all there is, and a single rank holds in the end
+// what it held then (folder/held2).
+static void check_stopped(const char *how, const char *more, int expert, int rank) {
+    char want[160];
+    size_t n;
+    int ranks = strstr(how, "rank") ? 2 : 1;
+    check(run_trainer(ranks > 1 ? child_trainer : child_held, "broken", more) == 3, "%s: '%s'", how,
+          said);
+    check(ranks > 1 || same_files(in_folder("held"), in_folder("held2")), "%s: something has moved",
+          how);
+    snprintf(want, sizeof want, "non-finite gradient in layers.0.ffn.experts.%d.w1.lora_A at step "
+             "3 HINT", expert);
+    check(strncmp(said, "error  rank ", 12) == 0 && (rank < 0 || said[12] == '0' + rank)
+          && strstr(said, want) && strchr(said, '\n') == said + strlen(said) - 1, "%s: wanted one "
+          "line of rank %d, '%s', not '%s'", how, rank, want, said);
+    check(strcmp(read_file(in_folder("broken/latest"), &n), "checkpoint-000002\n") == 0
+          && access(in_folder("broken/checkpoint-000003"), F_OK) != 0
+          && access(in_folder("broken/adapter"), F_OK) != 0, "%s: saved all the same", how);
+    check(!isnan(logged("broken", "training.jsonl", "loss", 1))
+          && isnan(logged("broken", "training.jsonl", "loss", 2)), "%s: the step is logged", how);
+}
+
+// G7: a gradient that is not finite stops the run before adapters or moments have moved. In steps 1
+// and 2 all tokens are 'a', in 3 and 4 'b': layer 0 is hash-routed, and sends 'b' to an expert that
+// was idle until then. Its B is so large that the gradient of A is 1.5 times the largest float, and
+// on each of two ranks, before they are added, 0.75 times. With B mended the run goes on from what
+// was saved, and ends with the bits of one that had that B from the start.
+static void test_nonfinite(void) {
+    enum { N = 8 * 16 };
+    uint32_t token[N];
+    char words[600], more[1024];
+    int e = 0;
+    for (int i = 0; i < N; i++) {
+        token[i] = (i < N / 2 ? 'a' : 'b') | (i % 16 ? TOKEN_LABEL : TOKEN_FIRST);
+    }
+    write_tokens("b.bin", token + N / 2, 32);
+    write_tokens("ab.bin", token, N);
+    snprintf(words, sizeof words, "-i %s -d 32 -n 1 --keep 9 --no-shuffle -k constant -l 1e-5",
+             in_folder("ab.bin"));
+    snprintf(more, sizeof more, "%s -x 4", words);
+    check(run_trainer(child_trainer, "plain", more) == 0, "'%s'", said);
+    while (e < 8 && (largest_moment("plain", 2, e, 'B') > 0
+                     || largest_moment("plain", 4, e, 'B') == 0)) { e++; }
+    if (!check(e < 8, "no expert is idle in steps 1 and 2, and has tokens then")) { return; }
+    write_adapter("large", "plain/adapter", e, 1e20);
+    snprintf(more, sizeof more, "-i %s -d 32 -x 1 -n 1 --clip 0 --beta1 0 --init-adapter %s",
+             in_folder("b.bin"), in_folder("large"));
+    check(run_trainer(child_trainer, "measure", more) == 0, "'%s'", said);
+    double b = 1.5 * (double)FLT_MAX / largest_moment("measure", 1, e, 'A') * 1e20;
+    check(b > 1e37 && b < 3e38, "it takes a B of %g", b);
+    write_adapter("large", "plain/adapter", e, b);
+    write_adapter("mended", "plain/adapter", e, 0);
+
+    for (int muon = 0; muon < 2; muon++) {
+        const char *how = optimizers[muon];
+        snprintf(more, sizeof more, "%s --optimizer %s -x 4 --init-adapter %s", words, how,
+                 in_folder("mended"));
+        check(run_trainer(child_trainer, "whole", more) == 0, "%s: '%s'", how, said);
+        snprintf(more, sizeof more, "%s --optimizer %s -x 2 --init-adapter %s", words, how,
+                 in_folder("large"));
+        check(run_trainer(child_held, "two", more) == 0, "%s: '%s'", how, said);
+        rename(in_folder("held"), in_folder("held2"));
+        snprintf(more, sizeof more, "%s --optimizer %s -x 4 --init-adapter %s", words, how,
+                 in_folder("large"));
+        check_stopped(how, more, e, 0);
+        snprintf(more, sizeof more, "-i %s --resume", in_folder("ab.bin"));
+        check_stopped(how, more, e, 0);
+        write_adapter("broken/checkpoint-000002", "broken/checkpoint-000002", e, 0);
+        check(run_trainer(child_trainer, "broken", more) == 0, "%s, mended: '%s'", how, said);
+        check(same_adapter("whole", "broken"), "%s, mended: another adapter", how);
+        for (int k = 3; k <= 4; k++) {
+            check(same_files(in_checkpoint("whole", k, "optimizer.safetensors"),
+                             in_checkpoint("broken", k, "optimizer.safetensors")),
+                  "%s, mended: other moments after step %d", how, k);
+            check(logged("whole", "training.jsonl", "loss", k - 1)
+                  == logged("broken", "training.jsonl", "loss", k - 1), "%s: loss %d", how, k);
+        }
+    }
+    snprintf(more, sizeof more, "%s -x 4 --ranks 2 --init-adapter %s", words, in_folder("large"));
+    check_stopped("2 ranks", more, e, e / 4);
+    strcat(more, " --ep 1");            // finite on both, but not their sum: either says so
+    check_stopped("2 ranks, the sum", more, e, -1);
+}
+
+// G16: what 8 ranks with an expert each have saved, 4, 2 and 1 go on with. No token of step 3 is a
+// label, so its gradient is exactly zero on any ranks, and what is saved after it has the same
+// bits: not one element of an adapter or a moment has gone astray. Step 4 has the loss it had on 8.
+static void test_other_ranks(void) {
+    enum { STEP = 8 * 16, N = 4 * STEP, FILES_KEPT = 2 };
+    static const char *const files[FILES_KEPT] = { "adapter_model.safetensors",
+                                                   "optimizer.safetensors" };
+    uint32_t token[N];
+    for (int i = 0; i < N; i++) {
+        token[i] = (uint32_t)(random_bits(16, (uint64_t)i) % 256);
+        token[i] |= i % 16 == 0 ? TOKEN_FIRST : i / STEP == 2 ? 0 : TOKEN_LABEL;
+    }
+    write_tokens("third.bin", token, N);
+    for (int muon = 0; muon < 2; muon++) {
+        const char *how = optimizers[muon];
+        char more[1024], *want[FILES_KEPT], *got;
+        size_t n[FILES_KEPT], size;
+        snprintf(more, sizeof more, "-i %s -d 128 -x 4 -n 1 --keep 9 --no-shuffle -l 1e-3 "
+                 "--optimizer %s --ranks 8 --ep 8", in_folder("third.bin"), how);
+        check(run_trainer(child_trainer, "eight", more) == 0, "%s: '%s'", how, said);
+        double loss = logged("eight", "training.jsonl", "loss", 3);
+        double norm = logged("eight", "training.jsonl", "grad_norm", 3);
+        check(logged("eight", "training.jsonl", "grad_norm", 2) == 0 && norm > 0, "%s: step 3 has "
+              "a gradient, or step 4 none", how);
+        for (int f = 0; f < FILES_KEPT; f++) {
+            want[f] = read_file(in_checkpoint("eight", 3, files[f]), &n[f]);
+        }
+        for (int ranks = 4; ranks >= 1; ranks /= 2) {
+            write_file(in_folder("eight/latest"), "checkpoint-000002\n", 18);
+            snprintf(more, sizeof more, "-i %s --resume --ranks %d --ep %d", in_folder("third.bin"),
+                     ranks, ranks);
+            check(run_trainer(child_trainer, "eight", more) == 0, "%s: '%s'", how, said);
+            for (int f = 0; f < FILES_KEPT; f++) {
+                got = read_file(in_checkpoint("eight", 3, files[f]), &size);
+                check(size == n[f] && memcmp(got, want[f], size) == 0, "%s, saved by 8 ranks, "
+                      "loaded and saved by %d: another %s", how, ranks, files[f]);
+                free(got);
+            }
+            check_close(how, ranks, logged("eight", "training.jsonl", "loss", 3), loss,
+                        1e-6 * loss);
+            check_close(how, ranks, logged("eight", "training.jsonl", "grad_norm", 3), norm,
+                        1e-4 * norm);
+        }
+    }
+}
+#endif // HAVE_JSMN
+
 static void test_ends(void) {
     size_t n;
     // Asked to stop: the step ends, is saved, and the adapter written.
@@ -795,6 +1010,10 @@ int main(void) {
     test_update();
     test_validation();
     test_resume();
+#ifdef HAVE_JSMN
+    test_nonfinite();
+    test_other_ranks();
+#endif
     test_ends();
     folder_remove(folder);
     return finish("test_data");

@@ -5,6 +5,31 @@
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_lora.c -o test_lora -lm && ./test_lora
 //   the same with -DACT=double -DREAL=double (central differences), and with sanitizers
 //
+// What must hold of gradients however a step is cut, and of updates, on the CPU, and the test that
+// shows it (file.function):
+//   G1  nothing is added after the sum; same bits         cli.splits, moe.ranks, moe.collectives
+//   G2  micro-batches and rows per rank change nothing    cli.splits, cli.ranks, data.steps
+//   G3  every backward adds                               lora.accumulation, moe.repeats,
+//                                                         cli.splits, train.packing
+//   G4  rows of any length: divided by all labels         cli.splits, train.packing, data.steps
+//   G5  expert parallelism changes no gradient            cli.splits, moe.ranks
+//   G6  the norm counts every element once                lora.norm, moe.collectives, cli.splits
+//   G7  clip, finite, momentum, update; an infinity       lora.nonfinite, lora.muon_size,
+//       leaves all as it was                              lora.muon_skips, data.nonfinite
+//   G8  one step counter, any chunks                      lora.adamw_chunks, data.resume
+//   G9  no rows, no experts, no targets, idle experts     lora.no_rows, lora.registry, moe.ranks,
+//                                                         train.empty_batch, cli.splits
+//   G10 no token is dropped                               moe.trip, moe.ranks (capacity 1)
+//   G11 the bias selects, weighs nothing, is not trained  moe.router, train.frozen
+//   G12 scales once                                       lora.accumulation, cli.splits
+//   G13 state of what is trained, and of nothing else     lora.registry, lora.muon_adapters,
+//                                                         train.frozen
+//   G14 64-bit places                                     lora.large_offsets, reshard.full_size
+//   G15 derived splits are those that the others say      moe.trip
+//   G16 resume to the bit; onto other ranks               cli.resume, cli.resume_ranks,
+//                                                         cli.resume_muon, data.other_ranks
+// Several GPUs: test_ranks.sh, functions gradients, uneven, numerics, losses.
+//
 // Each was seen to fail on a broken copy of lora.c:
 //   linears: A, B or u read transposed; B turned or put back with the wrong stride; s dropped from
 //     y, du or dB, used twice in dA, cut to an int; y rounded before the adapter is added; dx
@@ -29,6 +54,8 @@
 //   Muon: no Nesterov; scale from the rows; decay of the step; grad_scale dropped; the restart one
 //     round late; Z and Q exchanged; 1e-7 added to the norm; a zero or non-finite slice moved; one
 //     method for both; a slice less
+//   stack: B1 and B3 exchanged, A's rows interleaved, B3 in the columns of A1, = for +=, an absent
+//     one left as it was
 //   schedule: warm-up from 0, or one step too long; cosine from step 0, or to the last step; final
 //     fraction dropped, or not taken off; constant ignored, or without warm-up; nothing after the
 //     end
@@ -36,14 +63,14 @@
 
 // What Muon stores is narrowed on demand: to fp16, to nearest, ties to even. Done in double, so
 // that it needs no such type.
-static int narrow;
+static int in_fp16;
 static double fp16(double x) {
     int exponent;
     frexp(x, &exponent);
     double unit = ldexp(1, (exponent < -13 ? -13 : exponent) - 11), rounded = unit * rint(x / unit);
     return fabs(rounded) > 65504 ? copysign(INFINITY, x) : rounded;
 }
-#define ns_round(x) (narrow ? (__typeof__(x))fp16((double)(x)) : (x))
+#define ns_round(x) (in_fp16 ? (__typeof__(x))fp16((double)(x)) : (x))
 #include "../lora.c"
 #include "check.h"
 
@@ -383,28 +410,34 @@ static void test_no_rows(void) {
     }
 }
 
-// G14: 300 experts of 2^23 elements of A. Only the last one has rows; other pages stay untouched.
+// G14: 300 experts of 2^23 elements of A and 2^24 packed weights, in 2^23 bytes. Only the last one
+// has rows; other pages stay untouched.
 static void test_large_offsets(void) {
-    enum { E = 300, C = 8192, O = 32, R = 1024, T = 2 };
+    enum { E = 300, C = 8192, O = 2048, R = 1024, T = 2 };
     size_t size_a = (size_t)R * C, n = E * size_a, n_w = (size_t)E * O * C / 2;
-    size_t bytes = sizeof(real) * 2 * (n + E * O * R) + n_w + n_w / 16;
+    size_t n_b = (size_t)E * O * R, bytes = sizeof(real) * 2 * (n + n_b) + n_w + n_w / 16;
     char *base = (char *)mmap(NULL, bytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) { skip("large offsets: no address space"); return; }
-    real *a = (real *)base, *da = a + n, *b = da + n, *db = b + E * O * R;
-    uint8_t *w = (uint8_t *)(db + E * O * R), *scale = w + n_w;
+    real *a = (real *)base, *da = a + n, *b = da + n, *db = b + n_b;
+    uint8_t *w = (uint8_t *)(db + n_b), *scale = w + n_w;
     int *offset = (int *)calloc(E + 1, sizeof(int));
     act *inp = random_acts((size_t)T * C), *out = random_acts(T * O), *dout = random_acts(T * O);
     real *dinp = random_reals((size_t)T * C), *u = random_reals(T * R);
     offset[E] = T;
     a[n - size_a + 5 * C + 7] = 2;              // A[5][7] of the last expert
-    b[E * O * R - R + 5] = 3;                   // B[O-1][5] of the last expert
+    b[n_b - R + 5] = 3;                         // B[O-1][5] of the last expert
+    w[n_w - C / 2 + 5] = 2 << 4;                // W[O-1][11] of the last expert is 1
+    scale[n_w / 16 - C / 32] = 127;
+    real before[T] = { dinp[11], dinp[C + 11] };
     lora_experts_forward(out, u, inp, offset, w, scale, a, b, 0.5f, E, C, O, R);
     lora_experts_backward(dinp, da, db, dout, inp, u, offset, w, scale, a, b, 0.5f, E, C, O, R);
     double want = 0;
     for (int t = 0; t < T; t++) {
         check_close("large u", t, u[t * R + 5], 2 * ld(inp + t * C + 7), 1e-6);
-        check_close("large out", t, ld(out + t * O + O - 1), 3 * (double)ld(inp + t * C + 7), 1e-2);
+        check_close("large out", t, ld(out + t * O + O - 1), 3 * (double)ld(inp + t * C + 7)
+                    + (double)ld(inp + t * C + 11), 1e-2);
+        check_close("large dinp", t, dinp[t * C + 11] - before[t], ld(dout + t * O + O - 1), 1e-6);
         want += 1.5 * ld(dout + t * O + O - 1) * ld(inp + t * C + 9);
     }
     check_close("large da", 9, da[n - size_a + 5 * C + 9], want, 1e-5);
@@ -896,9 +929,9 @@ static void test_newton_schulz(void) {
             const int restarts[4] = { NS_GRAM, NS_STANDARD, NS_GRAM, 0 };
             for (int way = 0; way < 4; way++) {
                 real *o = (real *)copy(x, n * sizeof *x);
-                narrow = way >= 2;
+                in_fp16 = way >= 2;
                 newton_schulz(o, rows, cols, restarts[way]);
-                narrow = 0;
+                in_fp16 = 0;
                 double error = frobenius(o, want, n), *at = way < 2 ? worst : worst16;
                 if (way == 1) {                         // and the two methods among each other
                     real *gram = (real *)copy(x, n * sizeof *x);
@@ -965,16 +998,16 @@ static void test_symmetries(void) {
     check_tensor("NS of the transpose", scaled, o, N, 1e-6);
     for (double c = 1e-18; c < 1e18; c *= 1e4) {
         for (int i = 0; i < N; i++) { scaled[i] = (real)(c * x[i]); }
-        narrow = c > 1e-5 && c < 1e7;           // normalised before anything is narrowed
+        in_fp16 = c > 1e-5 && c < 1e7;           // normalised before anything is narrowed
         newton_schulz(scaled, ROWS, COLS, NS_GRAM);
         double diff = 0, size = 0;
         for (int i = 0; i < N; i++) {
             diff += ((double)scaled[i] - o[i]) * ((double)scaled[i] - o[i]);
             size += (double)o[i] * o[i];
         }
-        check(sqrt(diff / size) <= (narrow ? 1e-2 : 1e-5), "NS of %g X is off by %g", c,
+        check(sqrt(diff / size) <= (in_fp16 ? 1e-2 : 1e-5), "NS of %g X is off by %g", c,
               sqrt(diff / size));
-        narrow = 0;
+        in_fp16 = 0;
     }
     memset(scaled, 0, N * sizeof *scaled);
     newton_schulz(scaled, ROWS, COLS, NS_GRAM);
@@ -1227,6 +1260,50 @@ static void test_muon_adapters(void) {
     }
 }
 
+// The adapters of w1 and w3 as those of w1 above w3, [A1; A3] and [B1 0; 0 B3], and back. What is
+// no adapter's, the two zeros and all of an absent adapter, is 0 in the stack and goes nowhere.
+static void test_stack(void) {
+    enum { E = 3, C = 128, F = 256, R = 8, A = E * R * C, B = E * F * R };
+    const size_t n = 2 * A + 4 * B;
+    for (int present = 0; present < 16; present++) {
+        real *part[4], *before[4], *stack = random_reals(n), *want = calloc(n, sizeof(real));
+        for (int k = 0; k < 4; k++) {           // a1, b1, a3, b3
+            before[k] = random_reals(k % 2 ? B : A);
+            part[k] = random_reals(k % 2 ? B : A);
+            memcpy(before[k], part[k], sizeof(real) * (k % 2 ? B : A));
+        }
+        real *a1 = present & 1 ? part[0] : NULL, *b1 = present & 2 ? part[1] : NULL;
+        real *a3 = present & 4 ? part[2] : NULL, *b3 = present & 8 ? part[3] : NULL;
+        real (*a)[2 * R][C] = (real (*)[2 * R][C])want;
+        real (*b)[2 * F][2 * R] = (real (*)[2 * F][2 * R])(want + 2 * A);
+        for (int pass = 0; pass < 2; pass++) {  // filled, then added to what the adapters hold
+            real (*up)[2 * F][2 * R] = (real (*)[2 * F][2 * R])(stack + 2 * A);
+            real (*down)[2 * R][C] = (real (*)[2 * R][C])stack;
+            for (int i = 0; i < A; i++) {
+                int e = i / (R * C), r = i / C % R, c = i % C;
+                if (a1) { a[e][r][c] = a1[i]; before[0][i] += pass ? down[e][r][c] : 0; }
+                if (a3) { a[e][R + r][c] = a3[i]; before[2][i] += pass ? down[e][R + r][c] : 0; }
+            }
+            for (int i = 0; i < B; i++) {
+                int e = i / (F * R), f = i / R % F, r = i % R;
+                if (b1) { b[e][f][r] = b1[i]; before[1][i] += pass ? up[e][f][r] : 0; }
+                if (!b3) { continue; }
+                b[e][F + f][R + r] = b3[i];
+                before[3][i] += pass ? up[e][F + f][R + r] : 0;
+            }
+            lora_stack(stack, a1, b1, a3, b3, pass, E, C, F, R);
+            check(pass || memcmp(stack, want, n * sizeof(real)) == 0, "stack of %d", present);
+            for (int k = 0; k < 4; k++) {
+                check(memcmp(part[k], before[k], sizeof(real) * (k % 2 ? B : A)) == 0,
+                      "stack of %d, pass %d: adapter part %d", present, pass, k);
+            }
+            for (size_t i = 0; i < n; i++) { stack[i] = (real)(i % 1000); }     // a gradient of it
+        }
+        for (int k = 0; k < 4; k++) { free(part[k]); free(before[k]); }
+        free(stack); free(want);
+    }
+}
+
 static void test_schedule(void) {
     static const struct { int step, steps, warmup; double last; int cosine; double want; } at[] = {
         {0, 10, 4, 0.1, 1, 0.5},        // lr = 2 everywhere: 2 * 1/4
@@ -1269,6 +1346,7 @@ int main(void) {
     test_muon_skips();
     test_muon_size();
     test_muon_adapters();
+    test_stack();
     test_schedule();
     return finish("test_lora");
 }

@@ -3,7 +3,7 @@
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_moe.c -o test_moe -lm && ./test_moe
 // Everything that forks comes first: a process that has used OpenMP cannot have children that do.
 //
-// Seen to fail on these broken copies of moe.c (78, one at a time):
+// Seen to fail on these broken copies of moe.c and what it calls (115, one at a time):
 //   scores     a group as good as its best, closed experts at 0, sigmoid's slope, softmax's second
 //              term or its sum of exponentials
 //   routers    weight after w2, bias in the weights, bias missing or added to logits, route_scale
@@ -20,12 +20,21 @@
 //   experts    dh or dx not zeroed, u2 of an earlier call, w3 missing in dx, dg and dv swapped,
 //              shared expert missing in dinp, with a weight, without a limit; no LoRA scale at w2;
 //              dx different with several ranks
+//   fp8        no floor of x or h, one of dy or dg; scales of dg and dv exchanged; w1 and w3
+//              exchanged always, or turned; w2 not turned; s missing, or twice (each product); h in
+//              place of x, dh of dy; x or dy not quantised for an adapter, dy quantised for the
+//              shared expert; no adapter in dh; w twice in dweight, missing in dg; gradients of w1
+//              and w3 not reset, or not handed on; B3 in the columns of A1; scales of other rows,
+//              or not sent; u1, u2, x8, hidden rows or the stack of another layer, half of u1; an
+//              expert with one row left out; a wide layer in fp8, wide on one rank only, w3 not
+//              looked at, 15 octaves held, blocks of one rank counted
 //   ranks      sum in own order, one box for two, wrong replicas, max without NaN, gather of one
 //              box, all_to_all: own length, wrong begin, sizes not compared; collectives not
 //              compared, no time limit, others not killed, killed after 130, the last code, signal
 //              without 128, no death signal, no own group, signals not forwarded, mask kept, no
 //              fflush, no report, several error lines, ep not checked, this_rank not set
 #include "../moe.c"
+#include "../dev/inspect.c"      // inspect_spread
 #include "check.h"
 #include <sys/stat.h>
 
@@ -515,6 +524,7 @@ typedef struct {
     size_t at[BLOCKS + 1];
     act *x, *dout;              // (T,C)
     int *tokens, T, no_adapter; // no_adapter: bit m: matrix m has none
+    int wide;                   // e4m3 is said not to hold it
 } Layer;
 
 static int in_of(const MoeDims *d, int m) { return m % 3 == 1 ? d->F : d->C; }
@@ -575,7 +585,7 @@ static void layer_free(Layer *l) {
 // The weights of a rank that owns experts from `first` on; gradients go to g, laid out as p.
 static MoeWeights layer_weights(const Layer *l, real *g, int first) {
     MoeWeights w = { .gate = l->gate, .bias = l->hash ? NULL : l->bias,
-                     .tid2eid = l->hash ? l->table : NULL };
+                     .tid2eid = l->hash ? l->table : NULL, .wide = l->wide };
     const uint8_t **code[6] = { &w.w1, &w.w2, &w.w3, &w.sh_w1, &w.sh_w2, &w.sh_w3 };
     const uint8_t **scale[6] = { &w.s1, &w.s2, &w.s3, &w.sh_s1, &w.sh_s2, &w.sh_s3 };
     Lora *lora[6] = { &w.e1, &w.e2, &w.e3, &w.l1, &w.l2, &w.l3 };
@@ -620,12 +630,14 @@ typedef struct {
     Result *result;
     int ranks, ep, capacity;    // capacity 0: what moe_alloc_scratch chooses
     int tokens[4];              // of each rank
+    int keep;                   // as moe_alloc_saved
 } Run;
 
-static void layer_alloc(MoeSaved *s, MoeScratch *x, const MoeDims *d, int T, int capacity) {
+static void layer_alloc(MoeSaved *s, MoeScratch *x, const MoeDims *d, int T, int capacity,
+                        int keep) {
     for (int counting = 1; counting >= 0; counting--) {
         if (counting) { mem_count(); } else { mem_open(); }
-        moe_alloc_saved(s, d, T, 1);
+        moe_alloc_saved(s, d, T, keep);
         moe_alloc_scratch(x, d, T, 1);
         if (capacity) { moe_alloc_rounds(x, d, T, 1, capacity); }
     }
@@ -647,7 +659,7 @@ static void run_layer(void *arg) {
     d.local = moe_first(&d, comm_ep_rank() + 1) - d.first;
     MoeSaved saved;
     MoeScratch x;
-    layer_alloc(&saved, &x, &d, most, run->capacity);
+    layer_alloc(&saved, &x, &d, most, run->capacity, run->keep);
     size_t at = (size_t)first_token * d.C, slot = (size_t)first_token * d.K, n = l->at[BLOCKS];
     int T = run->tokens[r];
     real *g = calloc(n, sizeof(real)), *dinp = run->result->dinp + at;
@@ -656,6 +668,15 @@ static void run_layer(void *arg) {
     memset(dinp, 0, (size_t)T * d.C * sizeof(real));
     moe_forward(run->result->out + at, &saved, l->x + at, l->tokens + first_token, &w, &d, &x,
                 count, T);
+    // Between the forward and the backward of a layer the scratch is the other layers'.
+    if (d.fp8) {
+        memset(x.x8, 77, fp8_bytes(most, d.C));
+        memset(x.codes, 77, (size_t)d.local * 2 * d.F * d.C);
+        memset(x.stack, 77, sizeof(real) * d.local * 2 * d.R * (d.C + 2 * d.F));
+    }
+    memset(x.hidden.g, 77, sizeof(act) * most * 2 * d.F);
+    memset(x.hidden.u1, 77, sizeof(real) * most * 2 * d.R);
+    memset(x.u2, 77, sizeof(real) * most * d.R);
     moe_backward(dinp, l->dout + at, &saved, l->x + at, &w, &d, &x, T);
     memcpy(run->result->ids + slot, saved.ids, (size_t)T * d.K * sizeof(int));
     memcpy(run->result->weights + slot, saved.weights, (size_t)T * d.K * sizeof(real));
@@ -686,7 +707,7 @@ static void run_layer(void *arg) {
 
 static void compare_runs(const char *name, const Layer *l, Run run) {
     Result one = result_alloc(l), many = result_alloc(l);
-    Run single = { l, &one, 1, 1, 0, { l->T } };
+    Run single = { l, &one, 1, 1, 0, { l->T }, .keep = 2 };
     char text[4096], what[128];
     int code = run_child(run_layer, &single, text, sizeof text);
     check(code == 0, "%s: one rank: exit code %d: %s", name, code, text);
@@ -700,6 +721,8 @@ static void compare_runs(const char *name, const Layer *l, Run run) {
     check(memcmp(one.out, many.out, n * sizeof(act)) == 0, "%s: out is not bit-equal", name);
     check(memcmp(one.dinp, many.dinp, n * sizeof(real)) == 0, "%s: dinp is not bit-equal", name);
     check(memcmp(one.count, many.count, l->d.E * sizeof(double)) == 0, "%s: counts", name);
+    check(run.ranks > 1 || run.capacity || !memcmp(one.g, many.g, l->at[BLOCKS] * sizeof(real)),
+          "%s: gradients depend on what is kept", name);
     double norm = 0;
     for (size_t i = 0; i < n; i++) { norm += fabs(ld(&one.out[i])) + fabs(one.dinp[i]); }
     check(l->T == 0 || (norm > 0 && isfinite(norm)), "%s: nothing was computed", name);
@@ -737,10 +760,12 @@ static void test_ranks(void) {
         { "2 ranks, capacity 9", 2, 2, 9, { 40, 10 } },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Run run = { .ranks = cases[i].ranks, .ep = cases[i].ep, .capacity = cases[i].capacity };
+        Run run = { .ranks = cases[i].ranks, .ep = cases[i].ep, .capacity = cases[i].capacity,
+                    .keep = (int)(i % 3) };
         memcpy(run.tokens, cases[i].tokens, sizeof run.tokens);
         compare_runs(cases[i].name, &l, run);
     }
+    compare_runs("hidden rows not kept", &l, (Run){ .ranks = 1, .ep = 1, .tokens = { 50 } });
     // Crooked: the bias sends everyone to experts 5, 6 and 7, which rank 3 (and 2) of 4 owns.
     for (int e = 5; e < 8; e++) { l.bias[e] = 100; }
     compare_runs("4 ranks, skewed", &l, (Run){ .ranks = 4, .ep = 4, .tokens = { 13, 12, 13, 12 } });
@@ -757,6 +782,70 @@ static void test_ranks(void) {
     l.bias[4] = 100;
     compare_runs("all to one expert", &l, (Run){ .ranks = 4, .ep = 4, .tokens = { 9, 11, 9, 11 } });
     layer_free(&l);
+}
+
+static const MoeDims small_fp8 = { .C = 256, .E = 8, .K = 3, .F = 128, .R = 8, .limit = 1.5f,
+                                   .route_scale = 1.5f, .norm_topk = 1, .lora_scale = 2, .fp8 = 1 };
+
+// In fp8 neither ranks, nor rounds, nor what is kept for the backward may show.
+static void test_ranks_fp8(void) {
+    Layer l = layer_random(small_fp8, 50, 0);
+    static const struct { const char *name; Run run; } cases[] = {
+        { "fp8, x kept", { .ranks = 1, .ep = 1, .keep = 1, .tokens = { 50 } } },
+        { "fp8, nothing kept", { .ranks = 1, .ep = 1, .keep = 0, .tokens = { 50 } } },
+        { "fp8, capacity 16", { .ranks = 1, .ep = 1, .capacity = 16, .tokens = { 50 } } },
+        { "fp8, 2 ranks", { .ranks = 2, .ep = 2, .keep = 2, .tokens = { 25, 25 } } },
+        { "fp8, 2 replicas", { .ranks = 2, .ep = 1, .keep = 1, .tokens = { 21, 29 } } },
+        { "fp8, 2 ranks, rounds", { .ranks = 2, .ep = 2, .capacity = 19, .keep = 2,
+                                    .tokens = { 40, 10 } } },
+        { "fp8, 4 ranks", { .ranks = 4, .ep = 4, .keep = 1, .tokens = { 13, 12, 13, 12 } } },
+        { "fp8, 4 ranks, rounds", { .ranks = 4, .ep = 4, .capacity = 9,
+                                    .tokens = { 20, 0, 29, 1 } } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        compare_runs(cases[i].name, &l, cases[i].run);
+    }
+    layer_free(&l);
+}
+
+// Two layers, of which the second has one block that e4m3 cannot hold: a group that holds a number,
+// `apart` octaves below its block's largest scale, in the last expert's w3. On 2 ranks rank 1 owns
+// it; rank 0 must hear of it, and says what is in all.
+static void inspect_layers(void *arg) {
+    const int apart = *(int *)arg;
+    dup2(2, 1);                         // run_child shows stderr
+    comm_launch(2, 2, 60);
+    MoeDims d = small_fp8;
+    d.first = moe_first(&d, comm_ep_rank());
+    d.local = moe_first(&d, comm_ep_rank() + 1) - d.first;
+    for (int layer = 0; layer < 2; layer++) {
+        Layer l = layer_random(small_fp8, 1, 0);
+        MoeWeights w = layer_weights(&l, NULL, d.first);
+        size_t group = (size_t)(d.E - 1) * d.F * d.C / 32 + 5 * d.C / 32 + 1;
+        if (layer == 1) {
+            memset(l.s[2] + group - 5 * d.C / 32 - 1, 126, (size_t)d.F * d.C / 32);
+            l.s[2][group] = (uint8_t)(126 - apart);
+            l.w[2][group * 16] = 0x10;
+        }
+        inspect_spread(&w, &d, layer, 2);
+        expect(w.wide == (layer == 1 && apart > 14), "a layer with a wide block");
+    }
+    rank_end();
+}
+
+static void test_inspect(void) {
+    char text[4096];
+    for (int apart = 14; apart <= 15; apart++) {
+        const char *want = apart == 14 ? "14: 1, more: 0 | 0 of 2 layers"
+                                       : "more: 1 | 1 of 2 layers";
+        int code = run_child(inspect_layers, &apart, text, sizeof text), blocks = 0, n = 0, at = 0;
+        const char *p = strstr(text, "apart:");
+        for (p = p ? p + 6 : text; sscanf(p, " %*[a-z0-9]: %d%n", &n, &at) == 1; p += at + 1) {
+            blocks += n;
+        }
+        check(code == 0 && strstr(text, want), "%d apart: exit code %d: %s", apart, code, text);
+        check(blocks == 2 * 8 * 3 * 2, "%d blocks, want 96: %s", blocks, text);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1015,7 +1104,7 @@ static void test_forward(int hash, int norm_topk, int no_adapter) {
     size_t n = (size_t)l.T * d.C, equal = 0;
     double *want = malloc(n * sizeof(double)), *got = malloc(n * sizeof(double));
     Result r = result_alloc(&l);
-    Run run = { &l, &r, 1, 1, 0, { l.T } };
+    Run run = { .layer = &l, .result = &r, .ranks = 1, .ep = 1, .tokens = { l.T } };
     comm = (Comm){ .ranks = 1, .ep = 1 };
     run_layer(&run);
     for (int t = 0; t < l.T; t++) { reference_token(want + t * d.C, &l, t); }
@@ -1051,7 +1140,7 @@ static void test_repeats(void) {
     const size_t n = (size_t)l.T * small.C, count = l.at[BLOCKS];
     MoeSaved s;
     MoeScratch x;
-    layer_alloc(&s, &x, &l.d, l.T, 0);
+    layer_alloc(&s, &x, &l.d, l.T, 0, 2);
     real *g = calloc(count, sizeof(real)), *twice = calloc(count, sizeof(real));
     real *dinp = calloc(n, sizeof(real)), *dinp2 = calloc(n, sizeof(real));
     act *out = calloc(n, sizeof(act)), *out2 = calloc(n, sizeof(act));
@@ -1083,6 +1172,242 @@ static void test_repeats(void) {
     check(memcmp(g, twice, count * sizeof(real)) == 0, "gradients depend on the threads");
     mem_free();
     free(g); free(twice); free(dinp); free(dinp2); free(out); free(out2);
+    layer_free(&l);
+}
+
+// -------------------------------------------------------------------------------------------------
+// The layer in fp8 against its definition, in double: in four places a row becomes the numbers that
+// its codes stand for, and gradients pass there as if nothing had happened (fp8-flow-moe.md, 2, 3).
+
+// x (n): the nearest numbers that e4m3 codes with one scale 2^t per 128 of them stand for, where t
+// is the smallest with max |x| <= 448 * 2^t, and that maximum counts as at least `floor`.
+static int no_codes;            // x stays what it is
+static void as_fp8(double *x, int n, double floor) {
+    for (int i = 0, t = -126; i < n && !no_codes; i++) {
+        if (i % 128 == 0) {
+            double largest = floor;
+            for (int j = i; j < i + 128; j++) { largest = fmax(largest, fabs(x[j])); }
+            for (t = -126; largest > ldexp(448, t); ) { t++; }
+        }
+        int e;
+        frexp(x[i], &e);                        // 2^(e-1) <= |x| < 2^e
+        double unit = ldexp(1, (e - 1 < t - 6 ? t - 6 : e - 1) - 3);
+        x[i] = unit * rint(x[i] / unit);
+    }
+}
+
+enum { MOST = 384 };            // channels
+typedef struct {
+    const Layer *l;
+    double *w[6];               // the frozen matrices (E,out,in), decoded
+    double *out, *dinp, *g;     // as in Result
+} Reference;
+
+// y = W x + s B u, u = A x, of matrix m of expert e. With dy also du = s B^T dy, dA += du x^T,
+// dB += s dy u^T and dx += W^T dy + A^T du.
+static void reference_product(double *y, double *dx, const double *dy, const double *x,
+                              const Reference *r, int m, int e) {
+    const MoeDims *d = &r->l->d;
+    const int in = in_of(d, m), out = out_of(d, m), R = r->l->no_adapter >> m & 1 ? 0 : d->R;
+    const size_t at_a = r->l->at[2 * m] + (m < 3 ? e * block_size(d, 2 * m) : 0);
+    const size_t at_b = r->l->at[2 * m + 1] + (m < 3 ? e * block_size(d, 2 * m + 1) : 0);
+    const real *a = r->l->p + at_a, *b = r->l->p + at_b;
+    const double *w = r->w[m] + (size_t)e * out * in;
+    for (int o = 0; o < out; o++) {
+        for (int c = 0; c < in && !dy; c++) { y[o] += w[o * in + c] * x[c]; }
+        for (int c = 0; c < in && dy; c++) { dx[c] += w[o * in + c] * dy[o]; }
+    }
+    for (int j = 0; j < R; j++) {
+        double u = 0, du = 0;
+        for (int c = 0; c < in; c++) { u += a[j * in + c] * x[c]; }
+        for (int o = 0; o < out && !dy; o++) { y[o] += d->lora_scale * b[o * R + j] * u; }
+        for (int o = 0; o < out && dy; o++) {
+            du += d->lora_scale * b[o * R + j] * dy[o];
+            r->g[at_b + o * R + j] += d->lora_scale * dy[o] * u;
+        }
+        for (int c = 0; c < in && dy; c++) {
+            r->g[at_a + j * in + c] += du * x[c];
+            dx[c] += du * a[j * in + c];
+        }
+    }
+}
+
+static void all_stored(double *x, int n) { for (int i = 0; i < n; i++) { x[i] = stored(x[i]); } }
+
+// One row through an expert and back: y, dx += and the gradient of its weight, which is returned.
+// m 0: a routed one, in fp8. 3: the shared one, which stores what it computes as it is.
+static double reference_row(double *y, double *dx, const double *dy, const double *x, double weight,
+                            const Reference *r, int m, int e) {
+    const int F = r->l->d.F, C = r->l->d.C;
+    const double L = r->l->d.limit;
+    double g[MOST] = {0}, v[MOST] = {0}, h[MOST], dh[MOST] = {0}, dx_row[MOST] = {0}, dw = 0;
+    reference_product(g, NULL, NULL, x, r, m, e);
+    reference_product(v, NULL, NULL, x, r, m + 2, e);
+    all_stored(g, F);
+    all_stored(v, F);
+    for (int f = 0; f < F; f++) {
+        double gate = fmin(g[f], L), value = fmax(-L, fmin(v[f], L));
+        h[f] = weight * (gate / (1 + exp(-gate))) * value;
+    }
+    if (m == 0) { as_fp8(h, F, 1e-4); } else { all_stored(h, F); }
+    reference_product(y, NULL, NULL, h, r, m + 1, e);
+    all_stored(y, C);
+    reference_product(NULL, dh, dy, h, r, m + 1, e);
+    if (m == 0) { all_stored(dh, F); }
+    for (int f = 0; f < F; f++) {
+        double gate = fmin(g[f], L), value = fmax(-L, fmin(v[f], L)), s = 1 / (1 + exp(-gate));
+        dw += dh[f] * gate * s * value;
+        g[f] = g[f] > L ? 0 : weight * dh[f] * value * s * (1 + gate * (1 - s));
+        v[f] = fabs(v[f]) > L ? 0 : weight * dh[f] * gate * s;
+    }
+    if (m == 0) { as_fp8(g, F, 0); as_fp8(v, F, 0); }
+    else { all_stored(g, F); all_stored(v, F); }
+    reference_product(NULL, dx_row, g, x, r, m, e);
+    reference_product(NULL, dx_row, v, x, r, m + 2, e);
+    if (m == 0) { all_stored(dx_row, C); }
+    for (int c = 0; c < C; c++) { dx[c] += dx_row[c]; }
+    return dw;
+}
+
+static void reference_fp8(const Reference *r, int t) {
+    const Layer *l = r->l;
+    const MoeDims *d = &l->d;
+    const int C = d->C, *ids = l->table + l->tokens[t] * d->K;
+    double x[MOST], x8[MOST], dy[MOST], dy8[MOST], *out = r->out + t * C, *dinp = r->dinp + t * C;
+    double logit[8] = {0}, score[8], dw[8], sum = 1e-20, dot = 0;
+    for (int c = 0; c < C; c++) {
+        x[c] = x8[c] = ld(&l->x[t * C + c]);
+        dy[c] = dy8[c] = ld(&l->dout[t * C + c]);
+    }
+    as_fp8(x8, C, 1e-4);
+    as_fp8(dy8, C, 0);
+    for (int k = 0; k < d->K; k++) {
+        for (int c = 0; c < C; c++) { logit[k] += float_from_bf16(l->gate[ids[k] * C + c]) * x[c]; }
+        sum += score[k] = sqrt(log1p(exp(logit[k])));
+    }
+    for (int k = 0; k < d->K; k++) {
+        double y[MOST] = {0}, weight = d->route_scale * score[k] / sum;
+        dw[k] = reference_row(y, dinp, dy8, x8, weight, r, 0, ids[k]);
+        dot += dw[k] * weight;
+        for (int c = 0; c < C; c++) { out[c] += y[c]; }
+    }
+    for (int k = 0; k < d->K; k++) {
+        double slope = 1 / (1 + exp(-logit[k])) / (2 * score[k]);
+        double dv = (d->route_scale * dw[k] - dot) / sum * slope;
+        for (int c = 0; c < C; c++) { dinp[c] += dv * float_from_bf16(l->gate[ids[k] * C + c]); }
+    }
+    double y[MOST] = {0};
+    reference_row(y, dinp, dy, x, 1, r, 3, 0);
+    for (int c = 0; c < C; c++) { out[c] = stored(out[c] + y[c]); }
+}
+
+// Each of n pieces by itself, so that small ones count. Code and reference round sums differently,
+// and so a number near the middle of two codes may get the one here and the other there, a
+// sixteenth away: all pieces agree to 2 %, and all but one in six, in double all, to rounding. What
+// is nothing in the reference is nothing.
+static void check_pieces(const char *what, int no_adapter, const real *got, const double *want,
+                         int n, size_t size) {
+    const double tolerance = WIDE ? 1e-12 : NARROW ? 1e-3 : 1e-5;
+    double worst = 0;
+    int off = 0;
+    for (int piece = 0; piece < n; piece++, got += size, want += size) {
+        double difference = 0, all = 0;
+        for (size_t i = 0; i < size; i++) {
+            difference += (got[i] - want[i]) * (got[i] - want[i]);
+            all += want[i] * want[i];
+        }
+        double error = difference == 0 ? 0 : sqrt(difference / all);
+        worst = error > worst || isnan(error) ? error : worst;
+        off += !(error <= tolerance);
+    }
+    printf("  fp8, without %2d: %-12s worst %.2e, %d of %d above %.0e\n", no_adapter, what, worst,
+           off, n, tolerance);
+    check(worst <= 2e-2 && off <= (WIDE ? 0 : n / 6), "fp8, without %d: %s: worst %.2e, %d of"
+          " %d above %.0e", no_adapter, what, worst, off, n, tolerance);
+}
+
+// Tokens of all sizes. Expert 1 has no row, and expert 2 one: that of token 0, so small that the
+// floor shows. The gradient of token 1 is as small, and has no floor. v is smaller than g, and in g
+// the second 128 than the first. In double the reference is held, without codes, to the layer
+// without fp8, whose gradients the central differences below confirm.
+static void test_fp8(void) {
+    MoeDims d = small_fp8;
+    d.C = MOST, d.E = 6, d.K = 2, d.F = 256, d.lora_scale = 0.5f;
+    enum { T = 13 };
+    static const char *const names[6] = { "w1", "w2", "w3", "shared w1", "shared w2", "shared w3" };
+    static const int without[] = { 0, 0, 1 << 0 | 1 << 2, 1 << 1 | 1 << 2, 1 << 1, 63 };
+    Layer l = layer_random(d, T, 1);
+    Reference r = { .l = &l };
+    for (int t = 0; t < T; t++) {
+        static const int experts[4] = { 0, 3, 4, 5 };
+        l.tokens[t] = t;
+        l.table[t * d.K] = t ? experts[t % 4] : 2;
+        l.table[t * d.K + 1] = experts[(t + 1 + t / 5) % 4];
+        for (int i = t * d.C; i < (t + 1) * d.C; i++) {
+            int size = (int)(random_bits(5, i / 128) % 5) - 3;
+            st(&l.x[i], ldexp(ld(&l.x[i]), t == 0 ? -32 : size));
+            st(&l.dout[i], ldexp(ld(&l.dout[i]), t == 1 ? -40 : -size));
+        }
+    }
+    for (int m = 0; m < 6; m++) {
+        const int E = m < 3 ? d.E : 1, in = in_of(&d, m), out = out_of(&d, m);
+        for (int i = 0; m == 0 && i < E * out * in / 32; i++) {
+            l.s[0][i] -= i / (128 * in / 32) % 2 ? 3 : 0;
+            l.s[2][i] -= 2;
+        }
+        r.w[m] = malloc(sizeof(double) * E * out * in);
+        for (int i = 0; i < E * out * in; i++) {
+            r.w[m][i] = weight_at(&l, m, i / in / out, i / in % out, i % in);
+        }
+    }
+    comm = (Comm){ .ranks = 1, .ep = 1 };
+    for (size_t i = WIDE ? 0 : 1; i < sizeof without / sizeof *without; i++) {
+        Result result = result_alloc(&l);
+        Run run = { &l, &result, 1, 1, 0, { T }, .keep = 1 };
+        real out[T * MOST];
+        l.no_adapter = without[i];
+        no_codes = i == 0;
+        l.d.fp8 = i > 0;
+        run_layer(&run);
+        r.out = calloc(T * MOST, sizeof(double));
+        r.dinp = calloc(T * MOST, sizeof(double));
+        r.g = calloc(l.at[BLOCKS], sizeof(double));
+        for (int t = 0; t < T; t++) { reference_fp8(&r, t); }
+        for (int j = 0; j < T * MOST; j++) { out[j] = ld(&result.out[j]); }
+        check_pieces("out", without[i], out, r.out, T, MOST);
+        check_pieces("dinp", without[i], result.dinp, r.dinp, T, MOST);
+        for (int b = 0; b < BLOCKS; b++) {
+            char what[32];
+            snprintf(what, sizeof what, "d%c of %s", b % 2 ? 'B' : 'A', names[b / 2]);
+            check_pieces(what, without[i], result.g + l.at[b], r.g + l.at[b], b < 6 ? d.E : 1,
+                         block_size(&d, b));
+        }
+        result_free(&l, &result);
+        free(r.out); free(r.dinp); free(r.g);
+    }
+    for (int m = 0; m < 6; m++) { free(r.w[m]); }
+    layer_free(&l);
+}
+
+// A layer that e4m3 cannot hold is computed as if nobody had asked for fp8.
+static void test_wide(void) {
+    Layer l = layer_random(small_fp8, 20, 0);
+    Result result[3];
+    comm = (Comm){ .ranks = 1, .ep = 1 };
+    for (int i = 0; i < 3; i++) {               // bf16; fp8, but wide; fp8
+        l.d.fp8 = i > 0;
+        l.wide = i == 1 ? 7 : 0;
+        result[i] = result_alloc(&l);
+        run_layer(&(Run){ &l, &result[i], 1, 1, 0, { l.T }, .keep = 2 });
+    }
+    for (int i = 1; i < 3; i++) {
+        const size_t n = (size_t)l.T * l.d.C;
+        int same = !memcmp(result[0].out, result[i].out, n * sizeof(act))
+                 + !memcmp(result[0].dinp, result[i].dinp, n * sizeof(real))
+                 + !memcmp(result[0].g, result[i].g, l.at[BLOCKS] * sizeof(real));
+        check(same == (i == 1 ? 3 : 0), "wide %d: %d of 3 are as in bf16", i == 1, same);
+    }
+    for (int i = 0; i < 3; i++) { result_free(&l, &result[i]); }
     layer_free(&l);
 }
 
@@ -1122,7 +1447,7 @@ static void test_gradients(int hash, int norm_topk, int capacity) {
     const size_t n = (size_t)l.T * d.C, count = l.at[BLOCKS];
     real *g = calloc(count, sizeof(real)), *slope = calloc(count + n, sizeof(real));
     real *dinp = calloc(n, sizeof(real)), *dx = calloc(n, sizeof(real));
-    layer_alloc(&check_saved, &check_scratch, &l.d, l.T, capacity);
+    layer_alloc(&check_saved, &check_scratch, &l.d, l.T, capacity, 2);
     MoeWeights w = layer_weights(&l, g, 0);
     loss_of(&l, &w);
     moe_backward(dinp, l.dout, &check_saved, l.x, &w, &l.d, &check_scratch, l.T);
@@ -1154,6 +1479,8 @@ int main(void) {
     test_collectives();
     test_trip();
     test_ranks();
+    test_ranks_fp8();
+    test_inspect();
     // From here on this process may use OpenMP, and forks no more.
     test_router();
     test_router_vectors();
@@ -1162,6 +1489,8 @@ int main(void) {
     test_forward(0, 1, 1 << 1 | 1 << 3);    // w2 and the shared w1 are no targets
     test_forward(0, 1, 63);
     test_repeats();
+    test_fp8();
+    test_wide();
 #if REAL_IS_DOUBLE
     test_gradients(0, 1, 0);
     test_gradients(1, 1, 5);

@@ -292,6 +292,40 @@ static void test_empty_batch(void) {
 }
 
 #if !REAL_IS_DOUBLE
+// G11, G13: steps of AdamW and of Muon with weight decay leave every bit of the base as it was, the
+// router's bias included, and the optimizer has two moments per adapter number and nothing else.
+static void test_frozen(void) {
+    const int length[] = {16};
+    Config c = t2_config(2);
+    Model m;
+    build(&m, &c, 2, 16, RECOMPUTE_NONE, 8);
+    size_t n = adapter_elements(&m), bytes = mem.arena[MEM_WEIGHTS].used, moved = 0;
+    check(mem.arena[MEM_OPTIMIZER].used == 2 * ((n * sizeof(real) + 255) / 256 * 256),
+          "%zu bytes of moments for %zu numbers", mem.arena[MEM_OPTIMIZER].used, n);
+    unsigned char *weights = NEW(unsigned char, bytes), *base = mem.arena[MEM_WEIGHTS].base;
+    real *adapters = NEW(real, n);
+    memcpy(weights, base, bytes);
+    memcpy(adapters, m.adapters.p, sizeof(real) * n);
+    Batch b = make_batch(length, 1, c.V);
+    for (int step = 1; step <= 3; step++) {
+        memset(m.adapters.g, 0, sizeof(real) * n);
+        model_forward(&m, &b, 1);
+        model_backward(&m, &b, 1.0 / 16);
+        m.adapters.muon = step == 3 ? NS_GRAM : 0;
+        adapters_update(&m.adapters, 1, 0.01, 0.9, 0.95, 1e-8, 0.1, step);
+    }
+    const unsigned char *bias = (const unsigned char *)m.layer[c.layers - 1].moe.bias;
+    check(bias >= base && bias < base + bytes && m.layer[c.layers - 1].moe.bias[0] != 0,
+          "the router's bias is not one of the weights");
+    check(memcmp(weights, base, bytes) == 0, "the base has changed");
+    for (size_t i = 0; i < n; i++) { moved += adapters[i] != m.adapters.p[i]; }
+    check(moved > n / 2, "only %zu of %zu adapter numbers have moved", moved, n);
+    free(weights);
+    free(adapters);
+    free_batch(&b);
+    destroy(&m);
+}
+
 // The logits that sampling sees are those of the loss; and without training, where layers share
 // their buffers, they are the same.
 static void test_next_logits(void) {
@@ -611,6 +645,7 @@ int main(void) {
     test_packing();
     test_same_bits();
     test_next_logits();
+    test_frozen();
     #endif
     test_empty_batch();
     return finish("test_train");
