@@ -165,7 +165,7 @@ build/%_gpu: test/%.c build/kernels.o build/flags
 	@echo "cc $(@F)"; rm -f $@
 	@$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF $@.d -MT $@ -c $< -o $@.o
 	@$(NVCC_LINK) $@.o build/kernels.o -o $@ $(CUDA_LIBS)
-test-gpu: GPU_TESTS = $(if $(CUDA:0=),$(addprefix build/test_,kernels_gpu gpus_gpu) test/test_ranks.sh)
+test-gpu: GPU_TESTS = $(if $(CUDA:0=),$(patsubst %,build/test_%_gpu,kernels gpus engine) test/test_ranks.sh)
 test-gpu: test
 
 # --------------------------------------------------------------------------------------------------

@@ -148,6 +148,10 @@ typedef struct {
 enum { RUNS_MAX = 512, BY_EXPERT = 0, BY_SOURCE = 1 };
 typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
 
+// A box copied between two arrays: n (planes, rows, bytes), and what lies from each to the next.
+typedef struct { uint8_t *to; const uint8_t *from; size_t to_step[2], from_step[2], n[3]; }
+BoxCopy;
+
 // The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
 enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS };
 enum { COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
@@ -1738,14 +1742,14 @@ static void grouped_product(const Product &p) {
           { product_kernel<128, 1, 1, 0, 0>, product_kernel<128, 1, 1, 1, 0> } },
         { { product_kernel<256, 1, 0, 0, 0>, product_kernel<256, 1, 0, 1, 0> },
           { product_kernel<256, 1, 1, 0, 0>, product_kernel<256, 1, 1, 1, 0> } },
-        { { product_kernel<128, 2, 0, 0, 1>, NULL },                        // fp4
+        { { product_kernel<128, 2, 0, 0, 1>, product_kernel<128, 2, 0, 1, 1> },     // fp4
           { NULL, product_kernel<128, 2, 1, 1, 1> } } };
     if (p.rows == 0 || p.N == 0 || p.E == 0) { return; }
     const int strides = p.N % 8 || p.KU % 8 || p.ldx % 8 || p.ldu % 8 || p.ldo % 8 ||
                         p.x_group % 8 || p.out_group % 8;
     gpuRequire(p.K > 0 && p.K % 8 == 0 && !strides && p.E <= PRODUCT_GROUPS);
     gpuRequire((!p.out_add || p.out_f32) && (p.offset || p.E == 1 || p.KU == 0));
-    gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k == p.out_f32));
+    gpuRequire(!p.codes || (p.K % 64 == 0 && p.N % 64 == 0 && p.w_by_k <= p.out_f32));
     const int ctas = multiprocessors() - side_sms;
     const int width = p.codes ? 128 : product_width(p, ctas);
     int depth = p.offset ? 1 : p.E, box = p.w_by_k ? PRODUCT_K : width;
@@ -2272,12 +2276,12 @@ typedef struct { const bf16 *wide; const uint8_t *codes, *scales; } Matrices;
 
 // out = W x + s B (A x), group by group: B joins the product as R more columns of W,
 // u as R more columns of x, so that the sum is rounded once.
-static void lora_forward(act *out, real *u, const act *inp, Matrices w, const real *a,
-                         const real *b, float s, const Groups &g, const int *offset, int E, int C,
-                         int O, int R) {
+template <typename Y>
+static void lora_forward(Y *out, real *u, const act *inp, Matrices w, const real *a, const real *b,
+                         float s, const Groups &g, const int *offset, int E, int C, int O, int R) {
     const size_t mark = workspace_mark(), rows = (size_t)g.at[E];
     grouped::Product p = product_of(inp, C, offset, E, g.at[E], O);
-    p.out = out, p.ldo = O;
+    p.out = out, p.ldo = O, p.out_f32 = sizeof *out == sizeof(float);
     p.w = w.wide, p.codes = w.codes, p.scales = w.scales;
     const int adapted = a != NULL && R > 0;
     if (adapted && rows) {
@@ -2369,6 +2373,20 @@ extern "C" void lora_experts_backward_gpu(real *dinp, real *da, real *db, const 
     lora_backward(dinp, da + at_a, db + at_b, dout, inp, u,
                   { NULL, w + at / 2, scale + at / FP4_BLOCK }, a ? a + at_a : NULL,
                   b ? b + at_b : NULL, s, g, device_offsets(g.at, n), n, C, O, R);
+    workspace_release(mark);
+}
+
+// A receiver's terms, not rounded (dev/engine.c). type: DT_FP4, or DT_FP8: E is 1 then.
+extern "C" void partial_forward_gpu(real *out, real *u, const act *inp, const int *offset,
+                                    const uint8_t *w, const uint8_t *scale, int type,
+                                    const real *a, const real *b, float s, int E, int C, int O,
+                                    int R) {
+    const size_t mark = workspace_mark();
+    if (offset[E] == 0) { return; }
+    Matrices m = { NULL, w, scale };
+    if (type == DT_FP8) { m = { widened_fp8(w, scale, C, O), NULL, NULL }; }
+    lora_forward(out, u, inp, m, a, b, s, groups_of(offset, E), device_offsets(offset, E), E, C, O,
+                 R);
     workspace_release(mark);
 }
 
@@ -3179,6 +3197,30 @@ __global__ void sum_rows_kernel(real *own, const real *others, int members, int 
     float sum = 0;
     for (int i = 0; i < members; i++) { sum += i == me ? own[j] : others[i * m + j]; }
     own[j] = sum;
+}
+
+// Boxes of a refit (refit.c), many in a launch: blocks first[i] and on are box i's. A thread copies
+// a word, of as many bytes as all addresses allow. bytes: each once in, once out.
+enum { BOXES_MAX = 128, BOX_THREADS = 512 };
+struct Boxes { int n, first[BOXES_MAX], word[BOXES_MAX]; BoxCopy box[BOXES_MAX]; };
+
+template <typename Word> __device__ inline void copy_word(const BoxCopy &b, unsigned i) {
+    const unsigned width = b.n[2] / sizeof(Word), rows = b.n[1], line = i / width;
+    const size_t e = line / rows, row = line % rows, at = (i - line * width) * sizeof(Word);
+    if (e >= b.n[0]) { return; }
+    *(Word *)(b.to + e * b.to_step[0] + row * b.to_step[1] + at) =
+        *(const Word *)(b.from + e * b.from_step[0] + row * b.from_step[1] + at);
+}
+
+__global__ void copy_boxes_kernel(const __grid_constant__ Boxes all) {
+    int i = 0;
+    for (int n = BOXES_MAX / 2; n > 0; n /= 2) {
+        if (i + n < all.n && all.first[i + n] <= (int)blockIdx.x) { i += n; }
+    }
+    const unsigned word = (blockIdx.x - all.first[i]) * BOX_THREADS + threadIdx.x;
+    if (all.word[i] == 16) { copy_word<uint4>(all.box[i], word); }
+    else if (all.word[i] == 4) { copy_word<uint32_t>(all.box[i], word); }
+    else { copy_word<uint8_t>(all.box[i], word); }
 }
 
 #include "dev/device.cu"        // the host's side: start, memory, copies, NCCL
@@ -4439,7 +4481,8 @@ static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
 // 9.1 Attention forward on tensor cores: 64 heads of 512 dims (dev/cuda/attention_forward.cu)
 //
 // A block takes one token at a time: its 64 heads are the rows of a product with 64 keys after the
-// other, which all heads share, so a key is read once per token.
+// other, which all heads share, so a key is read once per token. Of a receiver's 8, 16 or 32 heads
+// it makes 64 too, with the next tokens', and forgets those again: bits are the same.
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
@@ -4514,11 +4557,14 @@ __device__ inline void store_blocks(act *row, uint32_t x0, uint32_t x1, uint32_t
     *(uint4 *)(row + lane * 8) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-// Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment.
-__device__ inline void store_fragments(act *at, const float *o, float k0, float k1) {
+// Four blocks of 8 columns of rows r and r + 8, from 16 accumulators of an m16n8 fragment; of those
+// the first `rows`, which are none, 8 or 16 for the whole warp, or more.
+__device__ inline void store_fragments(act *at, const float *o, float k0, float k1, int rows) {
+    if (rows <= 0) { return; }
     store_blocks(at,
                  pack_bf16(o[0] * k0, o[1] * k0), pack_bf16(o[4] * k0, o[5] * k0),
                  pack_bf16(o[8] * k0, o[9] * k0), pack_bf16(o[12] * k0, o[13] * k0));
+    if (rows <= 8) { return; }
     store_blocks(at + 8 * ATT_D,
                  pack_bf16(o[2] * k1, o[3] * k1), pack_bf16(o[6] * k1, o[7] * k1),
                  pack_bf16(o[10] * k1, o[11] * k1), pack_bf16(o[14] * k1, o[15] * k1));
@@ -4605,15 +4651,15 @@ __device__ inline void produce(const ForwardArguments &f, uint32_t base) {
     int use[2] = {0, 0};                                // fills of each buffer so far
     for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
         const Keys keys = token_keys(f.a, f.selected, t);
-        const act *row = f.q + ((size_t)t * ATT_H + mine) * ATT_D;
+        const act *row = mine < f.a.H ? f.q + ((size_t)t * f.a.H + mine) * ATT_D : NULL;
         barrier_wait(base + V3_Q_FREE, ~i & 1);
         copy_half(base + V3_Q, row, 0);
         copy_half(base + V3_Q, row, 1);
         barrier_arrive_copies(base + V3_Q_FULL);
         if (block_token(f.a, i + 1) >= 0 && threadIdx.x % 128 == 0) {
             asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                         :: "l"(f.q + (size_t)block_token(f.a, i + 1) * ATT_H * ATT_D),
-                            "r"(TILE_BYTES) : "memory");
+                         :: "l"(f.q + (size_t)block_token(f.a, i + 1) * f.a.H * ATT_D),
+                            "r"(f.a.H * ATT_D * 2) : "memory");
         }
         for (int tile = 0; tile * TILE < keys.count; tile++) {
             const int b = tile % 2;
@@ -4729,15 +4775,19 @@ __device__ inline void finish(const ForwardArguments &f, unsigned char *shared, 
     for (int i = 0; i < 2; i++) {
         const float total = sums[0][row + 8 * i] + sums[1][row + 8 * i];
         inverse[i] = 1 / total;
-        if (SIDE == 0 && lane % 4 == 0) {
-            f.lse[(size_t)t * ATT_H + row + 8 * i] = (x.reference[i] + log2f(total)) * LN2;
+        if (SIDE == 0 && lane % 4 == 0 && row + 8 * i < f.a.H) {
+            f.lse[(size_t)t * f.a.H + row + 8 * i] = (x.reference[i] + log2f(total)) * LN2;
         }
     }
-    act *at = f.out + ((size_t)t * ATT_H + row) * ATT_D + 256 * SIDE;
+    act *at = f.out + ((size_t)t * f.a.H + row) * ATT_D + 256 * SIDE;
     #pragma unroll
     for (int j = 0; j < 8; j++) {
-        store_fragments(at + 32 * j, o + 16 * j, inverse[0], inverse[1]);
+        store_fragments(at + 32 * j, o + 16 * j, inverse[0], inverse[1], f.a.H - row);
     }
+}
+
+__device__ inline float head_sink(const ForwardArguments &f, int row) {
+    return row < f.a.H ? f.sink[row] * LOG2E : 0;
 }
 
 // The steps of one consumer. use[b]: the tiles that buffer b has held before.
@@ -4746,7 +4796,7 @@ __device__ inline void consume(const ForwardArguments &f, unsigned char *shared)
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     float *reference = (float *)(shared + V3_REFERENCE), *mine = reference + 64 * SIDE;
-    const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
+    const float sink[2] = {head_sink(f, row), head_sink(f, row + 8)};
     const uint32_t values = base + V3_KV + SIDE * V3_HALF;
     const uint64_t others = operand_at(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
     unsigned char *own = shared + V3_P + SIDE * BLOCK_BYTES;
@@ -4856,7 +4906,7 @@ void attention_forward_wgmma_kernel(const __grid_constant__ ForwardArguments f) 
 static void attention_forward_v3(act *out, real *lse, const act *q, const act *kv,
                                  const act *entries, const float *sink, const int *selected,
                                  AttentionShape a) {
-    gpuRequire(a.D == ATT_D && a.H == ATT_H);
+    gpuRequire(a.D == ATT_D && a.H <= ATT_H && a.H % 8 == 0);
     const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_wgmma_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V3_BYTES));
@@ -4929,8 +4979,8 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
                 const uint32_t full = base + V3_FULL + (2 * b + half) * 8;
                 if (tile == 0) {
                     barrier_wait(base + V4_Q_FREE + half * 8, ~i & 1);
-                    load_half(base + V3_Q, &g.q, base + V4_Q_FULL + half * 8, half, t * ATT_H,
-                              ATT_H);
+                    load_half(base + V3_Q, &g.q, base + V4_Q_FULL + half * 8, half,
+                              t * f.a.H, TILE);
                 }
                 barrier_wait(base + V3_FREE + (2 * b + half) * 8, ~(b ? use[1] : use[0]) & 1);
                 if (together) {
@@ -4944,7 +4994,7 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
             if (b) { use[1]++; } else { use[0]++; }
             if (tile == 0 && next >= 0 && threadIdx.x % 128 == 0) {
                 asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                             :: "l"(f.q + (size_t)next * ATT_H * ATT_D), "r"(TILE_BYTES)
+                             :: "l"(f.q + (size_t)next * f.a.H * ATT_D), "r"(f.a.H * ATT_D * 2)
                              : "memory");
             }
         }
@@ -5050,7 +5100,7 @@ template <int SIDE>
 __device__ inline void consume_tiled(const ForwardArguments &f, unsigned char *shared) {
     const uint32_t base = shared_address(shared);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const float sink[2] = {f.sink[row] * LOG2E, f.sink[row + 8] * LOG2E};
+    const float sink[2] = {head_sink(f, row), head_sink(f, row + 8)};
     int use[2] = {0, 0}, window, next = block_token(f.a, 0);
     int count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
     for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
@@ -5112,14 +5162,14 @@ void attention_forward_tiled_kernel(const __grid_constant__ TiledArguments g) {
 static void attention_forward_tiled(act *out, real *lse, const act *q, const act *kv,
                                     const act *entries, const float *sink, const int *selected,
                                     AttentionShape a) {
-    gpuRequire(a.D == ATT_D && a.H == ATT_H);
+    gpuRequire(a.D == ATT_D && a.H <= ATT_H && a.H % 8 == 0);
     const int processors = multiprocessors();
     cudaCheck(cudaFuncSetAttribute(attention_forward_tiled_kernel,
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
     const bool some = a.P > 0;                          // entries; else any valid map will do
     const TiledArguments g = {
         { out, lse, q, kv, entries, sink, selected, a },
-        rows_map(q, a.T * ATT_H, 32), rows_map(kv, a.T, 32),
+        rows_map(q, a.T * a.H, 32), rows_map(kv, a.T, 32),
         rows_map(some ? entries : kv, some ? a.P : a.T, 32),
     };
     const int blocks = a.T < processors ? a.T : processors;
@@ -5132,7 +5182,7 @@ extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const a
                                       const act *entries, const float *sink, const int *selected,
                                       AttentionShape a) {
     if (a.T == 0) { return; }
-    if (a.D != forward::ATT_D || a.H != forward::ATT_H) {
+    if (a.D != forward::ATT_D || a.H > forward::ATT_H || a.H % 8) {
         attention_forward_naive(out, lse, q, kv, entries, sink, selected, a);
     } else if (selected) {
         forward::attention_forward_v3(out, lse, q, kv, entries, sink, selected, a);

@@ -287,22 +287,21 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
     }
 }
 
-// data (bytes) of member `root`, to all members: the same number of bytes everywhere.
-void comm_broadcast(int which, void *data, size_t bytes, int root, const char *phase) {
+// data_h (bytes) of member `root`, to all members: the same number of bytes everywhere.
+void comm_broadcast(int which, void *data_h, size_t bytes, int root, const char *phase) {
     if (comm_size(which) == 1) { return; }
-    CPU_ONLY();
     const int mine = comm_index(which) == root;
     for (size_t at = 0; at < bytes; at += COMM_BOX) {
         size_t part = bytes - at < COMM_BOX ? bytes - at : COMM_BOX;
         Box *box = comm_open(which), *theirs = comm_box(which, root);
         box->bytes[0] = bytes;
-        if (mine) { memcpy(box->data, (unsigned char *)data + at, part); }
+        if (mine) { memcpy(box->data, (unsigned char *)data_h + at, part); }
         comm_meet(which, part, "broadcast", phase);
         if (theirs->bytes[0] != bytes) {
             die(EXIT_COMM, "broadcast (%s): rank %d sends %zu bytes, %zu are expected", phase,
                 comm_member(which, root), theirs->bytes[0], bytes);
         }
-        if (!mine) { memcpy((unsigned char *)data + at, theirs->data, part); }
+        if (!mine) { memcpy((unsigned char *)data_h + at, theirs->data, part); }
     }
 }
 

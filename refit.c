@@ -698,7 +698,11 @@ typedef struct {
     Param *param;
     EngineTensor *tensor;
     Transfer *transfer;         // in the order of params, senders, receivers: the same on all ranks
-    double sent, received, local, staging, seconds;     // of this rank's last refit
+    uint8_t *staging[2];        // (room) during a refit: bytes that will leave, or have come
+    size_t room[2];
+    int marks;                  // how often the wire's clock was read
+    double sent, received, local;       // bytes of this rank's last refit
+    double wire, seconds;       // how long it exchanged them, and in all
 } Refit;
 
 // What an engine with tensor parallelism wants (vLLM's loader layout), and the only place that
@@ -1078,24 +1082,41 @@ void refit_plan(Refit *r) {
 // 7 Resharding: three ways to move
 //
 // What is resharded goes from its owner to the receiver: a stage of layers at a time, all of it to
-// all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. What a rank
+// all peers in one exchange, packed, because a column cut of w2 has runs of 128 bytes. Two stages
+// are under way: while one travels, a GPU unpacks the one before it and packs the next. What a rank
 // needs and has is copied. The golden way broadcasts each tensor whole and lets every rank cut out
 // its own: slow, obviously right, and sharing nothing with the plan but slice(). Tensors that are
 // sent whole go that way too, after the others, all of an owner's in one broadcast.
 
 enum { REFIT_POINTS, REFIT_GOLDEN };
+enum { PACK, UNPACK };
+enum { COPIES_MAX = 1024 };             // boxes in a list
 
-// Between two arrays: n (planes, rows, bytes); step: bytes from plane to plane and row to row.
-void copy_box(uint8_t *to, const size_t *to_step, const uint8_t *from, const size_t *from_step,
-              const size_t *n) {
-    CPU_ONLY();
-    #pragma omp parallel for
-    for (size_t e = 0; e < n[0]; e++) {
-        for (size_t i = 0; i < n[1]; i++) {
-            memcpy(to + e * to_step[0] + i * to_step[1], from + e * from_step[0] + i * from_step[1],
-                   n[2]);
+// Boxes may be copied in any order, or all at once: none reads what another writes.
+void copy_boxes(const BoxCopy *box_h, int n) {
+    GPU(copy_boxes_gpu(box_h, n))
+    for (const BoxCopy *b = box_h; b < box_h + n; b++) {
+        #pragma omp parallel for
+        for (size_t e = 0; e < b->n[0]; e++) {
+            for (size_t i = 0; i < b->n[1]; i++) {
+                memcpy(b->to + e * b->to_step[0] + i * b->to_step[1],
+                       b->from + e * b->from_step[0] + i * b->from_step[1], b->n[2]);
+            }
         }
     }
+}
+TWIN(copy_boxes)
+
+typedef struct { int n; BoxCopy box[COPIES_MAX]; } Copies;
+
+static inline void copies_end(Copies *c) {
+    copy_boxes(c->box, c->n);
+    c->n = 0;
+}
+
+static inline void copies_add(Copies *c, BoxCopy b) {
+    if (c->n == COPIES_MAX) { copies_end(c); }
+    c->box[c->n++] = b;
 }
 
 // Where b begins in an array that holds `whole`, and the array's steps.
@@ -1125,46 +1146,112 @@ static inline uint8_t *engine_at(const Refit *r, const Param *p, uint8_t *memory
     return region_at(memory, &whole, b, step);
 }
 
-// Room for what travels together; given back right after.
-static inline uint8_t *staging_begin(Refit *r, size_t bytes) {
-    uint8_t *staging = (uint8_t *)arena_map(bytes + 1);
-    if (staging == NULL) { die(EXIT_FIT, "no memory for %zu bytes of refit staging", bytes); }
-    r->staging = fmax(r->staging, (double)bytes);
-    return staging;
+// What a box takes in the staging: it begins at a multiple of 16 bytes, a GPU's longest word.
+static inline size_t staged_bytes(const Region *b) { return (region_bytes(b) + 15) / 16 * 16; }
+
+// Room for what travels together. place: of the two. What it held must have been unpacked.
+static inline uint8_t *staging_begin(Refit *r, int place, size_t bytes) {
+    if (r->staging[place] && bytes <= r->room[place]) { return r->staging[place]; }
+    if (r->staging[place]) { arena_unmap(r->staging[place], r->room[place]); }
+    r->room[place] = bytes + 16;
+    r->staging[place] = (uint8_t *)arena_map(r->room[place]);
+    if (r->staging[place] == NULL) { die(EXIT_FIT, "no %zu bytes of refit staging", bytes); }
+    return r->staging[place];
 }
 
-// Collective. Transfers first .. end-1, in one exchange.
-static inline void move_points(Refit *r, uint8_t *memory, size_t first, size_t end) {
+// Collective. bytes of rank `root`'s staging, to all.
+static inline void staging_broadcast(uint8_t *staging, size_t bytes, int root) {
+    if (comm_size(COMM_ALL) == 1) { return; }
+    comm_note("broadcast", "refit");
+    GPU(gpu_broadcast(COMM_ALL, staging, bytes, root))
+    comm_broadcast(COMM_ALL, staging, bytes, root, "refit");
+}
+
+// The wire's clock, before and after an exchange. A GPU keeps it: the host is far ahead of it.
+static inline void wire_clock(Refit *r, int begins) {
+    GPU(gpu_mark(r->marks++))
+    r->wire += begins ? -clock_seconds() : clock_seconds();
+}
+
+// Waits until all that was begun is done, and reads the clock.
+static inline void wire_wait(Refit *r) {
+#ifdef USE_CUDA
+    static double at[GPU_MARKS];
+    if (r->marks) { gpu_marks(at, r->marks); }
+    for (; r->marks; r->marks -= 2) { r->wire += at[r->marks - 1] - at[r->marks - 2]; }
+    if (on_gpu) { gpu_sync(); }
+#else
+    (void)r;
+#endif
+}
+
+typedef struct {                // transfers that travel together
+    size_t first, end;          // of the plan's
+    size_t out[COMM_RANKS_MAX], in[COMM_RANKS_MAX];     // bytes, in the staging:
+    uint8_t *send, *recv;       // by peer, and of each in the plan's order
+} Wave;
+
+// The transfers of params below `end`, from `first` on. place: in the staging.
+static inline void wave_begin(Wave *w, Refit *r, size_t first, int end, int place) {
+    size_t out = 0, in = 0;
+    *w = (Wave){ .first = first, .end = first };
+    for (; w->end < r->n_transfers && r->transfer[w->end].param < end; w->end++) {
+        const Transfer *t = &r->transfer[w->end];
+        const size_t n = t->from == t->to ? 0 : staged_bytes(&t->box);
+        if (t->from == this_rank) { w->out[t->to] += n; out += n; }
+        if (t->to == this_rank) { w->in[t->from] += n; in += n; }
+    }
+    w->send = staging_begin(r, place, out + in);
+    w->recv = w->send + out;
+}
+
+// PACK: into the staging, or to its place if this rank needs it itself. UNPACK: what has come.
+static inline void wave_copy(Refit *r, uint8_t *memory, const Wave *w, int way) {
+    static Copies c;
     const int me = this_rank;
-    size_t out[COMM_RANKS_MAX] = {0}, in[COMM_RANKS_MAX] = {0}, bytes = 0, step[2], step_to[2];
-    for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
-        size_t n = region_bytes(&t->box), away = t->from == t->to ? 0 : n;
-        if (t->from == me) { out[t->to] += away; r->sent += away; r->local += n - away; }
-        if (t->to == me) { in[t->from] += away; r->received += away; }
-        bytes += (t->from == me) * away + (t->to == me) * away;
-    }
-    uint8_t *staging = staging_begin(r, bytes), *at = staging;
-    for (int way = 0; way < 2; way++) {         // packing, then unpacking; by peer, in plan order
-        for (int peer = 0; peer < comm_size(COMM_ALL); peer++) {
-            for (const Transfer *t = r->transfer + first; t < r->transfer + end; t++) {
-                const Param *p = &r->param[t->param];
-                const size_t *n = t->box.n, flat[2] = { n[1] * n[2], n[2] };
-                if (way == 0 && t->from == me && t->to == peer) {
-                    uint8_t *from = source_at(r, p, &t->box, step), *to = at;
-                    if (peer == me) { to = engine_at(r, p, memory, &t->box, step_to); }
-                    else { at += region_bytes(&t->box); }
-                    copy_box(to, peer == me ? step_to : flat, from, step, n);
-                }
-                if (way == 1 && t->from == peer && t->to == me && peer != me) {
-                    copy_box(engine_at(r, p, memory, &t->box, step), step, at, flat, n);
-                    at += region_bytes(&t->box);
-                }
-            }
+    uint8_t *at = way == PACK ? w->send : w->recv;
+    for (int peer = 0; peer < comm_size(COMM_ALL); peer++) {
+        for (const Transfer *t = r->transfer + w->first; t < r->transfer + w->end; t++) {
+            const Param *p = &r->param[t->param];
+            const size_t *n = t->box.n, flat = n[1] * n[2];
+            BoxCopy b = { at, at, { flat, n[2] }, { flat, n[2] }, { n[0], n[1], n[2] } };
+            if (way == PACK ? t->from != me || t->to != peer
+                            : t->from != peer || t->to != me || peer == me) { continue; }
+            if (way == PACK) { b.from = source_at(r, p, &t->box, b.from_step); }
+            if (way == UNPACK || peer == me) { b.to = engine_at(r, p, memory, &t->box, b.to_step); }
+            copies_add(&c, b);
+            at += peer == me ? 0 : staged_bytes(&t->box);
+            *(way == UNPACK ? &r->received : peer == me ? &r->local : &r->sent) += flat * n[0];
         }
-        if (way == 0) { comm_all_to_all(COMM_ALL, at, in, staging, out, "refit"); }
     }
-    require((size_t)(at - staging) == bytes);
-    arena_unmap(staging, bytes + 1);
+    copies_end(&c);
+}
+
+// Collective. All that is resharded. A stage's exchange runs aside, while the stage before it is
+// unpacked and the one after it packed.
+static inline void move_points(Refit *r, uint8_t *memory) {
+    Wave wave[2];
+    size_t next = 0;
+    for (int i = 0, stage = 0, end; i < r->bulk || stage > 0; i = end, stage++) {
+        Wave *now = &wave[stage % 2], *before = &wave[(stage + 1) % 2];
+        const int some = i < r->bulk, layer = some ? r->param[i].layer / r->stage_layers : 0;
+        for (end = i; end < r->bulk && r->param[end].layer / r->stage_layers == layer; ) { end++; }
+        if (some) {
+            wave_begin(now, r, next, end, stage % 2);
+            next = now->end;
+            wave_copy(r, memory, now, PACK);
+        }
+        if (stage > 0) { aside(ASIDE_JOIN); }
+        if (some) {
+            aside(ASIDE_BEGIN);
+            wire_clock(r, 1);
+            comm_all_to_all(COMM_ALL, now->recv, now->in, now->send, now->out, "refit");
+            wire_clock(r, 0);
+            aside(ASIDE_END);
+        }
+        if (stage > 0) { wave_copy(r, memory, before, UNPACK); }
+        if (!some) { break; }
+    }
 }
 
 // The region of p that rank `root` broadcasts; 0: it has none, or an earlier rank has the same.
@@ -1182,68 +1269,92 @@ static inline int root_region(Region *box, const Refit *r, const Param *p, int r
 
 // Collective. Params first .. end-1: from each owner one broadcast of all it has of them.
 static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end) {
+    static Copies c;
     Region box, mine, both;
-    size_t step[2];
     for (int root = 0; root < comm_size(COMM_ALL); root++) {
-        size_t bytes = 0, at = 0;
+        size_t staged = 0, bytes = 0;
         for (int i = first; i < end; i++) {
-            bytes += root_region(&box, r, &r->param[i], root) ? region_bytes(&box) : 0;
+            const int its = root_region(&box, r, &r->param[i], root);
+            bytes += its ? region_bytes(&box) : 0;
+            staged += its ? staged_bytes(&box) : 0;
         }
         if (bytes == 0) { continue; }
-        uint8_t *staging = staging_begin(r, bytes);
-        for (int way = 0; way < 2; way++, at = 0) {
+        uint8_t *staging = staging_begin(r, 0, staged), *at = staging;
+        for (int way = PACK; way <= UNPACK; way++, at = staging) {
             for (int i = first; i < end; i++) {
                 const Param *p = &r->param[i];
                 const Mesh *m = param_mesh(r, p, ENGINE);
                 const int place = this_rank - m->first;
                 if (!root_region(&box, r, p, root)) { continue; }
-                const size_t flat[2] = { box.n[1] * box.n[2], box.n[2] };
-                if (way == 0 && root == this_rank) {
-                    copy_box(staging + at, flat, source_at(r, p, &box, step), step, box.n);
+                BoxCopy b = { .to = at, .to_step = { box.n[1] * box.n[2], box.n[2] } };
+                if (way == PACK && root == this_rank) {
+                    b.from = source_at(r, p, &box, b.from_step);
+                    memcpy(b.n, box.n, sizeof b.n);
+                    copies_add(&c, b);
                 }
-                if (way == 1 && place >= 0 && place < mesh_ranks(m) &&
+                if (way == UNPACK && place >= 0 && place < mesh_ranks(m) &&
                     (slice(&mine, r, p, ENGINE, place), region_meet(&both, &box, &mine))) {
-                    size_t from_step[2];
-                    uint8_t *from = region_at(staging + at, &box, &both, from_step);
-                    copy_box(engine_at(r, p, memory, &both, step), step, from, from_step, both.n);
+                    b.from = region_at(at, &box, &both, b.from_step);
+                    b.to = engine_at(r, p, memory, &both, b.to_step);
+                    memcpy(b.n, both.n, sizeof b.n);
+                    copies_add(&c, b);
                 }
-                at += region_bytes(&box);
+                at += staged_bytes(&box);
             }
-            if (way == 0) { comm_broadcast(COMM_ALL, staging, bytes, root, "refit"); }
+            copies_end(&c);
+            if (way == UNPACK) { continue; }
+            wire_clock(r, 1);
+            staging_broadcast(staging, staged, root);
+            wire_clock(r, 0);
         }
-        arena_unmap(staging, bytes + 1);
         *(root == this_rank ? &r->sent : &r->received) += bytes;
     }
 }
 
-// Collective. Brings all that was planned into the engine ranks' memory (r->bytes each; NULL on the
-// others). how: REFIT_POINTS, or REFIT_GOLDEN to compare with. Says what moved, and how fast.
-void refit_move(Refit *r, void *memory, int how) {
-    double start = clock_seconds();
-    size_t first = 0;
-    r->sent = r->received = r->local = r->staging = 0;
-    for (int i = 0, end; i < r->bulk; i = end) {
-        const int stage = r->param[i].layer / r->stage_layers;
-        for (end = i; end < r->bulk && r->param[end].layer / r->stage_layers == stage; end++) {
-            if (how == REFIT_GOLDEN) { move_broadcast(r, (uint8_t *)memory, end, end + 1); }
-        }
-        size_t last = first;
-        while (last < r->n_transfers && r->transfer[last].param < end) { last++; }
-        if (how == REFIT_POINTS) { move_points(r, (uint8_t *)memory, first, last); }
-        first = last;
-    }
-    comm_barrier(COMM_ALL, "refit: resharded");
-    move_broadcast(r, (uint8_t *)memory, r->bulk, r->n);
-    double most[2] = { r->staging, clock_seconds() - start };
-    double sum[3] = { r->sent, r->received, r->local };
-    comm_max_double(COMM_ALL, most, 2, "refit: time");
-    comm_sum_double(COMM_ALL, sum, 3, "refit: bytes");
+// Collective. Says what has moved, and how fast: GB/s of the rank that sent or got most. The time
+// on the wire is the least of those that moved as much: others' has a wait for the last to come.
+static inline void move_report(Refit *r, double start) {
+    const double moved = fmax(r->sent, r->received);
+    double most[3] = { (double)r->room[0] + (double)r->room[1], clock_seconds() - start, moved };
+    double sum[2] = { r->received, r->local }, wire;
+    comm_max_double(COMM_ALL, most, 3, "refit: time");
+    wire = moved < most[2] / 2 ? -INFINITY : -r->wire;
+    comm_max_double(COMM_ALL, &wire, 1, "refit: wire");
+    comm_sum_double(COMM_ALL, sum, 2, "refit: bytes");
     r->seconds = most[1];
+    r->wire = -wire;
     if (this_rank == 0) {
-        printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms | %.2f GB/s per rank | "
-               "%.3f MB staging\n", sum[1] / 1e6, sum[2] / 1e6, most[1] * 1e3,
-               sum[1] / comm_size(COMM_ALL) / 1e9 / fmax(most[1], 1e-9), most[0] / 1e6);
+        printf("refit  %.3f MB received, %.3f MB copied in place | %.1f ms, on the wire %.1f | "
+               "%.2f GB/s per rank | %.3f MB staging\n", sum[0] / 1e6, sum[1] / 1e6,
+               r->seconds * 1e3, r->wire * 1e3, most[2] / 1e9 / fmax(r->wire, 1e-9), most[0] / 1e6);
     }
+}
+
+// Collective. The move itself. Returns when it began.
+static inline double move_all(Refit *r, uint8_t *memory, int how) {
+    comm_barrier(COMM_ALL, "refit: begins");
+    const double start = clock_seconds();
+    r->sent = r->received = r->local = r->wire = 0;
+    r->room[0] = r->room[1] = 0;
+    for (int i = 0; i < r->bulk && how == REFIT_GOLDEN; i++) {
+        move_broadcast(r, memory, i, i + 1);
+        if (r->marks > 2048) { wire_wait(r); }
+    }
+    if (how == REFIT_POINTS) { move_points(r, memory); }
+    comm_barrier(COMM_ALL, "refit: resharded");
+    move_broadcast(r, memory, r->bulk, r->n);
+    wire_wait(r);
+    for (int k = 0; k < 2; k++) {
+        if (r->staging[k]) { arena_unmap(r->staging[k], r->room[k]); }
+        r->staging[k] = NULL;
+    }
+    return start;
+}
+
+// Collective. Brings all that was planned into the engine ranks' memory (r->bytes each; NULL on the
+// others). how: REFIT_POINTS, or REFIT_GOLDEN to compare with.
+void refit_move(Refit *r, void *memory, int how) {
+    move_report(r, move_all(r, (uint8_t *)memory, how));
 }
 
 typedef struct {                // an engine's adapters: one set serves while the next one arrives
@@ -1254,16 +1365,16 @@ typedef struct {                // an engine's adapters: one set serves while th
 // Collective. Brings new adapters into the buffer that does not serve; all ranks change over
 // together, once each has found its part finite, or none does. Returns 1 if they did.
 int refit_adapters(Refit *r, EngineAdapters *e) {
-    int good = 1, all[COMM_RANKS_MAX];
     uint8_t *next = e->memory[!e->active];
-    refit_move(r, next, REFIT_POINTS);
-    const real *x = next ? (const real *)host_view(next, r->bytes) : NULL;
-    for (size_t i = 0; x && i < r->bytes / sizeof(real); i++) { good &= isfinite(x[i]) != 0; }
-    if (next) { host_view_end(x, next); }
+    const double start = move_all(r, next, REFIT_POINTS);
+    // The sum is taken in double, where no square of a finite float overflows.
+    int all[COMM_RANKS_MAX], good = 1;
+    if (next) { good = isfinite(sum_squares((const real *)next, r->bytes / sizeof(real))) != 0; }
     comm_gather_int(COMM_ALL, all, &good, 1, "refit: acknowledged");
     for (int k = 0; k < comm_size(COMM_ALL); k++) { good &= all[k]; }
     e->active ^= good;
     e->version += good;
+    move_report(r, start);
     if (!good && this_rank == 0) { printf("refit  new adapters are not finite: the old stay\n"); }
     return good;
 }

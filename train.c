@@ -2371,7 +2371,6 @@ static inline void expert_load(Trainer *r, double *worst, double *entropy) {
     free(rows);
 }
 
-#include "dev/engine.c"     // defines: engine_options, engine_begin, engine_refit, engine_receive
 // -------------------------------------------------------------------------------------------------
 // Part 11: log lines, JSON, plot
 //
@@ -2503,6 +2502,7 @@ void plot_at_exit(void) {
 #endif
 }
 
+#include "dev/engine.c"     // defines: engine_options, engine_begin, engine_refit, engine_receive
 // -------------------------------------------------------------------------------------------------
 // Part 12: options, main
 //

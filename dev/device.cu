@@ -49,7 +49,7 @@ extern "C" void gpu_alloc(void **p, size_t bytes) {
     const cudaError_t error = cudaMalloc(p, bytes);
     if (error == cudaErrorMemoryAllocation) { (void)cudaGetLastError(); return; }   // p says it
     cudaCheck(error);
-    cudaCheck(cudaMemset(*p, 0, bytes));
+    cudaCheck(cudaMemsetAsync(*p, 0, bytes, stream));       // before all that will use it
 }
 
 extern "C" void gpu_free(void *p) {
@@ -130,6 +130,32 @@ extern "C" void gpu_copy_end(int place) {
     if (copied[place]) { cudaCheck(cudaStreamWaitEvent(main_stream, copied[place], 0)); }
 }
 
+// Boxes of bytes, in launches of as many as a kernel's arguments hold (C text: copy_boxes).
+extern "C" void copy_boxes_gpu(const BoxCopy *box_h, int n) {
+    for (int done = 0; done < n; done += BOXES_MAX) {
+        Boxes all;
+        size_t blocks = 0;
+        all.n = 0;
+        for (const BoxCopy *b = box_h + done; b < box_h + n && b < box_h + done + BOXES_MAX; b++) {
+            const size_t bytes = b->n[0] * b->n[1] * b->n[2];
+            const size_t bits = (size_t)b->to | (size_t)b->from | b->n[2] |
+                                (b->n[1] > 1 ? b->to_step[1] | b->from_step[1] : 0) |
+                                (b->n[0] > 1 ? b->to_step[0] | b->from_step[0] : 0);
+            const int word = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
+            if (bytes == 0) { continue; }
+            gpuRequire(bytes / word < (size_t)UINT_MAX - BOX_THREADS);
+            all.box[all.n] = *b;
+            all.word[all.n] = word;
+            all.first[all.n++] = (int)blocks;
+            blocks += (bytes / word + BOX_THREADS - 1) / BOX_THREADS;
+        }
+        if (all.n == 0) { continue; }
+        gpuRequire(blocks <= INT_MAX);
+        copy_boxes_kernel<<<(unsigned)blocks, BOX_THREADS, 0, stream>>>(all);
+        cudaCheck(cudaGetLastError());
+    }
+}
+
 // Bytes of the card in use by everyone, and in all.
 extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
     size_t free_bytes;
@@ -137,11 +163,12 @@ extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
     *used_h = *total_h - free_bytes;
 }
 
-// Phases: an event between the kernels, and when the first n happened, in seconds.
+// Phases: an event between the kernels, and when the first n happened, in seconds. What is aside
+// has its events there.
 static cudaEvent_t marks[GPU_MARKS];
 extern "C" void gpu_mark(int i) {
     if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
-    cudaCheck(cudaEventRecord(marks[i], main_stream));
+    cudaCheck(cudaEventRecord(marks[i], stream));
 }
 
 extern "C" void gpu_marks(double *at_h, int n) {
@@ -271,6 +298,36 @@ extern "C" void gpu_sum_real(int which, real *values, size_t n) {
     workspace_release(mark);
 }
 
+// data (bytes) of member root, to all: it sends every other member a slice, which that one hands on
+// to all but the root; its own slice it hands on itself.
+//   bytes: twice the data leave the root, and little less than once everyone else.
+extern "C" void gpu_broadcast(int which, void *data, size_t bytes, int root) {
+    const int members = net_size(which);
+    const size_t slice = (bytes / members + 16) / 16 * 16;
+    auto first = [&](int i) { return i * slice < bytes ? i * slice : bytes; };
+    auto at = [&](int i) { return (unsigned char *)data + first(i); };
+    auto count = [&](int i) { return first(i + 1) - first(i); };
+    int me = 0;
+    while (net_member(which, me) != net.rank) { me++; }
+    waiting_since = clock_seconds();
+    for (int hand_on = 0; hand_on < 2; hand_on++) {
+        ncclCheck(ncclGroupStart());
+        for (int i = 0; i < members; i++) {
+            const int peer = net_member(which, i), own = hand_on ? me : i;
+            const int gives = i != me && (hand_on ? i != root : me == root);
+            const int gets = i != me && me != root && (hand_on || i == root);
+            const int new_ = hand_on ? i : me;
+            if (gives && count(own)) {
+                ncclCheck(ncclSend(at(own), count(own), ncclInt8, peer, net.world, stream));
+            }
+            if (gets && count(new_)) {
+                ncclCheck(ncclRecv(at(new_), count(new_), ncclInt8, peer, net.world, stream));
+            }
+        }
+        ncclCheck(ncclGroupEnd());
+    }
+}
+
 // boxes_h (members): the first bytes of this rank's own go to all, and theirs into the others.
 extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     const size_t room = 1 << 19;
@@ -339,5 +396,6 @@ extern "C" void gpu_all_to_all(int, void *, const size_t *, const void *, const 
     no_nccl();
 }
 extern "C" void gpu_trade(void **, int, size_t) { no_nccl(); }
+extern "C" void gpu_broadcast(int, void *, size_t, int) { no_nccl(); }
 #endif
 #endif // DEVICE_CU

@@ -185,10 +185,13 @@ static void engine_bind_adapters(Engine *e) {
 // cost a KL of 0.02 on a random base.) All receivers go on with the same bits, so they choose the
 // same experts and entries.
 
-// out (T,O) = this receiver's terms of W x + s B (A x), not rounded; else lora_forward.
-static void partial_forward(real *out, real *u, const act *inp, const int *offset, Frozen m, Lora l,
-                            real s, int E, int C, int O, int R) {
-    CPU_ONLY();
+// out (T,O) = this receiver's terms of W x + s B (A x), not rounded; else lora_forward. type: w and
+// scale are E matrices in fp4, or one in fp8. a (E,R,C) and b (E,O,R), or NULL.
+static void partial_forward(real *out, real *u, const act *inp, const int *offset, const uint8_t *w,
+                            const uint8_t *scale, int type, const real *a, const real *b, float s,
+                            int E, int C, int O, int R) {
+    GPU(partial_forward_gpu(out, u, inp, offset, w, scale, type, a, b, s, E, C, O, R))
+    const Frozen m = { w, scale, type == DT_FP8 ? widen_fp8 : widen_fp4 };
     int count;
     ExpertTile *list = expert_tiles(&count, offset, E, tile_rows(offset[E], C + O));
     #pragma omp parallel for schedule(dynamic)
@@ -197,14 +200,15 @@ static void partial_forward(real *out, real *u, const act *inp, const int *offse
         real *x = tile_alloc(n * C), *y = out + row * O;
         load_rows(x, inp + row * C, n * C);
         frozen_forward(y, x, m, e * O, (int)n, C, O);
-        if (l.a != NULL) {
-            lora_down_forward(u + row * R, x, l.a + e * R * C, (int)n, C, R);
-            lora_up_forward(y, u + row * R, l.b + e * O * R, s, (int)n, O, R);
+        if (a != NULL) {
+            lora_down_forward(u + row * R, x, a + e * R * C, (int)n, C, R);
+            lora_up_forward(y, u + row * R, b + e * O * R, s, (int)n, O, R);
         }
         free(x);
     }
     free(list);
 }
+TWIN(partial_forward)
 
 // out (n) = the sum of all receivers' e->sum, rounded once.
 static void engine_sum(act *out, Engine *e, size_t n) {
@@ -236,8 +240,8 @@ static void engine_hidden(Engine *e, const MoeWeights *w, const act *rows, const
 static void engine_join(Model *m, const Layer *l, LayerActs *a) {
     const Config *c = &m->config;
     const int T = m->documents.T, all[2] = { 0, T };
-    partial_forward(engine.sum, a->uo_b, a->v, all, (Frozen){ l->wo_b, l->so_b, widen_fp8 },
-                    l->lo_b, m->adapters.scale, 1, c->G * c->O, c->C, m->options.R);
+    partial_forward(engine.sum, a->uo_b, a->v, all, l->wo_b, l->so_b, DT_FP8, l->lo_b.a, l->lo_b.b,
+                    m->adapters.scale, 1, c->G * c->O, c->C, m->options.R);
     engine_sum(a->a, &engine, (size_t)T * c->C);
 }
 
@@ -261,13 +265,13 @@ static void engine_moe(Model *m, int layer, const act *inp, const int *token) {
         pack_rows(x->home_x, inp, s->row_slot + x->home_at, x->home_rows, d->K,
                   C * sizeof(act));
         engine_hidden(e, w, x->home_x, x->home_w + x->home_at);
-        partial_forward(e->sum, x->u2, x->h, x->offset, (Frozen){ w->w2, w->s2, widen_fp4 }, w->e2,
+        partial_forward(e->sum, x->u2, x->h, x->offset, w->w2, w->s2, DT_FP4, w->e2.a, w->e2.b,
                         d->lora_scale, d->E, e->F, C, R);
         engine_sum(x->home_y + (size_t)x->home_at * C, e, (size_t)x->home_rows * C);
     }
     shared.F = e->shared_F;
     shared_hidden(&x->hidden, x, inp, w, &shared, T, 0);
-    partial_forward(e->sum, x->u2, x->h, all, (Frozen){ w->sh_w2, w->sh_s2, widen_fp8 }, w->l2,
+    partial_forward(e->sum, x->u2, x->h, all, w->sh_w2, w->sh_s2, DT_FP8, w->l2.a, w->l2.b,
                     d->lora_scale, 1, shared.F, C, R);
     // A shared expert that came whole is computed by all alike: a sum would count it N times.
     if (shared.F == e->F) { engine_sum(out, e, (size_t)T * C); }
@@ -302,6 +306,8 @@ static void engine_open(Engine *e, const Config *c, const ModelOptions *o, int e
     own->H /= receivers;
     own->G /= receivers;
     e->F = c->F / receivers;
+    refuse_if(ON_GPU && e->F % 64, "--gen-gpus %d: kernels take 64 columns of an expert, a rank "
+              "would have %d HINT: fewer --gen-gpus", receivers, e->F);
     e->model.join = engine_join;
     e->model.experts = engine_moe;
     mem_count();
@@ -351,6 +357,7 @@ static int engine_options(const Config *c, int by_launcher) {
               "and %d columns of an expert", n, c->H, c->G, c->F);
     refuse_if((*opt.model || *opt.train) && !*opt.val, "--gen-gpus compares validation rows, and "
               "there are none HINT: -j FILE");
+    setvbuf(stdout, NULL, _IOLBF, 0);   // two ranks write: the lines of one stay whole
     comm_reserve(n);
     return n;
 }
@@ -446,8 +453,9 @@ static int engine_receive(Trainer *r) {
         }
         if (comm_rank() > 0) { continue; }
         printf("refit %5.0f | kl %.3e | receiver loss %.6f | trainer loss %.6f | version %d | "
-               "%.1f s\n", order[1], sums[0] / sums[3], sums[1] / sums[3], sums[2] / sums[3],
-               e->sets.version, clock_seconds() - began);
+               "%.1f s | mem %s\n", order[1], sums[0] / sums[3], sums[1] / sums[3],
+               sums[2] / sums[3], e->sets.version, clock_seconds() - began,
+               bytes_text(memory_used()));
         fflush(stdout);
     }
 }

@@ -32,6 +32,8 @@ void gpu_sum_real(int which, real *values, size_t n);
 void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const void *send,
                     const size_t *send_bytes_h);
 void gpu_trade(void **boxes_h, int which, size_t bytes);
+void gpu_broadcast(int which, void *data, size_t bytes, int root);
+void copy_boxes_gpu(const BoxCopy *box_h, int n);
 void scale_reals_gpu(real *x, double scale, size_t n);
 void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);
 // Numbers and dense products (fp8.c)
@@ -77,6 +79,9 @@ void lora_experts_backward_gpu(real *dinp, real *da, real *db, const act *dout, 
                                int R);
 void lora_experts_down_gpu(real *u, const act *inp, const int *offset, const real *a, int E, int C,
                            int R);
+void partial_forward_gpu(real *out, real *u, const act *inp, const int *offset, const uint8_t *w,
+                         const uint8_t *scale, int type, const real *a, const real *b, float s,
+                         int E, int C, int O, int R);
 void lora_experts_gradients_gpu(real *du, real *da, real *db, const act *dout, const act *inp,
                                 const real *u, const int *offset, const real *b, float s, int E,
                                 int C, int O, int R);

@@ -47,14 +47,16 @@ static inline void build(Model *m, const Config *c, int R, int max_tokens, int r
     mem_open();
     model_alloc(m, c, &o);
     model_load(m, NULL);
+    Adapters host = adapters_host(&m->adapters);
     for (int i = 0; i < m->adapters.n; i++) {       // B too, or dA would be zero
         AdapterTensor *t = &m->adapters.tensors[i];
         uint64_t key = random_key(seed, t->name);
         double std = strstr(t->name, "lora_A") ? 1 / sqrt((double)t->cols) : 0.05;
         for (size_t k = 0; k < (size_t)t->rows * t->cols; k++) {
-            m->adapters.p[t->at + k] = (real)(random_normal(key, k) * (std / RANDOM_STD));
+            host.p[t->at + k] = (real)(random_normal(key, k) * (std / RANDOM_STD));
         }
     }
+    adapters_host_end(&host, &m->adapters, 1);
 }
 
 static inline void destroy(Model *m) {

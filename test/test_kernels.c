@@ -190,6 +190,13 @@ static void test_linears(int T, int C, int O, int R) {
     real *a = reals((size_t)R * C, 0.1), *b = reals((size_t)O * R, 0.1), *u = blank((size_t)T * R);
     real *dinp = reals((size_t)T * C, 1), *da = reals((size_t)R * C, 1), *db = reals((size_t)O * R, 1);
     real *outb = blank((size_t)T * O), *dinb = reals((size_t)T * C, 1), *doutb = reals((size_t)T * O, 1);
+    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O), *u2 = blank((size_t)T * R);
+    const int all[2] = { 0, T };
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, X(a), X(b), 2, 1, C, O, R);
+           partial_forward(X(plain_terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, NULL, NULL, 2, 1, C,
+                           O, R); });
+    compare_real("linear terms", terms, (size_t)T * O, BF16);           // A, B, u are rounded to bf16
+    compare_real("linear terms without an adapter", plain_terms, (size_t)T * O, FP32);
     BOTH({ linear_fp8_forward(X(plain), X(inp), X(w), X(scale), T, C, O);
            lora_linear_forward(X(out), X(u), X(inp), X(w), X(scale), X(a), X(b), 2, T, C, O, R);
            lora_linear_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), X(w), X(scale), X(a), X(b),
@@ -218,6 +225,13 @@ static void test_experts(int C, int O, int R) {
     real *a = reals((size_t)E * R * C, 0.1), *b = reals((size_t)E * O * R, 0.1);
     real *u = blank((size_t)T * R), *u2 = blank((size_t)T * R), *dinp = reals((size_t)T * C, 1);
     real *da = reals((size_t)E * R * C, 1), *db = reals((size_t)E * O * R, 1);
+    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O);
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, X(a), X(b), 2, E, C, O,
+                           R);
+           partial_forward(X(plain_terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, NULL, NULL, 2, E,
+                           C, O, R); });
+    compare_real("experts' terms", terms, (size_t)T * O, BF16);
+    compare_real("experts' terms without adapters", plain_terms, (size_t)T * O, FP32);
     BOTH({ lora_experts_forward(X(out), X(u), X(inp), offset, X(w), X(scale), X(a), X(b), 2, E, C, O, R);
            lora_experts_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), offset, X(w), X(scale),
                                  X(a), X(b), 2, E, C, O, R);
@@ -288,6 +302,34 @@ static void test_swiglu(int T, int F) {
     compare_act("swiglu dv", dv, n, BF16);
     compare_real("swiglu dweight", dw, T, 1e-4);
     compare_act("narrow", narrowed, n, 0);
+}
+
+// A receiver has some of the 64 heads (all_q, all_out: (T,64,D)): the same bits as beside the others.
+// a: on the device.
+static void test_some_heads(const act *all_q, const act *all_out, const act *kv, const act *entries,
+                            const real *sink, const int *selected, AttentionShape a) {
+    for (int H = 8; H < 64; H *= 2) {
+        const size_t row = (size_t)H * a.D, whole = (size_t)a.H * a.D, bytes = a.T * row * sizeof(act);
+        char *host = malloc(bytes), *got = malloc(bytes);
+        act *q, *out;
+        real *lse;
+        AttentionShape some = a;
+        some.H = H;
+        gpu_alloc((void **)&q, bytes);
+        gpu_alloc((void **)&out, bytes + 1024);
+        gpu_alloc((void **)&lse, (size_t)a.T * H * sizeof *lse);
+        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_q + t * whole + row, row * sizeof(act)); }
+        gpu_upload(q, host, bytes);
+        attention_forward_gpu(out, lse, q, kv, entries, sink + H, selected, some);
+        gpu_download(got, out, bytes);
+        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_out + t * whole + row, row * sizeof(act)); }
+        check(memcmp(host, got, bytes) == 0, "%d heads of 64: other bits", H);
+        gpu_download(host, out + bytes / sizeof(act), 1024);
+        for (int i = 0; i < 1024; i++) { got[0] = i ? got[0] | host[i] : host[i]; }
+        check(got[0] == 0, "%d heads of 64: something behind the last one's output", H);
+        gpu_free(q); gpu_free(out); gpu_free(lse);
+        free(host); free(got);
+    }
 }
 
 static void compare_bytes(const char *what, const uint8_t *p, size_t n) {
@@ -462,6 +504,12 @@ static void test_attention(const int *length, int docs, int Hn, int Dn, int W, i
                                   X(selected), SHAPE);
            attention_backward_query(X(dq), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
                                     X(selected), SHAPE); });
+    if (Hn == 64 && Dn == 512) {
+        on_gpu = 1;
+        test_some_heads(q, (const act *)(back + ((char *)out - H)), X(kv), X(entries), X(sink), X(selected),
+                        SHAPE);
+        on_gpu = 0;
+    }
     printf(" attention: %d tokens, %d documents, %d heads of %d, ratio %d, topk %d\n", T, docs, Hn, Dn, ratio, topk);
     if (ratio) {
         compare_act("entries", entries, (size_t)P * Dn, BF16);
@@ -706,6 +754,32 @@ static void test_trip(int slots, int E, int C) {
     check(memcmp(back_again, rows, (size_t)sent * C * sizeof(act)) == 0, "regroup: there and back");
 }
 
+// Boxes of all kinds of alignment, cut from matrices and packed, and from matrix to matrix; more
+// than fit in a launch, with empty ones between. What no box covers must stay as it was.
+static void test_boxes(int boxes) {
+    enum { PLANES = 3, ROWS = 40, BYTES = 288, WHOLE = PLANES * ROWS * BYTES };
+    static BoxCopy host[1000], list[1000];
+    arena_used = 0;
+    uint8_t *from = bytes_between(WHOLE, 0, 255);
+    uint8_t *to[1000];
+    for (int i = 0; i < boxes; i++) {
+        const size_t unit = i % 3 == 0 ? 16 : i % 3 == 1 ? 4 : 1, odd = i % 7 ? 0 : unit;
+        const size_t bytes = i % 11 == 5 ? 0 : unit * (1 + (size_t)(i * 37) % (BYTES / unit / 2));
+        const size_t n[3] = { 1 + (size_t)i % PLANES, 1 + (size_t)(i * 13) % (ROWS / 2), bytes };
+        const size_t step = i % 2 ? bytes : BYTES;      // packed, or again in a matrix
+        to[i] = memset(room(n[0] * n[1] * step + 32), 0xA5, n[0] * n[1] * step + 32);
+        host[i] = (BoxCopy){ to[i] + odd, from + (size_t)(i * 5 % 20) * BYTES + unit * (size_t)(i % 4),
+                             { n[1] * step, step }, { ROWS * BYTES, BYTES }, { n[0], n[1], n[2] } };
+    }
+    BOTH({ for (int i = 0; i < boxes; i++) {
+               list[i] = host[i];
+               list[i].to = X(host[i].to);
+               list[i].from = X(host[i].from);
+           }
+           copy_boxes(list, boxes); });
+    check(memcmp(back, H, arena_used) == 0, "%d boxes: other bytes", boxes);
+}
+
 int main(void) {
     int gpus = 0;
     char name[128];
@@ -735,6 +809,7 @@ int main(void) {
     test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
     test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
     test_swiglu(37, 2048); test_swiglu(3, 128);
+    test_boxes(0); test_boxes(1); test_boxes(700);
     test_rows_fp8(37, 2048); test_rows_fp8(256, 128); test_rows_fp8(200, 384);
     test_experts_fp8(256, 128, 8); test_experts_fp8(384, 512, 3); test_experts_fp8(128, 128, 72);
     test_adapter_share(256, 128, 8); test_adapter_share(128, 384, 16); test_adapter_share(128, 128, 3);
@@ -748,6 +823,9 @@ int main(void) {
     test_attention(odd, 5, 64, 512, 128, 128, 0);
     test_attention(longer, 2, 4, 512, 128, 4, 512);
     test_attention(one, 1, 64, 512, 128, 4, 0);
+    test_attention(odd, 5, 32, 512, 128, 4, 0);
+    test_attention(longer, 2, 8, 512, 128, 4, 512);
+    test_attention(longer, 2, 64, 512, 128, 4, 512);
     test_groups_and_head(37); test_groups_and_head(600);
     test_muon(NS_GRAM); test_muon(NS_STANDARD);
     time_muon();

@@ -198,6 +198,38 @@ test_launched() {
     if [ "$gpus" -ge 4 ]; then launched 2 2; else skip "2 nodes of 2: needs 4 GPUs"; fi
 }
 
+# refits LOG FIELD: that number of every receivers' line, on one line.
+refits() { sed -nE "s/^refit +[0-9]+ .*\| $2 ([-+0-9.e]+) .*/\1/p" "$1" | xargs; }
+
+# Training does not notice receivers; what these compute from the weights that they got is what the
+# trainer computes, on GPUs as on the CPU; as many bytes travel.
+test_receivers() {
+    local pair what options=("${small[@]}" -x 6 -l 3e-3 --val-steps 8)
+    for pair in 1+1 2+2; do
+        local trainers=${pair%+*} receivers=${pair#*+} out=r$pair
+        if [ "$gpus" -lt $((trainers + receivers)) ]; then skip "receivers: $pair GPUs"; continue; fi
+        local how=("${options[@]}" --gen-gpus "$receivers" --refit-every 2)
+        run 0 "${how[@]}" --gpus $((trainers + receivers)) -o "$out"
+        cp log "$out.log"
+        run 0 "${how[@]}" --cpu --ranks $((trainers + receivers)) -o "cpu$out"
+        cp log "cpu$out.log"
+        run 0 "${options[@]}" --gpus "$trainers" -o "alone$out"
+        check "receivers $pair: other losses" same "$(value loss "alone$out")" "$(value loss "$out")"
+        check "receivers $pair: other adapter" cmp {"alone$out","$out"}/adapter/adapter_model.safetensors
+        check "receivers $pair: not 4 refits" same "$(refits "$out.log" kl | wc -w)" 4
+        check "receivers $pair: KL $(refits "$out.log" kl)" awk '
+            BEGIN { for (i = 1; i < ARGC; i++) { if (!(ARGV[i] >= 0 && ARGV[i] < 1e-3)) { exit 1 } } }' \
+            $(refits "$out.log" kl)
+        for what in 'receiver loss' 'trainer loss'; do
+            check "receivers $pair: $what" close_values 3e-3 "$(refits "cpu$out.log" "$what")" \
+                "$(refits "$out.log" "$what")"
+        done
+        check "receivers $pair: other bytes" same "$(grep -oE '^refit .*(MB|transfers)' "cpu$out.log" |
+            sed 's/ MB received.*//')" "$(grep -oE '^refit .*(MB|transfers)' "$out.log" |
+            sed 's/ MB received.*//')"
+    done
+}
+
 # Inputs of layers that wait on the host change no bit.
 test_offload() {
     local n
@@ -277,7 +309,7 @@ if [ "${gpus:-0}" -lt 2 ]; then
     exit
 fi
 counts="1 2" && if [ "$gpus" -ge 4 ]; then counts="1 2 4"; fi
-for name in "${@:-gradients uneven numerics losses empty launched offload broken interrupted}"; do
+for name in "${@:-gradients uneven numerics losses receivers empty launched offload broken interrupted}"; do
     for name in $name; do
         "test_$name"
         check "test_$name: a process lives on" same "$(pgrep -f "^$train ")" ""
