@@ -22,9 +22,9 @@ for target in $targets; do
     cp build/fuzz/fuzz "build/fuzz/fuzz_$target"
     if [ $libfuzzer ]; then
         mkdir -p "build/fuzz/$target"
-        "build/fuzz/fuzz_$target" -max_total_time="$seconds" -max_len=65536 -print_final_stats=1 \
-            -artifact_prefix="build/fuzz/$target-" "build/fuzz/$target" "test/seeds/$target" \
-            > "build/fuzz/log_$target" 2>&1
+        "build/fuzz/fuzz_$target" -max_total_time="$seconds" -max_len=65536 -timeout=10 \
+            -close_fd_mask=3 -print_final_stats=1 -artifact_prefix="build/fuzz/$target-" \
+            "build/fuzz/$target" "test/seeds/$target" > "build/fuzz/log_$target" 2>&1
     else
         "build/fuzz/fuzz_$target" "$seconds" "test/seeds/$target"/* > "build/fuzz/log_$target" 2>&1
     fi
