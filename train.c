@@ -2886,6 +2886,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
         need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
+    if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
     if (o.offload) {
         say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
             bytes_text((double)o.offload * o.max_tokens * HC * r->config.C * sizeof(act)), o.offload);
@@ -3222,20 +3223,14 @@ static inline int run(Trainer *r, const char *checkpoint) {
         "trained", a->n, a->n_dense, a->n_expert);
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
-    if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
+    if (check) { inspect_adapter(a, &r->config, opt.check_adapter); return EXIT_OK; }
+    if (!opt.eval && !opt.bench) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
     mem_open();                 // the second pass of what plan_memory counted
     model_alloc(&r->model, &r->config, &o);
-    if (check) {
-        Adapters host = adapters_host(a);
-        adapter_load(opt.check_adapter, &host, &r->config);
-        inspect_adapter(&host, opt.check_adapter);
-        adapters_host_end(&host, a, 1);
-        return EXIT_OK;
-    }
     double began = clock_seconds();
     model_load(&r->model, base);
     if (*opt.init) {
