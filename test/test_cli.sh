@@ -438,6 +438,39 @@ test_chat() {
     check "chat: labels" same "$(value num_label_tokens chat)" "44 44"
 }
 
+# The programs beside the trainer, built and called as the README says.
+test_tools() {
+    local tool build=$root/build
+    for tool in prep merge plot; do
+        ( cd "$root" && eval "$(grep -E "^    cc .*-D${tool^^}_MAIN " README.md)" ) > log 2>&1
+        check "the README does not build $tool" [ -x "$build/$tool" ]
+    done
+    printf '%s\n' '{"prompt": "Hi", "completion": "Hello."}' \
+        '{"instruction": "Why?", "output": "Because."}' > rows.jsonl
+    train=$build/prep run 0 "$root/dev/data/tiny" rows.jsonl rows.bin
+    check "prep does not count" grep -q '^data   rows.bin: 2 documents, 27 tokens, 16 labels' log
+    run 0 "${given[@]}" -i rows.jsonl -x 3 -l 1e-2 -u 0 -o jsonl
+    run 0 "${given[@]}" -i rows.bin -x 3 -l 1e-2 -u 0 -o bin
+    equal_runs "rows and their .bin" jsonl bin
+
+    train=$build/merge run 0 names hf jsonl/adapter renamed
+    check "no names of transformers" grep -q 'mlp.experts.base_layer.lora_A' renamed/*.safetensors
+    train=$build/merge run 0 names vllm renamed back
+    check "other names and back: config" cmp {jsonl/adapter,back}/adapter_config.json
+    check "other names and back" cmp {jsonl/adapter,back}/adapter_model.safetensors
+    train=$build/merge run 0 bf16 "$root/dev/data/tiny" jsonl/adapter merged
+    check "no warning" grep -q '^merge  WARNING' log
+    check "no merged checkpoint" [ -f merged/model-00001-of-00001.safetensors ]
+    run 0 "${given[@]}" -l 0 -x 1 -o idle
+    train=$build/merge refused 'adds nothing' bf16 "$root/dev/data/tiny" idle/adapter merged2
+    train=$build/merge refused 'usage' names peft jsonl/adapter renamed2
+
+    train=$build/plot run 0 jsonl bin
+    check "no curves of two runs" same "$(head -c 4 loss.png | tail -c 3)" PNG
+    "$build/plot" --csv bin > steps.csv
+    check "the table" same "$(value loss bin)" "$(tail -n +2 steps.csv | cut -d , -f 3 | xargs)"
+}
+
 # A checkpoint in the released layout, written by the oracle: the same bytes as --random-base draws.
 test_checkpoint() {
     if ! python3 -c 'import numpy, torch' 2> /dev/null; then
@@ -476,6 +509,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_splits
     test_adapts
     test_chat
+    test_tools
 fi
 test_checkpoint
 closing test_cli

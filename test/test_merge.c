@@ -84,18 +84,19 @@ static void test_names(void) {
 static void test_automodel(void) {
     char ours[PATH_SIZE], theirs[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], *text;
     size_t n, length;
-    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV, 1);
+    static const char *const parts[][2] = { {"attn.", "self_attn."}, {"ffn.", "mlp."} };
+    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV | GATE_UP | DOWN, 1);
     adapter_save(in_root(ours, "ours"), &s, &config, NAMES_VLLM, "base");
     adapter_save(in_root(theirs, "theirs"), &s, &config, NAMES_VLLM, "base");
     text = read_text(theirs, file_names[FILE_ADAPTER], &n);
     memcpy(&length, text, 8);
     char *header = (char *)calloc(2, n), *end = header;
     for (const char *c = text + 8; c < text + 8 + length; c++) {
-        const char *from = "base_model.model.layers.0.attn.";
-        int hit = strncmp(c, from, 24) == 0 && strncmp(c + 25, from + 25, 6) == 0;
-        end += hit ? sprintf(end, "base_model.model.model.layers.%c.self_attn.", c[24])
+        const char *from = "base_model.model.layers.", *part = c + 26;     // behind "0."
+        int hit = strncmp(c, from, 24) == 0, k = hit && strncmp(part, parts[1][0], 4) == 0;
+        end += hit ? sprintf(end, "base_model.model.model.layers.%.2s%s", c + 24, parts[k][1])
                    : sprintf(end, "%c", *c);
-        c += hit ? 30 : 0;
+        c += hit ? 25 + (int)strlen(parts[k][0]) : 0;
     }
     FILE *f = fopen(path_make(path, theirs, "/", file_names[FILE_ADAPTER]), "wb");
     size_t changed = (size_t)(end - header);
@@ -107,6 +108,7 @@ static void test_automodel(void) {
     free(text);
     adapter_rename(theirs, in_root(out, "converted"), NAMES_VLLM);
     check(same_file(ours, out, file_names[FILE_ADAPTER]), "Automodel's names became ours");
+    check(!same_file(ours, theirs, file_names[FILE_ADAPTER]), "and were others");
     check(access(path_make(path, out, ".renamed.tmp", ""), F_OK) != 0, "nothing is left over");
     char name[160];
     check(automodel_rename(name, "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight") &&
