@@ -71,7 +71,7 @@ static char folder[] = "/dev/shm/fuzz.XXXXXX", path[3][PATH_SIZE];
 static const char *target;
 static Tokenizer bytes;
 static Config config = { .V = 270, .bos = 256, .eos = 257, .E = 2, .layers = 1 };
-static Adapters adapters;
+static Adapters adapters[2];            // of a dense matrix and of w1; of w1, w2, w3, which hf fuses
 static int first_fd;
 static long accepted;                   // inputs that were read to their end
 
@@ -108,7 +108,7 @@ static void read_input(void) {
         float alpha;
         unsigned targets;
         adapter_read_config(folder, &r, &alpha, &targets, &names);
-        adapter_load(folder, &adapters, &config);
+        adapter_load(folder, &adapters[targets == adapters[1].targets], &config);
     }
 }
 
@@ -146,15 +146,20 @@ static void fuzz_setup(const char *program) {
     path_make(path[1], folder, "/", "adapter_config.json");
     path_make(path[2], folder, "/", "adapter_model.safetensors");
     tokenizer_bytes(&bytes, &config);
-    adapters.R = 2;
-    adapters.alpha = 4;
-    adapters.targets = 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1;
     for (int pass = 0; pass < 2; pass++) {
-        if (pass == 0) { mem_count(); } else { mem_open(); adapters_alloc(&adapters, 1); }
-        adapters_begin(&adapters);
-        adapter_add(&adapters, TARGET_WQ_A, "layers.0.attn.wq_a", 3, 5);
-        adapter_add_experts(&adapters, TARGET_EXPERTS_W1, "layers.0.ffn.experts", "w1", 0, 2, 3, 4);
-        if (pass == 0) { adapters_alloc(&adapters, 1); }
+        if (pass == 0) { mem_count(); } else { mem_open(); }
+        for (Adapters *a = adapters; a < adapters + 2; a++) {
+            a->R = 2;
+            a->alpha = 4;
+            a->targets = a == adapters ? 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1 : GATE_UP | DOWN;
+            if (pass == 1) { adapters_alloc(a, 1); }
+            adapters_begin(a);
+            adapter_add(a, TARGET_WQ_A, "layers.0.attn.wq_a", 3, 5);
+            adapter_add_experts(a, TARGET_EXPERTS_W1, "layers.0.ffn.experts", "w1", 0, 2, 3, 4);
+            adapter_add_experts(a, TARGET_EXPERTS_W2, "layers.0.ffn.experts", "w2", 0, 2, 4, 3);
+            adapter_add_experts(a, TARGET_EXPERTS_W3, "layers.0.ffn.experts", "w3", 0, 2, 3, 4);
+            if (pass == 0) { adapters_alloc(a, 1); }
+        }
     }
     n_held = 0;                         // these stay
 }
