@@ -2904,8 +2904,9 @@ static inline ModelOptions plan_memory(Trainer *r) {
         opt.ranks, plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "",
         recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
-        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
-            bytes_text(need), bytes_text(available));
+        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
+            "--offload, or more GPUs", bytes_text(need), bytes_text(available),
+            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ");
     }
     return o;
 }
@@ -2913,7 +2914,8 @@ static inline ModelOptions plan_memory(Trainer *r) {
 // What the run will write, against the space there is: --keep checkpoints and one that is being
 // written, each with its moments, and the final adapter.
 static inline void plan_disk(const Adapters *a) {
-    double one = (double)training_bytes(a), need = one * (opt.keep + 1) + one / 3;
+    double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
+    double need = one * (opt.keep + 1) + adapter;
     char folder[PATH_SIZE];
     path_make(folder, opt.out, "", "");
     while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
@@ -2921,8 +2923,8 @@ static inline void plan_disk(const Adapters *a) {
         if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
     }
     double available = (double)disk_free(folder);
-    say("plan   %-11s %s for %d + 1 checkpoints and the adapter, of %s free in %s\n", "disk",
-        bytes_text(need), opt.keep, bytes_text(available), folder);
+    say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
+        bytes_text(need), opt.keep, bytes_text(adapter), bytes_text(available), folder);
     if (need > available) {
         die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
             bytes_text(need), opt.out, bytes_text(available));

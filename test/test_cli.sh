@@ -228,6 +228,12 @@ test_plan() {
             check "not the memory of the step: $total" grep -qE "^step .* mem $total " log
         done
     done
+    total=$(sed -nE 's/^plan +disk.*adapter of ([0-9.]+) MiB.*/\1/p' log)
+    check "an adapter of $total MiB" awk "{
+        mib = \$1 / 1048576; exit !($total > mib - 0.06 && $total < mib + 0.3) }" \
+        <(wc -c < plan/adapter/adapter_model.safetensors)
+    run 2 "${small[@]}" -b 8 -t 1048576 -d 8388608 --recompute moe --dry-run
+    check "no hint what to change" grep -q '^error.*HINT: --recompute full, a smaller -b, -t' log
     start "${small[@]}" -t 2048 -d 2048 -x 1000 --recompute none -o plan
     until_true lines plan/training.jsonl 2
     total=$(sed -nE 's/^plan +total +([0-9.]+) MiB per rank.*/\1/p' log)
