@@ -3,11 +3,12 @@
 //     test/fuzz.sh [SECONDS [TARGET...]]      (clang: libFuzzer; else the small mutator below)
 //
 // One program for all targets; its name says which: fuzz_json, fuzz_safetensors, fuzz_tokenizer,
-// fuzz_jsonl, fuzz_bin, fuzz_adapter (adapter_config.json, a 0, adapter_model.safetensors). The
-// sanitizers look for what goes wrong silently. An error of the reader ends in die(), and so in
-// exit(), which here leads back to the next input; in fuzz_jsonl, which reads with --skip-bad-rows,
-// there must be none. The memory and the files that a reader had then would be gone with the
-// process; here they are taken from it, or they were two gigabytes within two minutes.
+// fuzz_jsonl, fuzz_bin, fuzz_adapter (adapter_config.json, a 0, adapter_model.safetensors),
+// fuzz_names (the same, read without a model, as dev/merge.c does). The sanitizers look for what
+// goes wrong silently. An error of the reader ends in die(), and so in exit(), which here leads
+// back to the next input; in fuzz_jsonl, which reads with --skip-bad-rows, there must be none. The
+// memory and the files that a reader had then would be gone with the process; here they are taken
+// from it, or they were two gigabytes within two minutes.
 #define TESTING
 #include <setjmp.h>
 #include <stdint.h>
@@ -57,7 +58,7 @@ static int fuzz_fclose(FILE *f) {
 #define fclose(f) fuzz_fclose(f)
 #define exit(code) fuzz_exit(code)
 #define mmap(...) fuzz_mmap(__VA_ARGS__)
-#include "../refit.c"
+#include "../dev/merge.c"        // and with it refit.c
 #include "../dev/data/prep.c"
 #undef malloc
 #undef realloc
@@ -103,6 +104,10 @@ static void read_input(void) {
     } else if (strcmp(target, "bin") == 0) {
         Data d = { .V = 270, .t = 4 };
         data_add_bin(&d, path[0]);
+    } else if (strcmp(target, "names") == 0) {
+        Adapters s;
+        Config c;
+        adapter_open(&s, &c, folder);
     } else {
         int r, names;
         float alpha;
@@ -119,7 +124,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         first_fd = dup(0);
         close(first_fd);
     }
-    if (strcmp(target, "adapter") == 0) {
+    if (strcmp(target, "adapter") == 0 || strcmp(target, "names") == 0) {
         size_t config_bytes = zero ? (size_t)(zero - data) : n;
         write_whole(path[1], data, config_bytes);
         write_whole(path[2], zero ? zero + 1 : data, zero ? n - config_bytes - 1 : 0);
@@ -129,6 +134,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     int code = setjmp(next_input);
     if (code == 0) { read_input(); accepted++; }
     if (code > 1 && strcmp(target, "jsonl") == 0) { abort(); }
+    if (strcmp(target, "names") == 0) { mem_free(); mapped_bytes = 0; }
     if (opened) { fclose(opened); opened = NULL; }
     while (n_held > 0) { free((void *)held[--n_held]); }
     for (int fd = first_fd; fd < first_fd + 4; fd++) { close(fd); }

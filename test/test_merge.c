@@ -318,6 +318,38 @@ static void test_checkpoint(void) {
     check_refused("a missing file", "model-0.safetensors: No such file");
 }
 
+// Adapters that lack something: no tensor, one factor of two, all experts but the last, a rank.
+static void test_damaged(void) {
+    static const struct { unsigned targets; int names; const char *name[2], *error; } cases[] = {
+        {1u << TARGET_WQ_A, NAMES_VLLM, {NULL, NULL}, "is of no matrix that can be trained"},
+        {1u << TARGET_WQ_A, NAMES_VLLM, {"layers.0.attn.wq_a.lora_A", NULL}, "wq_a has no lora_B"},
+        {1u << TARGET_WQ_A, NAMES_VLLM, {NULL, "layers.0.attn.wq_a.lora_B"}, "wq_a has no lora_A"},
+        {1u << TARGET_EXPERTS_W1, NAMES_VLLM, {"layers.0.ffn.experts.2147483646.w1.lora_A",
+         "layers.0.ffn.experts.2147483646.w1.lora_B"}, "but there are 2 tensors"},
+        {DOWN, NAMES_HF, {"model.layers.0.mlp.experts.lora_A", "model.layers.0.mlp.experts.lora_B"},
+         "both factors of rank 2"} };
+    static const unsigned char zeros[C * 4];
+    static unsigned char data[C * 8];
+    char base[PATH_SIZE], dir[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], head[1024], name[160];
+    merge_case = (__typeof__(merge_case)){ in_root(base, "base"), in_root(dir, "damaged"),
+                                           in_root(out, "refused") };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        make_adapter(cases[i].targets, 1);
+        adapter_save(dir, &s, &config, cases[i].names, "base");
+        char *h = head + sprintf(head, "{");
+        unsigned char *d = data;
+        for (int k = 0; k < 2; k++) {
+            if (cases[i].name[k] == NULL) { continue; }
+            h -= d == data;                     // put_tensor writes the first brace itself
+            snprintf(name, sizeof name, "base_model.model.%s.weight", cases[i].name[k]);
+            put_tensor(&h, &d, name, "F32", k ? C : 1, k ? 1 : C, zeros, C * 4, data);
+        }
+        put_file(path_make(path, dir, "/", file_names[FILE_ADAPTER]), head, data,
+                 (size_t)(d - data));
+        check_refused(cases[i].error, cases[i].error);
+    }
+}
+
 // -------------------------------------------------------------------------------------------------
 // Merged in its own format
 
@@ -389,6 +421,7 @@ int main(void) {
     test_names();
     test_automodel();
     test_checkpoint();
+    test_damaged();
     test_packed();
     char command[128];
     snprintf(command, sizeof command, "rm -rf '%s'", root);
