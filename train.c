@@ -2935,9 +2935,9 @@ static inline void plan_disk(const Adapters *a) {
 static inline void data_say(const char *name, Data *d) {
     if (d->pieces == 0) { return; }
     data_seek(d, 0);
-    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | %zu row%s "
-        "of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
-        d->truncated, d->bad + d->unlabelled, d->rows, plural((int)d->rows), d->t,
+    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | "
+        "%zu row%s of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens,
+        d->labels, d->truncated, d->bad + d->unlabelled, d->rows, plural((int)d->rows), d->t,
         100.0 * (double)d->tokens / ((double)d->rows * d->t));
     if (d->bad + d->unlabelled) {
         say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n",

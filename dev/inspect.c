@@ -64,8 +64,8 @@ static inline void inspect_keys(const Adapters *a, const Config *c, const char *
 
 // Collective. Prints for every kind of matrix that the adapter in dir is for: how many there are,
 // the Frobenius norms of their B, and how many it leaves as they are, because B is zero, or A.
-// Experts are counted on their ranks, other matrices once. model: its adapters, only counted so far,
-// for the weights of the model are not needed here, and need not fit.
+// Experts are counted on their ranks, other matrices once. model: its adapters, only counted so
+// far, for the weights of the model are not needed here, and need not fit.
 static inline void inspect_adapter(const Adapters *model, const Config *c, const char *dir) {
     enum { MATRICES, IDLE, SUM, SUMS };
     Adapters adapters = *model, *const a = &adapters;

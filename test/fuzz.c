@@ -27,7 +27,7 @@ static void *fuzz_mmap(void *at, size_t n, int prot, int flags, int fd, off_t of
     mapped_bytes = mapped == MAP_FAILED ? 0 : n;
     return mapped;
 }
-// Block `from` (0: none) has become `to` (0: none). A block that is not in the list stays out of it.
+// Block `from` (0: none) has become `to` (0: none). A block that is not in the list stays out.
 static void *fuzz_hold(uintptr_t from, void *to) {
     int i = n_held;
     if (from == 0) {
@@ -72,7 +72,7 @@ static char folder[] = "/dev/shm/fuzz.XXXXXX", path[3][PATH_SIZE];
 static const char *target;
 static Tokenizer bytes;
 static Config config = { .V = 270, .bos = 256, .eos = 257, .E = 2, .layers = 1 };
-static Adapters adapters[2];            // of a dense matrix and of w1; of w1, w2, w3, which hf fuses
+static Adapters adapters[2];            // of wq_a and the experts' w1; of w1, w2, w3, fused in hf
 static int first_fd;
 static long accepted;                   // inputs that were read to their end
 
@@ -157,7 +157,8 @@ static void fuzz_setup(const char *program) {
         for (Adapters *a = adapters; a < adapters + 2; a++) {
             a->R = 2;
             a->alpha = 4;
-            a->targets = a == adapters ? 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1 : GATE_UP | DOWN;
+            a->targets = 1u << TARGET_WQ_A | 1u << TARGET_EXPERTS_W1;
+            if (a > adapters) { a->targets = GATE_UP | DOWN; }
             if (pass == 1) { adapters_alloc(a, 1); }
             adapters_begin(a);
             adapter_add(a, TARGET_WQ_A, "layers.0.attn.wq_a", 3, 5);

@@ -176,7 +176,8 @@ test_check_adapter() {
     local ranks names file from
     run 0 "${small[@]}" -x 3 -l 1e-2 -u 0 -o checked
     for names in vllm hf; do
-        run 0 "${small[@]}" --init-adapter checked/adapter --adapter-names $names -l 0 -x 1 -o $names
+        run 0 "${small[@]}" --init-adapter checked/adapter --adapter-names $names -l 0 -x 1 \
+            -o $names
     done
     file=vllm/adapter/adapter_model.safetensors
     for names in attn.wq_a.lora_A ffn.experts.3.w2.lora_B; do           # zeros, 4096 bytes each
