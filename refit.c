@@ -513,6 +513,7 @@ void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *target
         (fused && (own < 0 || json_number(&j, own) != 2 * scale))) {
         refuse("%s: alpha_pattern says that not all matrices have the same alpha/r", path);
     }
+    if (*targets == 0) { refuse("%s is of no matrix that can be trained here", model); }
     safetensors_close(&st);
     json_free(&j);
 }

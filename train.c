@@ -2878,6 +2878,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
         need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
+    if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
     if (o.offload) {
         say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
             bytes_text((double)o.offload * o.max_tokens * HC * r->config.C * sizeof(act)), o.offload);
@@ -2895,8 +2896,9 @@ static inline ModelOptions plan_memory(Trainer *r) {
         opt.ranks, plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "",
         recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
-        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: a smaller -b, -t or --lora-r",
-            bytes_text(need), bytes_text(available));
+        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
+            "--offload, or more GPUs", bytes_text(need), bytes_text(available),
+            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ");
     }
     return o;
 }
@@ -2904,7 +2906,8 @@ static inline ModelOptions plan_memory(Trainer *r) {
 // What the run will write, against the space there is: --keep checkpoints and one that is being
 // written, each with its moments, and the final adapter.
 static inline void plan_disk(const Adapters *a) {
-    double one = (double)training_bytes(a), need = one * (opt.keep + 1) + one / 3;
+    double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
+    double need = one * (opt.keep + 1) + adapter;
     char folder[PATH_SIZE];
     path_make(folder, opt.out, "", "");
     while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
@@ -2912,8 +2915,8 @@ static inline void plan_disk(const Adapters *a) {
         if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
     }
     double available = (double)disk_free(folder);
-    say("plan   %-11s %s for %d + 1 checkpoints and the adapter, of %s free in %s\n", "disk",
-        bytes_text(need), opt.keep, bytes_text(available), folder);
+    say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
+        bytes_text(need), opt.keep, bytes_text(adapter), bytes_text(available), folder);
     if (need > available) {
         die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
             bytes_text(need), opt.out, bytes_text(available));
@@ -2924,9 +2927,9 @@ static inline void plan_disk(const Adapters *a) {
 static inline void data_say(const char *name, Data *d) {
     if (d->pieces == 0) { return; }
     data_seek(d, 0);
-    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | %zu rows "
-        "of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens, d->labels,
-        d->truncated, d->bad + d->unlabelled, d->rows, d->t,
+    say("data   %-5s %zu document%s, %zu tokens, %zu labels, %zu truncated, %zu dropped | "
+        "%zu row%s of %d, %.1f %% full\n", name, d->documents, plural((int)d->documents), d->tokens,
+        d->labels, d->truncated, d->bad + d->unlabelled, d->rows, plural((int)d->rows), d->t,
         100.0 * (double)d->tokens / ((double)d->rows * d->t));
     if (d->bad + d->unlabelled) {
         say("data   %-5s dropped: %zu bad row%s, %zu without labels in their first %d tokens\n",
@@ -3214,20 +3217,14 @@ static inline int run(Trainer *r, const char *checkpoint) {
         "trained", a->n, a->n_dense, a->n_expert);
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
-    if (!opt.eval && !opt.bench && !check) { plan_disk(a); }
+    if (check) { inspect_adapter(a, &r->config, opt.check_adapter); return EXIT_OK; }
+    if (!opt.eval && !opt.bench) { plan_disk(a); }
     if (opt.dry_run) { return EXIT_OK; }
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
     mem_open();                 // the second pass of what plan_memory counted
     model_alloc(&r->model, &r->config, &o);
-    if (check) {
-        Adapters host = adapters_host(a);
-        adapter_load(opt.check_adapter, &host, &r->config);
-        inspect_adapter(&host, opt.check_adapter);
-        adapters_host_end(&host, a, 1);
-        return EXIT_OK;
-    }
     double began = clock_seconds();
     model_load(&r->model, base);
     for (int i = 0; r->model.moe.fp8 && i < r->config.layers; i++) {

@@ -4,11 +4,11 @@
 //
 // An adapter adds scale * B A to a matrix. Programs that serve adapters skip what they do not know,
 // and training that never reached a module leaves its B at zero, so an adapter can load everywhere
-// and change nothing. That its names and shapes fit is checked by adapter_load, which names the
-// first that does not; here its numbers are looked at.
+// and change nothing. So its names and shapes are held against the model's, all of them (to load an
+// adapter, the first that does not fit is enough), and then its numbers are looked at.
 #ifndef INSPECT_C
 #define INSPECT_C
-#include "../refit.c"       // defines: Tensor, Adapters, target_names
+#include "../refit.c"       // defines: Tensor, Adapters, Roster, adapter_*; below it comm_*
 
 // The tensors that a checkpoint of this model has, as they are stored.
 static inline void inspect_tensors(const Tensor *tensors, size_t n) {
@@ -23,41 +23,98 @@ static inline void inspect_tensors(const Tensor *tensors, size_t n) {
     printf("done   %zu tensors\n", n);
 }
 
-// One line per kind of matrix: how many modules there are, the Frobenius norms of their B, from the
-// smallest to the largest, and how many are zero. Only this rank's experts; a is in host memory.
-static inline void inspect_adapter(const Adapters *a, const char *dir) {
-    struct { int modules, zero; double least, most; } sum[TARGETS] = { { 0, 0, 0, 0 } };
-    int modules = 0, zeros = 0;
-    for (int k = 0; k < a->n; k++) {
-        const AdapterTensor *t = &a->tensors[k];
-        char leaf[96];
-        size_t length = strlen(t->name);
-        if (length < 7 || strcmp(t->name + length - 7, ".lora_B") != 0) { continue; }
-        snprintf(leaf, sizeof leaf, "%.*s", (int)length - 7, t->name);
-        int experts = strstr(leaf, ".experts.") != NULL, shared = strstr(leaf, "shared") != NULL;
-        int target = 0;             // "attn.wq_a", "shared.w1", "experts.w1": by its last part
-        for (; target < TARGETS - 1; target++) {
-            const char *name = target_names[target].name, *dot = strrchr(name, '.');
-            int same = strcmp(strrchr(leaf, '.') + 1, dot ? dot + 1 : name) == 0;
-            int group = strncmp(name, "experts", 7) == 0 ? 2 : strncmp(name, "shared", 6) == 0;
-            if (same && group == (experts ? 2 : shared)) { break; }
+// Holds the tensors of the adapter's file against those that a has. Names the first ones that do
+// not fit, counts all, and ends the process if there are any. Only a's list is looked at.
+static inline void inspect_keys(const Adapters *a, const Config *c, const char *dir, int names) {
+    enum { SHOWN = 5 };
+    char path[PATH_SIZE], have[120];
+    size_t matched = 0, missing = 0, reshaped = 0, unknown = 0;
+    Safetensors st;
+    safetensors_open(&st, path_make(path, dir, "/", file_names[FILE_ADAPTER]), not_a_folder);
+    Roster f = roster_make(a, c, names);
+    char *seen = (char *)host_calloc(st.n);
+    for (size_t i = 0; i < f.n; i++) {
+        Item it = roster_item(&f, i);
+        const Entry *e = safetensors_find(&st, it.name);
+        if (e) { seen[e - st.entry] = 1; }
+        if (e && e->ndim == 2 && e->dim[0] == it.dim[0] && e->dim[1] == it.dim[1]) {
+            matched++;
+            continue;
         }
-        double norm = sqrt(sum_squares(a->p + t->at, (size_t)t->rows * (size_t)t->cols));
-        sum[target].least = sum[target].modules++ ? fmin(sum[target].least, norm) : norm;
-        sum[target].most = fmax(sum[target].most, norm);
-        sum[target].zero += norm == 0;
-        modules++;
-        zeros += norm == 0;
+        size_t before = e ? reshaped++ : missing++;
+        if (before >= SHOWN || this_rank != 0) { continue; }
+        printf("check  %s is %s, expected [%zu,%zu]\n", it.name, e ? shape_text(have, e->dtype,
+               e->ndim, e->dim) : "missing", it.dim[0], it.dim[1]);
     }
-    for (int i = 0; i < TARGETS && this_rank == 0; i++) {
-        if (sum[i].modules == 0) { continue; }
-        printf("check  %-10s %6d modules | norm of B %.3g .. %.3g | %d zero\n",
-               target_names[i].name, sum[i].modules, sum[i].least, sum[i].most, sum[i].zero);
+    for (size_t i = 0; i < st.n; i++) {
+        if (seen[i] || unknown++ >= SHOWN || this_rank != 0) { continue; }
+        printf("check  %s is of no matrix of this model\n", st.entry[i].name);
     }
     if (this_rank == 0) {
-        printf("done   %s fits: %d modules, r=%d alpha=%g%s\n", dir, modules, a->R, a->alpha,
-               zeros < modules ? "" : " | it does nothing: every B is zero");
+        printf("check  %zu tensors match, %zu are missing, %zu have another shape, %zu are of no "
+               "matrix\n", matched, missing, reshaped, unknown);
     }
+    if (matched < f.n || unknown > 0) {
+        refuse("%s does not fit this model: of its %zu tensors %zu do, the model has %zu %s",
+               path, st.n, matched, f.n, other_adapter);
+    }
+    free(f.code);
+    free(seen);
+    safetensors_close(&st);
+}
+
+// Collective. Prints for every kind of matrix that the adapter in dir is for: how many there are,
+// the Frobenius norms of their B, and how many it leaves as they are, because B is zero, or A.
+// Experts are counted on their ranks, other matrices once. model: its adapters, only counted so
+// far, for the weights of the model are not needed here, and need not fit.
+static inline void inspect_adapter(const Adapters *model, const Config *c, const char *dir) {
+    enum { MATRICES, IDLE, SUM, SUMS };
+    Adapters adapters = *model, *const a = &adapters;
+    double sum[TARGETS][SUMS] = { { 0 } }, most[TARGETS][2], matrices = 0, idle = 0;
+    float alpha;
+    unsigned targets;
+    int r, names, layer;
+    const char *rest;
+    adapter_read_config(dir, &r, &alpha, &targets, &names);
+    inspect_keys(a, c, dir, names);
+    a->p = (real *)host_alloc(sizeof(real) * (a->n_dense + a->n_expert));
+    adapter_load(dir, a, c);
+    for (int t = 0; t < TARGETS; t++) { most[t][0] = most[t][1] = -INFINITY; }
+    for (int k = 1; k < a->n; k += 2) {             // A, B of one matrix after the other
+        const AdapterTensor *B = &a->tensors[k], *A = B - 1;
+        const int t = adapter_parse(B->name, NAMES_VLLM, &layer, &rest);
+        require(strcmp(rest, ".lora_B") == 0);
+        if (B->expert < 0 && comm_ep_rank() != 0) { continue; }
+        double norm = sqrt(sum_squares(a->p + B->at, (size_t)B->rows * (size_t)B->cols));
+        double other = sum_squares(a->p + A->at, (size_t)A->rows * (size_t)A->cols);
+        sum[t][MATRICES]++;
+        sum[t][IDLE] += norm == 0 || other == 0;
+        sum[t][SUM] += norm;
+        for (int s = 0; s < 2; s++) {               // the largest, and minus the smallest
+            double value = s ? -norm : norm;
+            if (value > most[t][s] || isnan(norm)) { most[t][s] = value; }
+        }
+    }
+    comm_sum_double(COMM_EP, sum[0], TARGETS * SUMS, "check: norms");
+    comm_max_double(COMM_EP, most[0], TARGETS * 2, "check: norms");
+    for (int t = 0; t < TARGETS && this_rank == 0; t++) {
+        char name[64] = "";
+        for (const char *from = adapter_modules[t].ours; *from; from++) {       // without ".#"
+            if (strncmp(from, ".#", 2) == 0) { from += 2; }
+            strncat(name, from, 1);
+        }
+        if (sum[t][MATRICES] == 0) { continue; }
+        printf("check  %-21s %6.0f matrices | norm of B %.3g .. %.3g, mean %.3g | %.0f unchanged\n",
+               name, sum[t][MATRICES], -most[t][1], most[t][0], sum[t][SUM] / sum[t][MATRICES],
+               sum[t][IDLE]);
+        matrices += sum[t][MATRICES];
+        idle += sum[t][IDLE];
+    }
+    if (this_rank == 0) {
+        printf("done   %s fits: %.0f matrices, r=%d alpha=%g%s\n", dir, matrices, a->R, a->alpha,
+               idle < matrices ? "" : " | it does nothing: every B, or its A, is zero");
+    }
+    free(a->p);
 }
 
 // --precision fp8: whether e4m3 holds the packed experts of a layer exactly (mxfp4.c, section 4);

@@ -49,6 +49,9 @@ static inline void adapter_register(Adapters *s, const Safetensors *st, int name
         }
         const char *at = strstr(e->name, ".experts.");
         if (at && sscanf(at, ".experts.%d.", &number) == 1 && number >= *experts) {
+            if ((size_t)number >= st->n) {      // each has tensors here, and memory in the end
+                refuse("%s: %s, but there are %zu tensors", st->path, e->name, st->n);
+            }
             *experts = number + 1;
         }
         // One fused tensor stands for w1 and w3, or for w2: the outer one, without base_layer.
@@ -66,11 +69,15 @@ static inline void adapter_register(Adapters *s, const Safetensors *st, int name
             char name[96];
             int in = (int)sizes[l][t].in, out = (int)sizes[l][t].out;
             const char *leaf = module_name(name, t, l);
-            if (in == 0 || out == 0 || !(s->targets >> t & 1)) { continue; }
+            if ((in == 0 && out == 0) || !(s->targets >> t & 1)) { continue; }
+            if (in == 0 || out == 0) {
+                refuse("%s: %s has no lora_%c", st->path, name, in ? 'B' : 'A');
+            }
             if (leaf) { adapter_add_experts(s, t, name, leaf, 0, *experts, in, out); }
             else { adapter_add(s, t, name, in, out); }
         }
     }
+    if (s->n == 0) { refuse("%s: no matrix has both factors of rank %d", st->path, s->R); }
     free(sizes);
 }
 

@@ -248,7 +248,8 @@ int main(int argc, char **argv) {
     }
     if (csv) { return write_csv(train[0]); }
     int drawn = plot_runs(png, train, val, n > 0 ? n : 1);
-    if (drawn != 1) { fprintf(stderr, "%s was not drawn\n", png); }
+    if (drawn == 1) { printf("drawn in %s\n", png); }
+    else { fprintf(stderr, "%s was not drawn\n", png); }
     return drawn != 1;
 }
 #endif

@@ -6,7 +6,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 seconds=${1:-60}
 shift
-targets=${*:-json safetensors tokenizer jsonl bin adapter}
+targets=${*:-json safetensors tokenizer jsonl bin adapter names}
 flags="-std=gnu11 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -isystem
     .deps/usr/include -Wno-unknown-pragmas"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
@@ -19,14 +19,15 @@ elif ! cc $flags test/fuzz.c -o build/fuzz/fuzz -lm; then
 fi
 failed=0
 for target in $targets; do
+    seeds=test/seeds/${target/names/adapter}
     cp build/fuzz/fuzz "build/fuzz/fuzz_$target"
     if [ $libfuzzer ]; then
         mkdir -p "build/fuzz/$target"
-        "build/fuzz/fuzz_$target" -max_total_time="$seconds" -max_len=65536 -print_final_stats=1 \
-            -artifact_prefix="build/fuzz/$target-" "build/fuzz/$target" "test/seeds/$target" \
-            > "build/fuzz/log_$target" 2>&1
+        "build/fuzz/fuzz_$target" -max_total_time="$seconds" -max_len=65536 -timeout=10 \
+            -close_fd_mask=3 -print_final_stats=1 -artifact_prefix="build/fuzz/$target-" \
+            "build/fuzz/$target" "$seeds" > "build/fuzz/log_$target" 2>&1
     else
-        "build/fuzz/fuzz_$target" "$seconds" "test/seeds/$target"/* > "build/fuzz/log_$target" 2>&1
+        "build/fuzz/fuzz_$target" "$seconds" "$seeds"/* > "build/fuzz/log_$target" 2>&1
     fi
     code=$?
     inputs=$(sed -n 's/.*number_of_executed_units: *\(.*\)/\1 inputs/p; s/^fuzz_[a-z]*: //p' \

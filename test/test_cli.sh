@@ -134,6 +134,120 @@ test_modes() {
     check "--config: r" grep -q '"r": *4' config/adapter/adapter_config.json
 }
 
+# tensors FILE: its tensors, one per line: name, first byte, end, in the order of the data.
+header_size() { od -An -t u8 -N 8 "$1" | tr -d ' '; }
+tensors() {
+    tail -c +9 "$1" | head -c "$(header_size "$1")" |
+        grep -oE '"[^"]*":\{[^}]*"data_offsets":\[[0-9]+,[0-9]+\]' |
+        sed -E 's/"([^"]*)".*\[([0-9]+),([0-9]+)\]/\1 \2 \3/' | sort -n -k 2
+}
+
+# norms FILE: what --check-adapter should say of it, from its bytes alone; names as vllm's.
+norms() {
+    tensors "$1" > names
+    od -An -v -t f4 -w4 -j $((8 + $(header_size "$1"))) "$1" | awk '
+        BEGIN { while ((getline line < "names") > 0) {
+            split(line, p, " "); count++; name[count] = p[1]; end[count] = p[3] / 4 }
+            at = 1 }
+        { while (NR > end[at]) { at++ }
+          sum[name[at]] += $1 * $1 }
+        END { for (at in name) {
+            if (name[at] !~ /lora_B/) { continue }
+            a = kind = name[at]
+            sub(/lora_B/, "lora_A", a)
+            sub(/.*layers[.][0-9]+[.]/, "", kind)
+            sub(/[.]lora_B.weight/, "", kind)
+            sub(/experts[.][0-9]+/, "experts", kind)
+            norm = sqrt(sum[name[at]])
+            if (!n[kind]++) { least[kind] = norm }
+            if (norm < least[kind]) { least[kind] = norm }
+            if (norm > most[kind]) { most[kind] = norm }
+            mean[kind] += norm
+            idle[kind] += sum[name[at]] == 0 || sum[a] == 0 }
+        for (kind in n) {
+            printf "check  %-21s %6d matrices | norm of B %.3g .. %.3g, mean %.3g | %d unchanged\n",
+                kind, n[kind], least[kind], most[kind], mean[kind] / n[kind], idle[kind] } }' | sort
+}
+
+# An adapter that fits: its norms, from its bytes, on any number of ranks and under either naming.
+# One that does not: what is wrong is named and counted. One that does nothing is called that.
+test_check_adapter() {
+    local ranks names file from
+    run 0 "${small[@]}" -x 3 -l 1e-2 -u 0 -o checked
+    for names in vllm hf; do
+        run 0 "${small[@]}" --init-adapter checked/adapter --adapter-names $names -l 0 -x 1 \
+            -o $names
+    done
+    file=vllm/adapter/adapter_model.safetensors
+    for names in attn.wq_a.lora_A ffn.experts.3.w2.lora_B; do           # zeros, 4096 bytes each
+        from=$(tensors $file | awk -v name="layers.1.$names" 'index($0, name) { print $2 }')
+        dd if=/dev/zero of=$file bs=1 seek=$((8 + $(header_size $file) + from)) count=4096 \
+            conv=notrunc 2> /dev/null
+    done
+    run 0 "${small[@]}" --init-adapter vllm/adapter --adapter-names hf -l 0 -x 1 -o hf
+    for names in vllm hf; do
+        for ranks in 1 2 4; do
+            run 0 --cpu --check-adapter $names/adapter --ranks $ranks
+            check "norms of B, $names, $ranks ranks: $(diff <(norms $file) <(grep \
+                'norm of B' log | sort))" cmp -s <(norms $file) <(grep 'norm of B' log | sort)
+            check "no count of what fits" grep -q '^done .*fits: 155 matrices, r=8 alpha=32$' log
+        done
+    done
+    for names in attn.wq_a ffn.experts.w2; do
+        check "$names: none is unchanged" grep -qE "$names .*[1-9] unchanged" <(norms $file)
+    done
+
+    LC_ALL=C sed -i 's/layers.1.attn.wkv.lora_A/layers.9.attn.wkv.lora_A/' $file
+    refused 'fit this model: of its 310 tensors 309 do' --cpu --check-adapter vllm/adapter
+    check "what is missing" grep -q 'layers.1.attn.wkv.lora_A.weight is missing, exp.*\[8,128\]' log
+    check "what is unknown" grep -q 'layers.9.attn.wkv.lora_A.weight is of no matrix' log
+    check "the counts" grep -q '^check  309 tensors match, 1 are missing, 0 have.* 1 are of no' log
+    run 0 "${small[@]}" -l 0 -x 1 -o idle
+    run 0 --cpu --check-adapter idle/adapter
+    check "an adapter that does nothing" grep -q '^done .*it does nothing' log
+}
+
+# The plan in the log, without what depends on the moment.
+plan() { sed -nE '/^plan/ { s/of [0-9.]+ .iB free( in .*)?/of FREE/; p }' log; }
+
+# --dry-run tells the figures that the run then has, and they are what the process then holds: with
+# longer rows the one grows as the other does (a tenth of the plan may never be touched, and the
+# sanitizers hold an eighth more).
+test_plan() {
+    local ranks mode options dry total planned=() held=()
+    for ranks in "1" "8 --ep 8"; do
+        for mode in full moe none; do
+            read -r -a options <<< "--ranks $ranks --recompute $mode -x 1 -d 256"
+            options=("${small[@]}" "${options[@]}" -o plan)
+            run 0 "${options[@]}" --dry-run
+            check "--dry-run has no plan of $mode" grep -qE "^plan +total.*recompute $mode" log
+            total=$(sed -nE 's/^plan +total +([0-9.]+ .iB) per rank.*/\1/p' log)
+            dry=$(plan)
+            run 0 "${options[@]}"
+            check "--dry-run and the run, ranks $ranks, $mode: $(diff <(echo "$dry") <(plan))" \
+                same "$dry" "$(plan)"
+            check "not the memory of the step: $total" grep -qE "^step .* mem $total " log
+        done
+    done
+    total=$(sed -nE 's/^plan +disk.*adapter of ([0-9.]+) MiB.*/\1/p' log)
+    check "an adapter of $total MiB" awk "{
+        mib = \$1 / 1048576; exit !($total > mib - 0.06 && $total < mib + 0.3) }" \
+        <(wc -c < plan/adapter/adapter_model.safetensors)
+    run 2 "${small[@]}" -b 8 -t 1048576 -d 8388608 --recompute moe --dry-run
+    check "no hint what to change" grep -q '^error.*HINT: --recompute full, a smaller -b, -t' log
+    for mode in 128 2048; do
+        start "${small[@]}" -t $mode -d $mode -x 100000 --recompute none -o "held$mode"
+        until_true lines "held$mode/training.jsonl" 2
+        planned+=("$(sed -nE 's/^plan +total +([0-9.]+) MiB per rank.*/\1/p' log)")
+        held+=("$(awk '/^VmHWM/ { print $2 / 1024 }' "/proc/$pid/status")")
+        kill -KILL "$pid"
+        { wait "$pid"; } 2> /dev/null
+    done
+    check "${planned[*]} MiB planned for rows of 128 and 2048, ${held[*]} held" awk '
+        { more = ($4 - $3) / ($2 - $1); exit !($2 - $1 > 100 && more > 0.85 && more < 1.2) }' \
+        <(echo "${planned[*]} ${held[*]}")
+}
+
 # Inputs of layers that wait elsewhere change no bit. 4 of 5 layers: places are used again.
 test_offload() {
     run 0 "${small[@]}" -x 3 -v 2 --val-steps 1 -o near
@@ -282,10 +396,9 @@ test_ranks() {
 
 # moments FOLDER: the numbers of its newest checkpoint's optimizer, one per line.
 moments() {
-    local file length
+    local file
     file=$1/$(cat "$1/latest")/optimizer.safetensors
-    length=$(od -An -tu8 -N8 "$file")
-    od -An -v -tf4 -w4 -j $((8 + length)) "$file"
+    od -An -v -tf4 -w4 -j $((8 + $(header_size "$file"))) "$file"
 }
 
 # same_gradients A B N: in every 1,024 of two runs' moments (a factor or a part of one, an expert's
@@ -398,6 +511,39 @@ test_chat() {
     check "chat: labels" same "$(value num_label_tokens chat)" "44 44"
 }
 
+# The programs beside the trainer, built and called as the README says.
+test_tools() {
+    local tool build=$root/build
+    for tool in prep merge plot; do
+        ( cd "$root" && eval "$(grep -E "^    cc .*-D${tool^^}_MAIN " README.md)" ) > log 2>&1
+        check "the README does not build $tool" [ -x "$build/$tool" ]
+    done
+    printf '%s\n' '{"prompt": "Hi", "completion": "Hello."}' \
+        '{"instruction": "Why?", "output": "Because."}' > rows.jsonl
+    train=$build/prep run 0 "$root/dev/data/tiny" rows.jsonl rows.bin
+    check "prep does not count" grep -q '^data   rows.bin: 2 documents, 27 tokens, 16 labels' log
+    run 0 "${given[@]}" -i rows.jsonl -x 3 -l 1e-2 -u 0 -o jsonl
+    run 0 "${given[@]}" -i rows.bin -x 3 -l 1e-2 -u 0 -o bin
+    equal_runs "rows and their .bin" jsonl bin
+
+    train=$build/merge run 0 names hf jsonl/adapter renamed
+    check "no names of transformers" grep -q 'mlp.experts.base_layer.lora_A' renamed/*.safetensors
+    train=$build/merge run 0 names vllm renamed back
+    check "other names and back: config" cmp {jsonl/adapter,back}/adapter_config.json
+    check "other names and back" cmp {jsonl/adapter,back}/adapter_model.safetensors
+    train=$build/merge run 0 bf16 "$root/dev/data/tiny" jsonl/adapter merged
+    check "no warning" grep -q '^merge  WARNING' log
+    check "no merged checkpoint" [ -f merged/model-00001-of-00001.safetensors ]
+    run 0 "${given[@]}" -l 0 -x 1 -o idle
+    train=$build/merge refused 'adds nothing' bf16 "$root/dev/data/tiny" idle/adapter merged2
+    train=$build/merge refused 'usage' names peft jsonl/adapter renamed2
+
+    train=$build/plot run 0 jsonl bin
+    check "no curves of two runs" same "$(head -c 4 loss.png | tail -c 3)" PNG
+    "$build/plot" --csv bin > steps.csv
+    check "the table" same "$(value loss bin)" "$(tail -n +2 steps.csv | cut -d , -f 3 | xargs)"
+}
+
 # A checkpoint in the released layout, written by the oracle: the same bytes as --random-base draws.
 test_checkpoint() {
     if ! python3 -c 'import numpy, torch' 2> /dev/null; then
@@ -423,10 +569,12 @@ awk 'BEGIN { while (n++ < 36 * 32 + 14) { printf "%c", 97 + n * n % 26 } }' > te
 test_fresh
 test_refused
 test_modes
+test_plan
 test_offload
 test_ranks
 test_killed_rank
 if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
+    test_check_adapter
     test_resume
     test_killed_save
     test_resume_ranks
@@ -435,6 +583,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_adapts
     test_fp8
     test_chat
+    test_tools
 fi
 test_checkpoint
 closing test_cli

@@ -84,18 +84,19 @@ static void test_names(void) {
 static void test_automodel(void) {
     char ours[PATH_SIZE], theirs[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], *text;
     size_t n, length;
-    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV, 1);
+    static const char *const parts[][2] = { {"attn.", "self_attn."}, {"ffn.", "mlp."} };
+    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV | GATE_UP | DOWN, 1);
     adapter_save(in_root(ours, "ours"), &s, &config, NAMES_VLLM, "base");
     adapter_save(in_root(theirs, "theirs"), &s, &config, NAMES_VLLM, "base");
     text = read_text(theirs, file_names[FILE_ADAPTER], &n);
     memcpy(&length, text, 8);
     char *header = (char *)calloc(2, n), *end = header;
     for (const char *c = text + 8; c < text + 8 + length; c++) {
-        const char *from = "base_model.model.layers.0.attn.";
-        int hit = strncmp(c, from, 24) == 0 && strncmp(c + 25, from + 25, 6) == 0;
-        end += hit ? sprintf(end, "base_model.model.model.layers.%c.self_attn.", c[24])
+        const char *from = "base_model.model.layers.", *part = c + 26;     // behind "0."
+        int hit = strncmp(c, from, 24) == 0, k = hit && strncmp(part, parts[1][0], 4) == 0;
+        end += hit ? sprintf(end, "base_model.model.model.layers.%.2s%s", c + 24, parts[k][1])
                    : sprintf(end, "%c", *c);
-        c += hit ? 30 : 0;
+        c += hit ? 25 + (int)strlen(parts[k][0]) : 0;
     }
     FILE *f = fopen(path_make(path, theirs, "/", file_names[FILE_ADAPTER]), "wb");
     size_t changed = (size_t)(end - header);
@@ -107,6 +108,7 @@ static void test_automodel(void) {
     free(text);
     adapter_rename(theirs, in_root(out, "converted"), NAMES_VLLM);
     check(same_file(ours, out, file_names[FILE_ADAPTER]), "Automodel's names became ours");
+    check(!same_file(ours, theirs, file_names[FILE_ADAPTER]), "and were others");
     check(access(path_make(path, out, ".renamed.tmp", ""), F_OK) != 0, "nothing is left over");
     char name[160];
     check(automodel_rename(name, "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight") &&
@@ -316,6 +318,38 @@ static void test_checkpoint(void) {
     check_refused("a missing file", "model-0.safetensors: No such file");
 }
 
+// Adapters that lack something: no tensor, one factor of two, all experts but the last, a rank.
+static void test_damaged(void) {
+    static const struct { unsigned targets; int names; const char *name[2], *error; } cases[] = {
+        {1u << TARGET_WQ_A, NAMES_VLLM, {NULL, NULL}, "is of no matrix that can be trained"},
+        {1u << TARGET_WQ_A, NAMES_VLLM, {"layers.0.attn.wq_a.lora_A", NULL}, "wq_a has no lora_B"},
+        {1u << TARGET_WQ_A, NAMES_VLLM, {NULL, "layers.0.attn.wq_a.lora_B"}, "wq_a has no lora_A"},
+        {1u << TARGET_EXPERTS_W1, NAMES_VLLM, {"layers.0.ffn.experts.2147483646.w1.lora_A",
+         "layers.0.ffn.experts.2147483646.w1.lora_B"}, "but there are 2 tensors"},
+        {DOWN, NAMES_HF, {"model.layers.0.mlp.experts.lora_A", "model.layers.0.mlp.experts.lora_B"},
+         "both factors of rank 2"} };
+    static const unsigned char zeros[C * 4];
+    static unsigned char data[C * 8];
+    char base[PATH_SIZE], dir[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], head[1024], name[160];
+    merge_case = (__typeof__(merge_case)){ in_root(base, "base"), in_root(dir, "damaged"),
+                                           in_root(out, "refused") };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        make_adapter(cases[i].targets, 1);
+        adapter_save(dir, &s, &config, cases[i].names, "base");
+        char *h = head + sprintf(head, "{");
+        unsigned char *d = data;
+        for (int k = 0; k < 2; k++) {
+            if (cases[i].name[k] == NULL) { continue; }
+            h -= d == data;                     // put_tensor writes the first brace itself
+            snprintf(name, sizeof name, "base_model.model.%s.weight", cases[i].name[k]);
+            put_tensor(&h, &d, name, "F32", k ? C : 1, k ? 1 : C, zeros, C * 4, data);
+        }
+        put_file(path_make(path, dir, "/", file_names[FILE_ADAPTER]), head, data,
+                 (size_t)(d - data));
+        check_refused(cases[i].error, cases[i].error);
+    }
+}
+
 // -------------------------------------------------------------------------------------------------
 // Merged in its own format
 
@@ -387,6 +421,7 @@ int main(void) {
     test_names();
     test_automodel();
     test_checkpoint();
+    test_damaged();
     test_packed();
     char command[128];
     snprintf(command, sizeof command, "rm -rf '%s'", root);
