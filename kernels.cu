@@ -1219,8 +1219,8 @@ extern "C" void swiglu_quantize_backward_gpu(uint8_t *dcodes, uint8_t *dscales, 
     gpuRequire(F % FP8_BLOCK == 0);
     if (T == 0) { return; }
     swiglu_backward_kernel<1><<<T, row_threads(F), 0, stream>>>(NULL, NULL, dcodes, dscales,
-                                                                dweight, dh, gv, gv + F, 2 * F, weight,
-                                                                limit, F);
+                                                                dweight, dh, gv, gv + F, 2 * F,
+                                                                weight, limit, F);
     cudaCheck(cudaGetLastError());
 }
 
@@ -2213,8 +2213,8 @@ __global__ void narrow_factor_kernel(bf16 *out, const float *x, float s, int R, 
     out[i] = __float2bfloat16(r < R ? s * x[(i / inner / RP * R + r) * inner + i % inner] : 0);
 }
 
-// s times a factor as the tensor cores read it, its ranks (middle of outer x R x inner) filled up to
-// a multiple of 8; in the workspace.
+// s times a factor as the tensor cores read it, in the workspace: its ranks, the middle of (outer, R,
+// inner), are filled up to a multiple of 8.
 static int whole_ranks(int R) { return (R + 7) / 8 * 8; }
 static const bf16 *narrow_factor(const float *x, float s, size_t outer, int R, size_t inner) {
     const size_t n = outer * whole_ranks(R) * inner;
@@ -3015,7 +3015,8 @@ __global__ void route_kernel(int *ids, real *weights, real *logits, const real *
             for (int e = lane, i = 0; e < E; e += 32, i++) {
                 const float choice = route_score(how.score, all[e] - shift) + (bias ? bias[e] : 0);
                 const bool in = !grouped || open >> e / (E / how.groups) & 1;
-                if (in && !(taken >> i & 1) && choice > best) { best = choice; id = e; }
+                if (!in || taken >> i & 1) { continue; }        // a NaN: chosen if nothing else is
+                if (choice > best || id == INT_MAX) { best = fmaxf(choice, -INFINITY); id = e; }
             }
             id = warp_best(best, id);
             if (id % 32 == lane) { taken |= 1ull << (id / 32); }

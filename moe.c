@@ -332,7 +332,7 @@ void comm_connect(const char *folder) {
 // trip), and room at the experts for the rows of one round.
 
 typedef struct {                // sizes of one MoE layer
-    int C, E, K, F, R;          // channels, experts (all), experts per token, their width, LoRA rank
+    int C, E, K, F, R;          // channels, experts (all), experts per token, width, LoRA rank
     int first, local;           // this rank owns experts first .. first+local-1
     float limit, route_scale;   // SwiGLU clamp L; routed_scaling_factor
     int norm_topk;              // divide by the sum of the selected scores

@@ -25,9 +25,12 @@ extern "C" void gpu_count(int *n_h) {
 #endif
 }
 
+static int own_device;              // of this process
+
 // Takes the device and makes the C text jump. name_h: room for its name.
 extern "C" void gpu_start(int device, char *name_h, size_t size) {
     cudaDeviceProp properties;
+    own_device = device;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     gpuRequire(properties.major == 9);          // built for sm_90a
@@ -225,6 +228,7 @@ extern "C" void gpu_make_id(void *id_h) {
 extern "C" void gpu_waiting(double *seconds_h, char *error_h, size_t size) {
     const double since = waiting_since;
     ncclResult_t state = ncclSuccess;
+    cudaCheck(cudaSetDevice(own_device));   // of this thread: NCCL would take up 1 GiB of device 0
     *seconds_h = since > 0 ? clock_seconds() - since : 0;
     if (net.world && ncclCommGetAsyncError(net.world, &state) != ncclSuccess) { return; }
     if (state == ncclSuccess || state == ncclInProgress) { return; }
@@ -356,8 +360,9 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     streamWait();
 }
 
-// Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
-// buffers are there before the memory that is left is counted.
+// Makes the communicator, and uses every connection once, with a message so long that it takes all
+// of its channels: what cannot work fails here, and NCCL's buffers, GiB of them, are there before
+// the memory that is left is counted.
 extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -369,18 +374,21 @@ extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, 
     net.ep = ep;
     waiting_since = clock_seconds();
     ncclCheck(ncclCommInitRankConfig(&net.world, all, id, rank, &config));
+    const size_t piece = 16 << 20;
     size_t each[COMM_RANKS_MAX];
-    int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
-    for (int i = 0; i < all; i++) {
-        each[i] = sizeof(int);
-        sent[i] = rank * all + i;
+    unsigned char *probe;
+    cudaCheck(cudaMalloc(&probe, 2 * all * piece));
+    for (int i = 0, sent; i < all; i++) {
+        each[i] = piece;
+        sent = rank * all + i;
+        gpu_upload(probe + i * piece, &sent, sizeof sent);
     }
-    cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
-    gpu_upload(probe, sent, sizeof sent);
-    gpu_all_to_all(COMM_ALL, probe + COMM_RANKS_MAX, each, probe, each);
-    gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
+    gpu_all_to_all(COMM_ALL, probe + all * piece, each, probe, each);
+    for (int i = 0, got; i < all; i++) {
+        gpu_download(&got, probe + (all + i) * piece, sizeof got);
+        gpuRequire(got == i * all + rank);
+    }
     cudaCheck(cudaFree(probe));
-    for (int i = 0; i < all; i++) { gpuRequire(got[i] == i * all + rank); }
 }
 #else
 static void no_nccl(void) {

@@ -267,7 +267,8 @@ static inline int launcher_tell_tcp(const Place *p, void *data, size_t bytes, co
         if (p->rank == 0 && poll(&ready, 1, 50) != 1) { continue; }
         int s = p->rank ? launcher_socket(0, host, port) : accept(ear, NULL, NULL);
         if (s < 0) { launcher_nap(); continue; }
-        ssize_t n = p->rank ? recv(s, data, bytes, MSG_WAITALL) : send(s, data, bytes, MSG_NOSIGNAL);
+        ssize_t n = p->rank ? recv(s, data, bytes, MSG_WAITALL)
+                            : send(s, data, bytes, MSG_NOSIGNAL);
         told += n == (ssize_t)bytes;
         close(s);
     }

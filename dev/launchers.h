@@ -1,5 +1,5 @@
-// launchers.h: part 1.4 of the contract in kernels.cu: one prototype per launcher of a kernel, grouped
-// by the C file and the part of kernels.cu that hold its two halves; and the functions of
+// launchers.h: part 1.4 of the contract in kernels.cu: one prototype per launcher of a kernel,
+// grouped by the C file and the part of kernels.cu that hold its two halves; and the functions of
 // dev/device.cu.
 #ifdef __cplusplus
 extern "C" {

@@ -11,8 +11,8 @@ enum { PASS_FORWARD, PASS_AGAIN, PASS_BACKWARD, PASSES };
 
 static inline const char *phase_name(int p) {
     static const char *const names[PHASES] = {
-        "streams", "projections", "compressors", "indexer", "attention core", "routing", "fp8 casts",
-        "exchange", "experts", "shared expert", "head and loss", "update" };
+        "streams", "projections", "compressors", "indexer", "attention core", "routing",
+        "fp8 casts", "exchange", "experts", "shared expert", "head and loss", "update" };
     return names[p];
 }
 

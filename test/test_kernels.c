@@ -287,6 +287,19 @@ static void test_routing(int T, int C, int E, int K, Routing how, int norm) {
     compare_real("dispatch backward", dinp2, (size_t)T * C, FP32);
 }
 
+// Logits that are not numbers: the loss will say so, but the rows need an expert until then.
+static void test_routing_nan(int E, int K, Routing how) {
+    arena_used = 0;
+    enum { T = 3 };
+    real *all = reals((size_t)T * E, 1), *weights = blank(T * K), *logits = blank(T * K);
+    float *bias = reals(E, 1);
+    int *ids = memset(room(sizeof(int) * T * K), 0xFF, sizeof(int) * T * K);
+    for (int e = 0; e < E; e++) { all[E + e] = NAN; }
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, how, 1, 1, T, E,
+                         K); });
+    compare_int("experts of NaN logits", ids, T * K);
+}
+
 static void test_swiglu(int T, int F) {
     arena_used = 0;
     size_t n = (size_t)T * F;
@@ -808,6 +821,7 @@ int main(void) {
     test_routing(37, 128, 66, 3, (Routing){ SCORE_SOFTMAX, 0, 3, 2 }, 1);
     test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
     test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
+    test_routing_nan(256, 6, (Routing){ 0, 0, 0, 0 });
     test_swiglu(37, 2048); test_swiglu(3, 128);
     test_boxes(0); test_boxes(1); test_boxes(700);
     test_rows_fp8(37, 2048); test_rows_fp8(256, 128); test_rows_fp8(200, 384);
