@@ -540,7 +540,6 @@ void adapters_alloc(Adapters *s, int training) {
 // tensor's name and its index, so every rank that has a tensor draws the same one.
 void adapters_init(Adapters *s, uint64_t seed) {
     require(s->cursor_dense == s->n_dense && s->cursor_expert == s->n_expert);
-    #pragma omp parallel for schedule(dynamic)
     for (int k = 0; k < s->n; k++) {
         const AdapterTensor *t = &s->tensors[k];
         size_t n = (size_t)t->rows * t->cols;
@@ -548,10 +547,11 @@ void adapters_init(Adapters *s, uint64_t seed) {
         double bound = is_a ? 1 / sqrt((double)t->cols) : 0;
         uint64_t key = random_key(seed, t->name);
         real *values = (real *)host_alloc(n * sizeof *values);
+        #pragma omp parallel for
         for (size_t i = 0; i < n; i++) {
             values[i] = is_a ? (real)(bound * (2.0 * random_uniform(key, i) - 1)) : 0;
         }
-        upload(s->p + t->at, values, n * sizeof *values);
+        upload(s->p + t->at, values, n * sizeof *values);       // by the thread that has the GPU
         free(values);
     }
 }

@@ -25,12 +25,10 @@ extern "C" void gpu_count(int *n_h) {
 #endif
 }
 
-static int own_device;              // of this process
-
-// Takes the device and makes the C text jump. name_h: room for its name.
+// Takes the device, for this thread, and makes the C text jump. name_h: room for its name. Another
+// thread that used CUDA would begin a context of 1 GiB on device 0.
 extern "C" void gpu_start(int device, char *name_h, size_t size) {
     cudaDeviceProp properties;
-    own_device = device;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     gpuRequire(properties.major == 9);          // built for sm_90a
@@ -228,7 +226,6 @@ extern "C" void gpu_make_id(void *id_h) {
 extern "C" void gpu_waiting(double *seconds_h, char *error_h, size_t size) {
     const double since = waiting_since;
     ncclResult_t state = ncclSuccess;
-    cudaCheck(cudaSetDevice(own_device));   // of this thread: NCCL would take up 1 GiB of device 0
     *seconds_h = since > 0 ? clock_seconds() - since : 0;
     if (net.world && ncclCommGetAsyncError(net.world, &state) != ncclSuccess) { return; }
     if (state == ncclSuccess || state == ncclInProgress) { return; }
