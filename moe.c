@@ -972,7 +972,7 @@ static inline Fp8Rows recast_layer(MoeScratch *x, const MoeWeights *w, const Moe
     return m;
 }
 
-// As experts_forward, of rows of codes. x->wide[0] is left with h.
+// As experts_forward, of rows of codes. Without y, x->wide[0] is left with h.
 static inline void experts_forward_fp8(act *y, MoeHidden *k, MoeScratch *x, const void *rows,
                                        const real *weight, const MoeWeights *w, const MoeDims *d,
                                        int again) {
