@@ -401,7 +401,7 @@ static void test_options(void) {
         {"--optimizer muon", 0, "beta1=0.95;"}, {"--optimizer sgd", 1, "none of adamw|muon"},
         {"--optimizer muon --beta1 0.8", 0, "beta1=0.8;"}, {"--ns fp16", 1, "gram|standard"},
         {"--optimizer muon", 0, "ns=gram;"}, {"--gpus x", 1, "--gpus: 'x'"},
-        {"--precision fp8", 1, "--precision fp8"},
+        {"--precision fp8", 0, "precision=fp8;"}, {"--precision fp4", 1, "bf16|fp8"},
         {"--routing scoring_func=sigmoid,n_group=4,topk_group=2", 0, "routing=scoring_func=sigmoid,n"},
         {"--routing scoring=sigmoid", 1, "'scoring=sigmoid' sets nothing"},
         {"--routing n_group", 1, "'n_group' sets nothing"}, {"--routing n_group=3", 1, "n_group is 3"},
