@@ -383,7 +383,7 @@ static void run_linear(int kind, double *out, double *dinp, const double *x, con
 static void check_linear_exact(int kind, int T, int C, int O) {
     Matrix m = matrix_random(kind, O, C, 1);
     size_t n_x = (size_t)T * C, n_y = (size_t)T * O;
-    double *x = malloc(8 * n_x), *dy = malloc(8 * n_y), *out = malloc(8 * n_y);
+    double *x = malloc(8 * n_x), *dy = calloc(n_y, 8), *out = malloc(8 * n_y);
     double *dinp = malloc(8 * n_x), *want = calloc(n_y, 8), *want_dinp = malloc(8 * n_x);
     int wrong = 0;
     for (size_t i = 0; i < n_x; i++) {
