@@ -2323,33 +2323,42 @@ static inline int draw(const float *logits, int V, double temperature, double co
     return V - 1;
 }
 
-// Prints a token on rank 0. held: what is not yet a whole character.
-static inline void show_token(const Trainer *r, int id, char held[5]) {
-    if (this_rank == 0) { token_print(stdout, &r->tokenizer, id, held); }
-    if (this_rank == 0) { fflush(stdout); }
+// Writes a token, on rank 0. held: what is not yet a whole character.
+static inline void show_token(FILE *out, const Trainer *r, int id, char held[5]) {
+    if (comm_rank() == 0) { token_print(out, &r->tokenizer, id, held); }
+    if (comm_rank() == 0) { fflush(out); }
 }
 
-// Continues the prompt and prints it. Every token runs the whole text again: that is slow
-// and cannot be wrong, while a cache of keys, pooled entries and open windows would be a second
-// forward pass to keep equal to the first. The draws depend on the seed, the step and the position.
-static inline void sample(Trainer *r) {
+// Continues the prompt with that model, on all trainers or receivers, and rank 0 writes it. Every
+// token runs the whole text again: that is slow and cannot be wrong, while a cache of keys, pooled
+// entries and open windows would be a second forward pass to keep equal to the first. The draws
+// depend on the seed, the step and the position.
+static inline void sample(Trainer *r, Model *m, const char *whose) {
     int T = prompt_tokens(r->context, opt.prompt, &r->tokenizer, &r->config);
     uint64_t key = random_key((uint64_t)opt.seed + ((uint64_t)r->step << 32), "sample");
     char held[5] = { 0 };
-    say("sample at step %d:\n---\n", r->step);
-    for (int t = 1; t < T; t++) { show_token(r, r->context[t], held); }
+    char *text = NULL;
+    size_t size;
+    FILE *out = comm_receivers() ? open_memstream(&text, &size) : stdout;   // two write: at once
+    if (out == NULL) { die(EXIT_FIT, "no host memory for a sample"); }
+    if (comm_rank() == 0) { fprintf(out, "%ssample at step %d:\n---\n", whose, r->step); }
+    for (int t = 1; t < T; t++) { show_token(out, r, r->context[t], held); }
     for (int i = 0; i < opt.sample_len; i++, T++) {
-        model_next_logits(&r->model, r->context, T, r->logits);
+        model_next_logits(m, r->context, T, r->logits);
         // One rank draws for all: a last bit that differed would let their texts drift apart.
         double id = 0;
-        if (this_rank == 0) { id = draw(r->logits, r->config.V, 0.8, random_uniform(key, i)); }
+        if (comm_rank() == 0) { id = draw(r->logits, r->config.V, 0.8, random_uniform(key, i)); }
         comm_sum_double(COMM_WORLD, &id, 1, "sample");
         if ((int)id == r->config.eos) { break; }
         r->context[T] = (int)id;
-        show_token(r, (int)id, held);
+        show_token(out, r, (int)id, held);
     }
-    show_token(r, -1, held);
-    say("\n---\n");
+    show_token(out, r, -1, held);
+    if (comm_rank() == 0) { fprintf(out, "\n---\n"); }
+    if (out == stdout) { return; }
+    fclose(out);
+    if (comm_rank() == 0) { fputs(text, stdout); }
+    free(text);
 }
 
 // How evenly the last step's tokens were spread over the experts, all layers together: the fullest
@@ -2989,9 +2998,9 @@ static inline void show_data(Trainer *r) {
                 int label = i > 0 && p->token[i] & TOKEN_LABEL;
                 if (label != color) { say("\033[%sm", label ? "32" : "90"); }
                 color = label;
-                show_token(r, (int)(p->token[i] & TOKEN_ID), held);
+                show_token(stdout, r, (int)(p->token[i] & TOKEN_ID), held);
             }
-            show_token(r, -1, held);
+            show_token(stdout, r, -1, held);
             say("\033[0m\n");
         }
     }
@@ -3119,7 +3128,7 @@ static inline int train(Trainer *r) {
     }
     for (;;) {
         if (is_due(r, opt.val_every)) { show_validation(r); }
-        if (is_due(r, opt.sample_every)) { sample(r); }
+        if (is_due(r, opt.sample_every)) { sample(r, &r->model, ""); }
         if (is_due(r, opt.refit_every)) { engine_refit(r, 0); }
         if (r->step == r->steps) { break; }
         train_step(r, &report);

@@ -422,15 +422,18 @@ static void engine_refit(Trainer *r, int last) {
 // Receivers: the whole of their life. Returns the exit code.
 static int engine_receive(Trainer *r) {
     Engine *e = &engine;
+    const int trainers = engine_trainers(), tokens = (int)engine_tokens();
+    const int text = opt.sample_every ? opt.sample_len + 1 + (int)strlen(opt.prompt) : 0;
     const ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .seed = (uint64_t)opt.seed,
                              .targets = targets_parse(opt.targets),
-                             .max_tokens = (int)engine_tokens() };
-    const int trainers = engine_trainers();
+                             .max_tokens = tokens > text ? tokens : text };
     if (opt.dry_run) { return EXIT_OK; }
     comm.timeout_s = 0;         // trainers take their time; if one ends, the supervisor ends us
     catch_stop_signals();       // they decide when to stop
     engine_open(e, &r->config, &o, opt.ep);
     engine_alloc_losses(e);
+    r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
+    r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     refit_move(&e->base, e->weights, REFIT_POINTS);
     engine_bind(e);
     mem.closed = 1;
@@ -451,6 +454,8 @@ static int engine_receive(Trainer *r) {
                                e->trainer_h + (size_t)(i * trainers + k) * engine_tokens());
             }
         }
+        r->step = (int)order[1];
+        if (opt.sample_every) { sample(r, &e->model, "receivers' "); }
         if (comm_rank() > 0) { continue; }
         printf("refit %5.0f | kl %.3e | receiver loss %.6f | trainer loss %.6f | version %d | "
                "%.1f s | mem %s\n", order[1], sums[0] / sums[3], sums[1] / sums[3],

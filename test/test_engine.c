@@ -455,6 +455,23 @@ static void test_program(void) {
     }
 }
 
+// One receiver computes what its one trainer does, so it writes the same text, but when it is told.
+static void test_samples(void) {
+    char text[2048];
+    int code = run_program("-x 2 --ranks 2 --gen-gpus 1 --refit-every 1 -v 0 -s 2 -g 24", "sample",
+                           text, sizeof text);
+    char *log = slurp("sample.log");
+    const char *mine = strstr(log, "\nsample at step 2:\n"), *theirs = strstr(log, "' sample at step 2:\n");
+    check(code == 0 && mine && theirs && strstr(log, "' sample at step 1:\n"), "samples: exit code %d",
+          code);
+    if (mine && theirs) {
+        const char *end = strstr(mine + 24, "\n---\n");
+        check(end && strncmp(mine + 1, theirs + 2, (size_t)(end - mine)) == 0, "the trainer wrote %.60s"
+              " the receiver %.60s", mine, theirs);
+    }
+    free(log);
+}
+
 static void test_ends(void) {
     char text[2048];
     static const struct { const char *options; int code; const char *says; } rows[] = {
@@ -498,6 +515,7 @@ int main(int argc, char **argv) {
     test_both(NULL);
     test_layouts(NULL);
     if (BF16) { test_program(); }
+    if (BF16) { test_samples(); }
     if (BF16) { test_ends(); }
     folder_remove(folder);
     return finish(BF16 ? "test_engine" : "test_engine_float");
