@@ -236,7 +236,8 @@ test_plan() {
     run 2 "${small[@]}" -b 8 -t 1048576 -d 8388608 --recompute moe --dry-run
     check "no hint what to change" grep -q '^error.*HINT: --recompute full, a smaller -b, -t' log
     for mode in 128 2048; do
-        start "${small[@]}" -t $mode -d $mode -x 100000 --recompute none -o "held$mode"
+        ASAN_OPTIONS=${ASAN_OPTIONS:-}:quarantine_size_mb=0 \
+            start "${small[@]}" -t $mode -d $mode -x 100000 --recompute none -o "held$mode"
         until_true lines "held$mode/training.jsonl" 2
         planned+=("$(sed -nE 's/^plan +total +([0-9.]+) MiB per rank.*/\1/p' log)")
         held+=("$(awk '/^VmHWM/ { print $2 / 1024 }' "/proc/$pid/status")")
