@@ -357,9 +357,8 @@ extern "C" void gpu_trade(void **boxes_h, int which, size_t bytes) {
     streamWait();
 }
 
-// Makes the communicator, and uses every connection once, with a message so long that it takes all
-// of its channels: what cannot work fails here, and NCCL's buffers, GiB of them, are there before
-// the memory that is left is counted.
+// Makes the communicator, and uses every connection once: what cannot work fails here, and NCCL's
+// buffers are there before the memory that is left is counted.
 extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep) {
     ncclUniqueId id;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -371,21 +370,18 @@ extern "C" void gpu_connect(const void *id_h, int rank, int all, int receivers, 
     net.ep = ep;
     waiting_since = clock_seconds();
     ncclCheck(ncclCommInitRankConfig(&net.world, all, id, rank, &config));
-    const size_t piece = 16 << 20;
     size_t each[COMM_RANKS_MAX];
-    unsigned char *probe;
-    cudaCheck(cudaMalloc(&probe, 2 * all * piece));
-    for (int i = 0, sent; i < all; i++) {
-        each[i] = piece;
-        sent = rank * all + i;
-        gpu_upload(probe + i * piece, &sent, sizeof sent);
+    int *probe, sent[COMM_RANKS_MAX], got[COMM_RANKS_MAX];
+    for (int i = 0; i < all; i++) {
+        each[i] = sizeof(int);
+        sent[i] = rank * all + i;
     }
-    gpu_all_to_all(COMM_ALL, probe + all * piece, each, probe, each);
-    for (int i = 0, got; i < all; i++) {
-        gpu_download(&got, probe + (all + i) * piece, sizeof got);
-        gpuRequire(got == i * all + rank);
-    }
+    cudaCheck(cudaMalloc(&probe, 2 * sizeof sent));
+    gpu_upload(probe, sent, sizeof sent);
+    gpu_all_to_all(COMM_ALL, probe + COMM_RANKS_MAX, each, probe, each);
+    gpu_download(got, probe + COMM_RANKS_MAX, sizeof got);
     cudaCheck(cudaFree(probe));
+    for (int i = 0; i < all; i++) { gpuRequire(got[i] == i * all + rank); }
 }
 #else
 static void no_nccl(void) {
