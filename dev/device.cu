@@ -25,10 +25,12 @@ extern "C" void gpu_count(int *n_h) {
 #endif
 }
 
-// Takes the device, for this thread, and makes the C text jump. name_h: room for its name. Another
-// thread that used CUDA would begin a context of 1 GiB on device 0.
+static int own_device;
+
+// Takes the device, for this thread, and makes the C text jump. name_h: room for its name.
 extern "C" void gpu_start(int device, char *name_h, size_t size) {
     cudaDeviceProp properties;
+    own_device = device;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
     gpuRequire(properties.major == 9);          // built for sm_90a
@@ -70,7 +72,10 @@ extern "C" void gpu_workspace(void *base, size_t bytes) {
 
 extern "C" void gpu_zero(void *p, size_t bytes) { cudaCheck(cudaMemsetAsync(p, 0, bytes, stream)); }
 
+// Also called by the threads that load a checkpoint: each has to say which device it means, or it
+// would begin a context of 1 GiB on device 0.
 extern "C" void gpu_upload(void *to, const void *from_h, size_t bytes) {
+    cudaCheck(cudaSetDevice(own_device));
     cudaCheck(cudaMemcpyAsync(to, from_h, bytes, cudaMemcpyHostToDevice, stream));
     streamWait();
 }

@@ -164,6 +164,17 @@ test_empty() {
         -j text.txt --epochs 1 --gpus "$gpus" -o empty
 }
 
+# Several threads read a checkpoint's files: none of them begins a context of its own on another GPU,
+# which would be a gigabyte that no plan knows of.
+test_loaded() {
+    local off
+    awk 'BEGIN { while (n++ < 999) { printf "%c", 97 + n * n % 26 } }' > text.txt
+    run 0 "${small[@]}" -m "$root/dev/data/tiny" -i text.txt -x 2 --gpus "$gpus" -o loaded
+    off=$(sed -nE 's/^plan +held .*\(([-+0-9.]+) %\)/\1/p' log)
+    check "loaded: memory is $off % off the plan" awk -v off="$off" \
+        'BEGIN { exit !(off != "" && off < 20 && off > -20) }'
+}
+
 # Processes that a launcher would have started, on one node or on two: NCCL takes ranks whose hosts
 # have different names for far apart, and goes over the loopback.
 launched() {
@@ -309,7 +320,7 @@ if [ "${gpus:-0}" -lt 2 ]; then
     exit
 fi
 counts="1 2" && if [ "$gpus" -ge 4 ]; then counts="1 2 4"; fi
-for name in "${@:-gradients uneven numerics losses receivers empty launched offload broken interrupted}"; do
+for name in "${@:-gradients uneven numerics losses receivers empty loaded launched offload broken interrupted}"; do
     for name in $name; do
         "test_$name"
         check "test_$name: a process lives on" same "$(pgrep -f "^$train ")" ""
