@@ -179,41 +179,30 @@ static inline void aside(int step) {
     (void)step;
 }
 
-// values_h (n): replaced by the sum over all members.
-void comm_sum_double(int which, double *values_h, int n, const char *phase) {
+// values_h (n): replaced by the sum over all members, or by the largest. A NaN anywhere stays one.
+static inline void comm_reduce(int which, double *values_h, int n, int largest, const char *name,
+                               const char *phase) {
     const int most = COMM_BOX / sizeof(double);
     if (comm_size(which) == 1) { return; }
     for (int at = 0; at < n; at += most) {
         int part = n - at < most ? n - at : most;
         memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, part * sizeof(double), "sum_double", phase);
+        comm_meet(which, part * sizeof(double), name, phase);
         for (int j = 0; j < part; j++) {
-            double sum = 0;
+            double all = largest ? -INFINITY : 0;
             for (int i = 0; i < comm_size(which); i++) {
-                sum += ((const double *)comm_box(which, i)->data)[j];
+                double value = ((const double *)comm_box(which, i)->data)[j];
+                all = !largest ? all + value : value > all || isnan(value) ? value : all;
             }
-            values_h[at + j] = sum;
+            values_h[at + j] = all;
         }
     }
 }
-
-// values_h (n): replaced by the largest of all members. A NaN anywhere stays one.
+void comm_sum_double(int which, double *values_h, int n, const char *phase) {
+    comm_reduce(which, values_h, n, 0, "sum_double", phase);
+}
 void comm_max_double(int which, double *values_h, int n, const char *phase) {
-    const int most = COMM_BOX / sizeof(double);
-    if (comm_size(which) == 1) { return; }
-    for (int at = 0; at < n; at += most) {
-        int part = n - at < most ? n - at : most;
-        memcpy(comm_open(which)->data, values_h + at, part * sizeof(double));
-        comm_meet(which, part * sizeof(double), "max_double", phase);
-        for (int j = 0; j < part; j++) {
-            double max = -INFINITY;
-            for (int i = 0; i < comm_size(which); i++) {
-                double value = ((const double *)comm_box(which, i)->data)[j];
-                max = value > max || isnan(value) ? value : max;
-            }
-            values_h[at + j] = max;
-        }
-    }
+    comm_reduce(which, values_h, n, 1, "max_double", phase);
 }
 
 // values (n): gradients, replaced by their sum over all members.
@@ -368,6 +357,7 @@ typedef struct {                // kept from forward to backward, per layer
 
 typedef struct {
     int T, capacity;            // most tokens of a call; rows this rank works off per round
+    size_t rows[2];             // what capacity is in layers that work in bf16, and in fp8
     real *logits;               // (T,E) router logits of all experts
     // The trip (section 6). It is planned on the host, which needs to know the counts only.
     int *mine, *index;          // (E) rows of this rank, (T*K) a slot's place among its expert's
@@ -387,14 +377,15 @@ typedef struct {
     void *staging;              // (capacity) rows and numbers, by the rank they come from
     // What an expert computes: n = max(capacity, T) rows, used by the shared expert too.
     MoeHidden hidden;
-    act *h, *dv;                // (n,F)
+    act *h, *dv;                // (n,F); codes of h, then of d[g | v] (n,2F), in fp8
     real *u2;                   // (n,R) A h
     real *dh, *dx;              // (n,F), (capacity,C)
-    // In fp8: tokens' x and dy, quantised; a layer's matrices as e4m3, and d[g | v]; rows widened
-    // for the adapters; the adapters of w1 above w3, and their gradients; du.
-    uint8_t *x8, *dy8, *codes, *dgv8;
+    // In fp8: tokens' x and dy, quantised; a layer's matrices as e4m3; rows widened for the
+    // adapters; the adapters of w1 above w3, and their gradients; du.
+    uint8_t *x8, *dy8, *codes;
     act *wide[2];               // (capacity, max(C,2F))
-    real *stack, *dstack, *du;
+    real *stack, *dstack, *du;  // (stacked), (stacked), (capacity,2R)
+    size_t stacked;
 } MoeScratch;
 
 static inline MoeHidden hidden_alloc(int class_, const MoeDims *d, size_t n) {
@@ -404,24 +395,6 @@ static inline MoeHidden hidden_alloc(int class_, const MoeDims *d, size_t n) {
     h.u1 = MEM(real, class_, n * 2 * d->R);
     h.u3 = h.u1 ? h.u1 + n * d->R : NULL;
     return h;
-}
-
-// What fp8 needs besides.
-static inline void moe_alloc_fp8(MoeScratch *x, const MoeDims *d, size_t T, int training) {
-    const int C = d->C, F = d->F, wide = C > 2 * F ? C : 2 * F;
-    const size_t n = x->capacity, stack = (size_t)d->local * 2 * d->R * (C + 2 * F);
-    const size_t codes = (size_t)d->local * 2 * F * (C + C / FP8_BLOCK), rows = 2 * n * wide;
-    x->x8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
-    x->stack = MEM(real, MEM_SCRATCH, stack);
-    x->codes = MEM(uint8_t, MEM_SCRATCH, codes > rows * sizeof(act) ? codes : rows * sizeof(act));
-    x->wide[0] = (act *)x->codes;       // one is done with before the other begins; dx: bf16's
-    x->wide[1] = x->wide[0] ? x->wide[0] + n * wide : NULL;
-    if (!training) { return; }
-    x->dx = (real *)x->codes;
-    x->dy8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(T, C));
-    x->dstack = MEM(real, MEM_SCRATCH, stack);
-    x->du = MEM(real, MEM_SCRATCH, n * 2 * d->R);
-    x->dgv8 = MEM(uint8_t, MEM_SCRATCH, fp8_bytes(n, 2 * F));
 }
 
 // Rows that a rank works off in a round, in calls of at most T tokens per rank. With several ranks
@@ -450,16 +423,43 @@ void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
     s->shared = hidden_alloc(MEM_ACTIVATIONS, d, (size_t)T);
 }
 
-// As moe_alloc_scratch, with any number of rows per round, the same on all ranks of the group.
+static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+// What is used in turn: the rows under way, and behind them dh, where the shared expert computes
+// meanwhile; a layer's matrices in e4m3, of which w2 leaves dh alone; rows widened for adapters, and
+// behind them the stacked gradients that they give; dx.
+static inline void moe_alloc_turns(MoeScratch *x, const MoeDims *d, size_t staging, size_t dh,
+                                   size_t dx) {
+    const size_t C = d->C, F = d->F, codes = d->fp8 ? fp8_bytes(d->local * 2 * F, d->C) : 0;
+    const size_t wide = d->fp8 ? x->rows[1] * larger(C, 2 * F) * sizeof(act) : 0;
+    const size_t behind = (larger(staging, codes / 2) + 255) / 256 * 256;
+    const size_t widened = 2 * wide + x->stacked * sizeof(real);
+    uint8_t *at = mem_alloc(MEM_SCRATCH, larger(larger(behind + dh, dx), larger(codes, widened)));
+    if (at == NULL) { return; }
+    x->staging = x->codes = at;
+    x->dh = (real *)(at + behind);
+    x->dx = (real *)at;
+    x->wide[0] = (act *)at;
+    x->wide[1] = (act *)(at + wide);
+    x->dstack = (real *)(at + 2 * wide);
+}
+
+// As moe_alloc_scratch, with any number of rows per round, the same on all ranks of the group. A
+// layer that stays in bf16 where others work in fp8 has rounds of half as many rows, which are as
+// many bytes: it takes more time, and no memory.
 static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int training,
                                     int capacity) {
-    const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E;
-    const int n = capacity > T ? capacity : T, away = comm_ep() > 1 ? capacity : 0;
-    const size_t stay = away ? 0 : slots < (size_t)capacity ? slots : (size_t)capacity;
+    const size_t slots = (size_t)T * d->K, group = (size_t)comm_ep() * d->E, C = d->C, F = d->F;
     require(capacity > 0 && comm_ep() * slots + capacity < INT_MAX);
     memset(x, 0, sizeof *x);
     x->T = T;
-    x->capacity = capacity;
+    x->rows[1] = capacity;
+    x->rows[0] = d->fp8 ? (capacity + 1) / 2 : capacity;
+    x->stacked = d->fp8 ? d->local * 2 * d->R * (C + 2 * F) : 0;
+    x->capacity = (int)x->rows[d->fp8];
+    const size_t n = larger(x->rows[0], T), most = larger(capacity, T), row = C * sizeof(act);
+    const size_t away = comm_ep() > 1 ? capacity : 0, gates = training ? 2 * F : F;
+    const size_t x_bytes = larger(x->rows[0] * row, d->fp8 ? fp8_bytes(capacity, d->C) : 0);
     x->logits = MEM(real, MEM_SCRATCH, (size_t)T * d->E);
     if (!mem.counting) {        // host memory, for as long as the process lives
         x->starts_h = (int *)host_alloc(sizeof(int) * (group + d->local + 1));
@@ -467,31 +467,27 @@ static inline void moe_alloc_rounds(MoeScratch *x, const MoeDims *d, int T, int 
     }
     x->mine = MEM(int, MEM_SCRATCH, d->E);
     x->index = MEM(int, MEM_SCRATCH, slots);
-    x->home_x = MEM(act, MEM_SCRATCH, stay * d->C);
-    if (d->fp8) { moe_alloc_fp8(x, d, (size_t)T, training); }
-    x->home_y = MEM(act, MEM_SCRATCH, slots * d->C);
+    x->home_x = mem_alloc(MEM_SCRATCH, away ? 0 : x_bytes);
+    x->home_y = MEM(act, MEM_SCRATCH, slots * C);
     x->home_w = MEM(real, MEM_SCRATCH, slots);
-    x->rows_x = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
-    x->rows_y = MEM(act, MEM_SCRATCH, (size_t)away * d->C);
+    x->rows_x = mem_alloc(MEM_SCRATCH, away ? x_bytes : 0);
+    x->rows_y = MEM(act, MEM_SCRATCH, away * C);
     x->rows_w = MEM(real, MEM_SCRATCH, away);
-    x->hidden = hidden_alloc(MEM_SCRATCH, d, (size_t)n);
-    x->h = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
-    x->u2 = MEM(real, MEM_SCRATCH, (size_t)n * d->R);
+    x->hidden = hidden_alloc(MEM_SCRATCH, d, most);
+    x->h = mem_alloc(MEM_SCRATCH, larger(n * gates * sizeof(act),
+                                         d->fp8 ? fp8_bytes(capacity, (int)gates) : 0));
+    x->u2 = MEM(real, MEM_SCRATCH, most * d->R);
+    x->stack = MEM(real, MEM_SCRATCH, x->stacked);
+    x->x8 = MEM(uint8_t, MEM_SCRATCH, d->fp8 ? fp8_bytes(T, d->C) : 0);
     if (training) {
         x->home_dw = MEM(real, MEM_SCRATCH, slots);
         x->rows_dw = MEM(real, MEM_SCRATCH, away);
-        x->dv = MEM(act, MEM_SCRATCH, (size_t)n * d->F);
+        x->dv = x->h ? x->h + n * F : NULL;
+        x->dy8 = MEM(uint8_t, MEM_SCRATCH, d->fp8 ? fp8_bytes(T, d->C) : 0);
+        x->du = MEM(real, MEM_SCRATCH, d->fp8 ? (size_t)capacity * 2 * d->R : 0);
     }
-    const size_t mark = mem_mark(MEM_SCRATCH);
-    x->staging = mem_alloc(MEM_SCRATCH, away * (d->C * sizeof(act) + sizeof(real)));
-    if (!training) { return; }
-    x->dh = MEM(real, MEM_SCRATCH, (size_t)n * d->F);
-    // Rows arrive while the shared expert has a dh, but both are over when dx begins.
-    const size_t end = mem_mark(MEM_SCRATCH);
-    if (d->fp8) { return; }
-    mem_release(MEM_SCRATCH, mark);
-    x->dx = MEM(real, MEM_SCRATCH, (size_t)capacity * d->C);
-    if (mem_mark(MEM_SCRATCH) < end) { mem_release(MEM_SCRATCH, end); }
+    const size_t dh = n * F * sizeof(real), dx = x->rows[0] * C * sizeof(real);
+    moe_alloc_turns(x, d, away * (row + sizeof(real)), training ? dh : 0, training ? dx : 0);
 }
 
 // Scratch for calls of at most T tokens per rank, T equal on all ranks.
@@ -1002,9 +998,9 @@ static inline void experts_backward_fp8(void *dy, real *dweight, const void *row
                                         const real *weight, MoeHidden *k, const MoeWeights *w,
                                         const MoeDims *d, MoeScratch *x) {
     const int n = x->offset[d->local], E = d->local, C = d->C, F = d->F, R = d->R;
-    const size_t at_b = (size_t)E * 2 * R * C, stacked = at_b + (size_t)E * 4 * F * R;
+    const size_t at_b = (size_t)E * 2 * R * C;
     const Fp8Rows x8 = fp8_rows(rows, (size_t)n, C), dy8 = fp8_rows(dy, (size_t)n, C);
-    const Fp8Rows dgv8 = fp8_rows(x->dgv8, (size_t)n, 2 * F);
+    const Fp8Rows dgv8 = fp8_rows(x->h, (size_t)n, 2 * F);      // h has done its work
     const float s = d->lora_scale;
     act *dh = (act *)x->dh;
     phase_in(PHASE_EXPERTS, PASS_AGAIN);
@@ -1022,7 +1018,7 @@ static inline void experts_backward_fp8(void *dy, real *dweight, const void *row
     // forward: [g | v] = [w1; w3] x, with adapters of rank 2R
     widen_rows_fp8(x->wide[1], dgv8.codes, dgv8.scales, n, 2 * F);
     widen_rows_fp8(x->wide[0], x8.codes, x8.scales, n, C);
-    zero(x->dstack, stacked * sizeof(real));
+    zero(x->dstack, x->stacked * sizeof(real));
     lora_experts_gradients(x->du, x->dstack, x->dstack + at_b, x->wide[1], x->wide[0], k->u1,
                            x->offset, x->stack + at_b, s, E, C, 2 * F, 2 * R);
     lora_stack(x->dstack, w->e1.da, w->e1.db, w->e3.da, w->e3.db, 1, E, C, F, R);
@@ -1114,6 +1110,7 @@ void moe_forward(act *out, MoeSaved *s, const act *inp, const int *tokens, const
     const int C = d->C, F = d->F, R = d->R, slots = T * d->K, fp8 = moe_fp8(w, d);
     const size_t row = C * sizeof(act);
     const Payload tokens_x = payload(inp, fp8 ? s->x8 ? s->x8 : x->x8 : NULL, 0, FP8_FLOOR, T, C);
+    x->capacity = (int)x->rows[fp8];
     phase(PHASE_ROUTE);
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);
     route_forward(s->ids, s->weights, s->logits, x->logits, w->bias, w->tid2eid, tokens,
@@ -1158,7 +1155,8 @@ void moe_backward(real *dinp, const act *dout, MoeSaved *s, const act *inp, cons
                   const MoeDims *d, MoeScratch *x, int T) {
     const int C = d->C, slots = T * d->K, fp8 = moe_fp8(w, d);
     const size_t row = C * sizeof(act);
-    require(x->dx != NULL || x->T == 0);    // scratch of a training run
+    require(x->home_dw != NULL || x->T == 0);       // scratch of a training run
+    x->capacity = (int)x->rows[fp8];
     uint8_t *x8 = fp8 ? s->x8 ? s->x8 : x->x8 : NULL;
     const Payload tokens_x = payload(inp, x8, s->x8 != NULL, FP8_FLOOR, T, C);
     const Payload tokens_dy = payload(dout, fp8 ? x->dy8 : NULL, 0, 0, T, C);

@@ -1389,6 +1389,44 @@ static void test_fp8(void) {
     layer_free(&l);
 }
 
+// Scratch that is used in turn: each use has its room, whatever the sizes say. A layer in bf16 has
+// half the rows.
+static void test_scratch(void) {
+    MoeDims d = small_fp8;
+    static const struct { int ep, local, T; } cases[] = { { 1, 8, 40 }, { 4, 2, 40 }, { 4, 2, 999 },
+                                                          { 1, 8, 3000 }, { 4, 2, 1 } };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        MoeSaved s;
+        MoeScratch x;
+        const int T = cases[i].T;
+        comm = (Comm){ .ranks = cases[i].ep, .ep = cases[i].ep };
+        d.local = cases[i].local;
+        layer_alloc(&s, &x, &d, T, 0, 0);
+        const char *end = (char *)mem.arena[MEM_SCRATCH].base + mem.arena[MEM_SCRATCH].used;
+        const char *at = (char *)x.staging, *next = (char *)x.u2;
+        const size_t wide = x.rows[1] * 256 * sizeof(act), half = x.rows[0], all = x.rows[1];
+        const size_t matrices = (size_t)d.local * 2 * 128 * (256 + 2), hidden = 128 * sizeof(real);
+        expect(all <= 2 * half && x.capacity == (int)all, "rows of a round");
+        expect((char *)x.wide[0] == at && (char *)x.wide[1] - at >= (long)wide, "wide");
+        expect((char *)x.dstack - (char *)x.wide[1] >= (long)wide, "dstack begins in wide");
+        expect(end - (char *)x.dstack >= (long)(x.stacked * sizeof(real)), "dstack");
+        expect(end - (char *)x.codes >= (long)matrices, "codes");
+        expect((char *)x.dh - (char *)x.codes >= (long)matrices / 2, "dh begins in w2");
+        expect(end - (char *)x.dh >= (long)(hidden * (half > (size_t)T ? half : (size_t)T)), "dh");
+        expect(end - (char *)x.dh >= (long)(all * 128 * sizeof(act)), "dh in fp8");
+        expect(end - (char *)x.dx >= (long)(half * 256 * sizeof(real)), "dx");
+        expect(next - (char *)x.h >= (long)fp8_bytes(all, 256), "h");
+        expect(next - (char *)x.dv >= (long)(half * 128 * sizeof(act)), "dv");
+        const char *rows = (char *)(d.local == 8 ? x.home_x : x.rows_x);
+        next = (char *)(d.local == 8 ? x.home_y : x.rows_y);
+        expect(next - rows >= (long)(half * 256 * sizeof(act)), "rows in bf16");
+        expect(next - rows >= (long)fp8_bytes(all, 256), "rows in fp8");
+        if (d.local == 8) { continue; }
+        expect((char *)x.dh - at >= (long)(all * (256 * sizeof(act) + sizeof(real))), "staging");
+    }
+    comm = (Comm){ .ranks = 1, .ep = 1 };
+}
+
 // A layer that e4m3 cannot hold is computed as if nobody had asked for fp8.
 static void test_wide(void) {
     Layer l = layer_random(small_fp8, 20, 0);
@@ -1408,6 +1446,9 @@ static void test_wide(void) {
         check(same == (i == 1 ? 3 : 0), "wide %d: %d of 3 are as in bf16", i == 1, same);
     }
     for (int i = 0; i < 3; i++) { result_free(&l, &result[i]); }
+    l.wide = 7;
+    compare_runs("fp8, but wide, 2 ranks", &l,
+                 (Run){ .ranks = 2, .ep = 2, .keep = 2, .tokens = { 13, 7 } });
     layer_free(&l);
 }
 
@@ -1490,6 +1531,7 @@ int main(void) {
     test_forward(0, 1, 63);
     test_repeats();
     test_fp8();
+    test_scratch();
     test_wide();
 #if REAL_IS_DOUBLE
     test_gradients(0, 1, 0);
