@@ -197,7 +197,8 @@ int main(int argc, char **argv) {
             static const char interesting[] = "\"\\{}[],:-0e.u\xff\x00\x7f\xc0 ";
             switch ((bits >> 40) % 4) {
             case 0: input[at] ^= (uint8_t)(1 << (bits >> 48) % 8); break;
-            case 1: input[at] = (uint8_t)interesting[(bits >> 48) % (sizeof interesting - 1)]; break;
+            case 1: input[at] = (uint8_t)interesting[(bits >> 48) % (sizeof interesting - 1)];
+                break;
             case 2: n = n > at + length ? n - length : n; memmove(input + at, input + at + length,
                                                                   n - at); break;
             default: memmove(input + at + length, input + at, n - at); n += length; break;

@@ -12,7 +12,8 @@ flags="-std=gnu11 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all 
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 mkdir -p build/fuzz
 libfuzzer=
-if clang $flags -fsanitize=fuzzer -DLIBFUZZER test/fuzz.c -o build/fuzz/fuzz -lm 2> build/fuzz/log; then
+if clang $flags -fsanitize=fuzzer -DLIBFUZZER test/fuzz.c -o build/fuzz/fuzz -lm \
+    2> build/fuzz/log; then
     libfuzzer=1
 elif ! cc $flags test/fuzz.c -o build/fuzz/fuzz -lm; then
     exit 1

@@ -25,7 +25,8 @@ inside && /^\}/ {
     sub(/\(.*/, "", signature)
     sub(/^.*[ *]/, "", signature)
     if (length_ > limit) {
-        printf "FAIL %s:%d: %s has %d lines, %d at most\n", FILENAME, start, signature, length_, limit
+        printf "FAIL %s:%d: %s has %d lines, %d at most\n", FILENAME, start, signature, length_,
+               limit
         failed = 1
     }
     inside = start = 0

@@ -29,15 +29,16 @@ static inline Config t2_config(int K) {
         .rope_dim = 64, .Q = 128, .G = 2, .O = 128, .E = 8, .K = K, .F = 128, .n_shared = 1,
         .hash_layers = 2, .window = 32, .index_heads = 4, .index_dim = 128, .index_topk = 16,
         .hc_iters = 20, .max_positions = 1048576, .bos = 0, .eos = 1, .norm_topk = 1,
-        .route_scale = 1.5f, .swiglu_limit = K == 2 ? 2.796875f : 2.8125f, .norm_eps = 1e-6f, .hc_eps = 1e-6f,
-        .rope_theta = 10000, .compress_theta = 160000, .yarn_factor = 16, .beta_fast = 32,
-        .beta_slow = 1, .original_positions = 65536, .ratio = {0, 4, 128, 4, 0},
+        .route_scale = 1.5f, .swiglu_limit = K == 2 ? 2.796875f : 2.8125f, .norm_eps = 1e-6f,
+        .hc_eps = 1e-6f, .rope_theta = 10000, .compress_theta = 160000, .yarn_factor = 16,
+        .beta_fast = 32, .beta_slow = 1, .original_positions = 65536, .ratio = {0, 4, 128, 4, 0},
     };
     return c;
 }
 
 // Builds the model with a random base and adapters that are not zero.
-static inline void build(Model *m, const Config *c, int R, int max_tokens, int recompute, uint64_t seed) {
+static inline void build(Model *m, const Config *c, int R, int max_tokens, int recompute,
+                         uint64_t seed) {
     ModelOptions o = { .R = R, .alpha = 2.0f * R, .targets = targets_parse("attn,shared,experts"),
                        .max_tokens = max_tokens, .recompute = recompute, .training = 1,
                        .seed = seed };
@@ -64,7 +65,9 @@ static inline void destroy(Model *m) {
     mem_free();
 }
 
-static inline size_t adapter_elements(const Model *m) { return m->adapters.n_dense + m->adapters.n_expert; }
+static inline size_t adapter_elements(const Model *m) {
+    return m->adapters.n_dense + m->adapters.n_expert;
+}
 
 // Documents of those lengths with random tokens; a label is dropped here and there.
 static inline Batch make_batch(const int *length, int docs, int V) {
@@ -73,7 +76,9 @@ static inline Batch make_batch(const int *length, int docs, int V) {
     for (int i = 0; i < docs; i++) { b.doc_start[i + 1] = b.T += length[i]; }
     b.token = NEW(int, b.T);
     b.target = NEW(int, b.T);
-    for (int t = 0; t < b.T; t++) { b.token[t] = (int)(random_bits(77, (uint64_t)t) % (uint64_t)V); }
+    for (int t = 0; t < b.T; t++) {
+        b.token[t] = (int)(random_bits(77, (uint64_t)t) % (uint64_t)V);
+    }
     for (int i = 0; i < docs; i++) {
         for (int t = b.doc_start[i]; t < b.doc_start[i + 1]; t++) {
             int last = t + 1 == b.doc_start[i + 1];

@@ -59,7 +59,8 @@ equal_runs() {
 
 # One whole run: what is printed, and what lies in OUT.
 test_fresh() {
-    run 0 --cpu --random-base -b 1 -t 64 -d 256 -x 16 -l 3e-3 -u 2 -v 8 --val-steps 2 -n 8 -s 8 -g 4 -o fresh
+    run 0 --cpu --random-base -b 1 -t 64 -d 256 -x 16 -l 3e-3 -u 2 -v 8 --val-steps 2 -n 8 -s 8 \
+        -g 4 -o fresh
     local word
     for word in plan load data 'step +16/16' 'val +16' moe 'save +8' 'done'; do
         check "no line begins with $word" grep -qE "^$word" log

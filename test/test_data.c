@@ -21,8 +21,8 @@
 //   resume      data not sought; moments lost; --reset-optim keeping them; other options, or data,
 //               accepted; -l ignored; old lines kept; --init-adapter with another r
 //   ends        a stop, or one that is not saved; a NaN ignored; OUT not moved, or all of it
-//   nonfinite   the check after the update, or none of the sum; second moments not read, or those of
-//               a neighbour among a rank's experts
+//   nonfinite   the check after the update, or none of the sum; second moments not read, or those
+//               of a neighbour among a rank's experts
 //   cc -std=gnu11 -O2 -fopenmp -Wall -Wextra test/test_data.c -o test_data -lm && ./test_data
 #define TESTING
 #include "../train.c"
@@ -319,7 +319,8 @@ static void test_text(void) {
     FILE *f = open_memstream(&all, &n);
     for (int i = 0; i < 12; i++) { token_print(f, &bytes_tokenizer, ids[i], held); }
     fclose(f);
-    check(strcmp(all, "a\\x00\\xc8<｜end▁of▁sentence｜>\n€\\xe2b\\xf0") == 0, "tokens as text: '%s'", all);
+    check(strcmp(all, "a\\x00\\xc8<｜end▁of▁sentence｜>\n€\\xe2b\\xf0") == 0,
+          "tokens as text: '%s'", all);
     Tokenizer none = { .n = 0 };
     f = open_memstream(&all, &n);
     token_print(f, &none, 71, held);
@@ -338,8 +339,9 @@ static void test_jsonl(void) {
     write_file(in_folder("x.jsonl"), rows, sizeof rows - 1);
     data_add(&d, in_folder("x.jsonl"));
     check(d.documents == 4 && d.pieces == 5 && d.bad == 1 && d.unlabelled == 1 && d.truncated == 1
-          && d.spelled == 1, "%zu documents, %zu pieces, %zu bad, %zu without labels, %zu truncated, "
-          "%zu spelled", d.documents, d.pieces, d.bad, d.unlabelled, d.truncated, d.spelled);
+          && d.spelled == 1,
+          "%zu documents, %zu pieces, %zu bad, %zu without labels, %zu truncated, %zu spelled",
+          d.documents, d.pieces, d.bad, d.unlabelled, d.truncated, d.spelled);
     check(d.tokens == 12 + 8 + 3 + 5 && d.labels == 7 + 3 + 5 + 1 + 4, "%zu tokens, %zu labels",
           d.tokens, d.labels);
     check(run_child(child_data, in_folder("x.jsonl"), text, sizeof text) == 1
@@ -402,9 +404,11 @@ static void test_options(void) {
         {"--optimizer muon --beta1 0.8", 0, "beta1=0.8;"}, {"--ns fp16", 1, "gram|standard"},
         {"--optimizer muon", 0, "ns=gram;"}, {"--gpus x", 1, "--gpus: 'x'"},
         {"--precision fp8", 0, "precision=fp8;"}, {"--precision fp4", 1, "bf16|fp8"},
-        {"--routing scoring_func=sigmoid,n_group=4,topk_group=2", 0, "routing=scoring_func=sigmoid,n"},
+        {"--routing scoring_func=sigmoid,n_group=4,topk_group=2", 0,
+         "routing=scoring_func=sigmoid,n"},
         {"--routing scoring=sigmoid", 1, "'scoring=sigmoid' sets nothing"},
-        {"--routing n_group", 1, "'n_group' sets nothing"}, {"--routing n_group=3", 1, "n_group is 3"},
+        {"--routing n_group", 1, "'n_group' sets nothing"},
+        {"--routing n_group=3", 1, "n_group is 3"},
         {"--routing topk_group=2", 1, "topk_group is 2 (--routing)"},
         {"--routing norm_topk_prob=yes", 1, "norm_topk_prob is yes (--routing), expected false or"},
         {"--routing routed_scaling_factor=0", 1, "routed_scaling_factor is 0"},
@@ -529,8 +533,8 @@ static void child_two_signals(void *unused) { (void)unused; on_stop_signal(2); o
 static char said[4096];
 static int run_trainer(void (*child)(void *), const char *out, const char *more) {
     char words[2048];
-    snprintf(words, sizeof words, "-i %s -o %s -t 16 -u 0 -v 0 -s 0 --random-base %s", in_folder("e.txt"),
-             in_folder(out), more);
+    snprintf(words, sizeof words, "-i %s -o %s -t 16 -u 0 -v 0 -s 0 --random-base %s",
+             in_folder("e.txt"), in_folder(out), more);
     return run_child(child, words, said, sizeof said);
 }
 

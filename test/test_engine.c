@@ -2,18 +2,18 @@
 // computes; what is wrong with a weight shows; training does not notice them; they end with it.
 //
 // Oracles: the trainer's own forward pass, in another layout, with other ranks; a run without
-// receivers. How close two such passes come is a matter of rounding. In fp32 (test_engine_float) the
-// KL is 1e-12. In bf16 a sum in another order now and then rounds the other way, and where a choice
-// of experts or entries hangs by a hair, it turns: on a base of random weights 2 labels of 1,000 see
-// that, and the KL is 5e-4; on the built-in one, which has read English, it is 1e-6.
+// receivers. How close two such passes come is a matter of rounding. In fp32 (test_engine_float)
+// the KL is 1e-12. In bf16 a sum in another order now and then rounds the other way, and where a
+// choice of experts or entries hangs by a hair, it turns: on a base of random weights 2 labels of
+// 1,000 see that, and the KL is 5e-4; on the built-in one, which has read English, it is 1e-6.
 //
 // Built as test_engine_gpu all of it runs on GPUs, as many as there are. With a folder's name it
 // measures that model instead, with a random base: of full width, say.
 //
 // Seen to fail on broken copies of engine.c and refit.c: up's rows taken for gate's, everyone's
-// sinks from head 0, a whole shared expert added up, the adapters of the buffer that does not serve,
-// w13's B of the other half, gate's scales for up, the shared w3 with w1's factors, wo_b without its
-// adapter, factors cut where their matrix came whole.
+// sinks from head 0, a whole shared expert added up, the adapters of the buffer that does not
+// serve, w13's B of the other half, gate's scales for up, the shared w3 with w1's factors, wo_b
+// without its adapter, factors cut where their matrix came whole.
 #include "model.h"
 #include <signal.h>
 
@@ -243,14 +243,15 @@ static void both_ranks(void *unused) {
     Model m;
     Engine *e = &engine;
     Config c, *own = &e->model.config;
-    double sums[4][4] = { { 0 } }, far = 0, of_near = 0;    // labels that differ much; the others' KL
+    double sums[4][4] = { { 0 } }, far = 0, of_near = 0;  // labels that differ much; the others' KL
     float losses[TOKENS];
     (void)unused;
     crew_config(&c);
     comm_launch(2, 1, 60);
     take_card();
     const int R = crew.folder ? 8 : 4;
-    const ModelOptions o = { .R = R, .alpha = 2.0f * R, .targets = targets_parse("attn,shared,experts"),
+    const ModelOptions o = { .R = R, .alpha = 2.0f * R,
+                             .targets = targets_parse("attn,shared,experts"),
                              .max_tokens = TOKENS };
     build(&m, &c, R, TOKENS, RECOMPUTE_FULL, 3);
     if (!crew.folder) { checkpoint_load("dev/data/tiny", m.tensors, m.n_tensors); }
@@ -278,7 +279,8 @@ static void both_ranks(void *unused) {
     e->model.experts = engine_moe;
     for (int k = 0; k < 2; k++) { rope_table(e->model.rope[k], own, k, TOKENS); }
     refit_move(&e->base, e->weights, REFIT_POINTS);
-    fail_on(e->base.local < 0.2 * (double)e->base.bytes, "nothing was copied in place", e->base.local);
+    fail_on(e->base.local < 0.2 * (double)e->base.bytes, "nothing was copied in place",
+            e->base.local);
     engine_bind(e);
     golden(e);
     // The base with hardly any adapters, with all of them, with swapped halves, put right again.
@@ -331,7 +333,8 @@ static void test_layouts(const char *of) {
         const int ranks = rows[i].trainers + rows[i].receivers;
         if (BF16 && i == 2) { continue; }           // random weights
         if (cards ? ranks > cards : i == 4) { continue; }
-        crew = (__typeof__(crew)){ rows[i].trainers, rows[i].ep, rows[i].receivers, rows[i].F, 0, of };
+        crew = (__typeof__(crew)){ rows[i].trainers, rows[i].ep, rows[i].receivers, rows[i].F, 0,
+                                   of };
         int code = run_child(crew_ranks, NULL, text, sizeof text);
         check(code == 0, "%d trainers, %d receivers, F %d: exit code %d %s", crew.trainers,
               crew.receivers, crew.F, code, text);
@@ -360,8 +363,10 @@ static void program(void *arg) {
     const Run *run = (const Run *)arg;
     char words[512], *argv[64] = { (char *)"train" };
     int argc = 1;
-    snprintf(words, sizeof words, "%s -m dev/data/tiny -i %s/a.txt -j %s/b.txt -t 64 -d 256 --val-steps 8 -u 0 -l 3e-3 -n 0 "
-             "-s 0 %s -o %s/%s", cards ? "" : "--cpu", folder, folder, run->options, folder, run->out);
+    snprintf(words, sizeof words,
+             "%s -m dev/data/tiny -i %s/a.txt -j %s/b.txt -t 64 -d 256 --val-steps 8 -u 0 -l 3e-3 "
+             "-n 0 -s 0 %s -o %s/%s", cards ? "" : "--cpu", folder, folder, run->options, folder,
+             run->out);
     for (char *w = strtok(words, " "); w; w = strtok(NULL, " ")) { argv[argc++] = w; }
     char log[128];
     snprintf(log, sizeof log, "%s/%s.log", folder, run->out);
@@ -429,8 +434,8 @@ static void test_program(void) {
         int steps = same_steps(rows[k].out, plain);
         check(steps == (k == 1 ? 4 : 6), "%s: %d equal steps", rows[k].with, steps);
         char command[256];
-        snprintf(command, sizeof command, "cmp %s/%s/%s %s/%s/%s", folder, rows[k].out, file_adapter,
-                 folder, plain, file_adapter);
+        snprintf(command, sizeof command, "cmp %s/%s/%s %s/%s/%s", folder, rows[k].out,
+                 file_adapter, folder, plain, file_adapter);
         check(system(command) == 0, "%s: the adapters differ", rows[k].with);
         snprintf(name, sizeof name, "%s.log", rows[k].out);
         char *log = slurp(name);
@@ -439,13 +444,15 @@ static void test_program(void) {
         double kl, receiver, loss, val;
         while ((at = strstr(at, " | kl "))) {
             int step = atoi(at - 5);
-            check(sscanf(at, " | kl %lf | receiver loss %lf | trainer loss %lf", &kl, &receiver, &loss)
-                  == 3 && kl < close_kl && fabs(receiver - loss) < 0.01, "%s: %.60s", rows[k].with, at);
+            check(sscanf(at, " | kl %lf | receiver loss %lf | trainer loss %lf", &kl, &receiver,
+                         &loss) == 3 && kl < close_kl && fabs(receiver - loss) < 0.01,
+                  "%s: %.60s", rows[k].with, at);
             char line[32];
             snprintf(line, sizeof line, "val  %5d | loss ", step);
             const char *v = strstr(log, line);
-            check(v && (val = atof(v + strlen(line)), fabs(val - loss) < 2e-6), "%s: step %d: the trainer "
-                  "has %.6f, not the validation's %.20s", rows[k].with, step, loss, v ? v : "");
+            check(v && (val = atof(v + strlen(line)), fabs(val - loss) < 2e-6),
+                  "%s: step %d: the trainer has %.6f, not the validation's %.20s",
+                  rows[k].with, step, loss, v ? v : "");
             printf("  %s: step %d, KL %.1e\n", rows[k].out, step, kl);
             refits++;
             at++;
@@ -461,13 +468,14 @@ static void test_samples(void) {
     int code = run_program("-x 2 --ranks 2 --gen-gpus 1 --refit-every 1 -v 0 -s 2 -g 24", "sample",
                            text, sizeof text);
     char *log = slurp("sample.log");
-    const char *mine = strstr(log, "\nsample at step 2:\n"), *theirs = strstr(log, "' sample at step 2:\n");
-    check(code == 0 && mine && theirs && strstr(log, "' sample at step 1:\n"), "samples: exit code %d",
-          code);
+    const char *mine = strstr(log, "\nsample at step 2:\n"),
+               *theirs = strstr(log, "' sample at step 2:\n");
+    check(code == 0 && mine && theirs && strstr(log, "' sample at step 1:\n"),
+          "samples: exit code %d", code);
     if (mine && theirs) {
         const char *end = strstr(mine + 24, "\n---\n");
-        check(end && strncmp(mine + 1, theirs + 2, (size_t)(end - mine)) == 0, "the trainer wrote %.60s"
-              " the receiver %.60s", mine, theirs);
+        check(end && strncmp(mine + 1, theirs + 2, (size_t)(end - mine)) == 0,
+              "the trainer wrote %.60s the receiver %.60s", mine, theirs);
     }
     free(log);
 }
@@ -487,7 +495,8 @@ static void test_ends(void) {
         int code = run_program(rows[i].options, "end", text, sizeof text);
         check(code == rows[i].code && strstr(text, rows[i].says), "%s: exit code %d %s",
               rows[i].options, code, text);
-        check(clock_seconds() - start < 30, "%s: took %.0f s", rows[i].options, clock_seconds() - start);
+        check(clock_seconds() - start < 30, "%s: took %.0f s", rows[i].options,
+              clock_seconds() - start);
     }
 }
 
@@ -504,7 +513,8 @@ int main(int argc, char **argv) {
     }
 #endif
     if (argc > 1) { test_both(argv[1]); test_layouts(argv[1]); return finish("test_engine"); }
-    snprintf(folder, sizeof folder, "%s/engine_XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
+    snprintf(folder, sizeof folder, "%s/engine_XXXXXX",
+             getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     require(mkdtemp(folder) != NULL);
     for (int k = 0; k < 2; k++) {               // text to train on, text to validate with
         char path[96], *source = realpath(k ? "train.c" : "kernels.cu", NULL);

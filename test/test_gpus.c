@@ -1,6 +1,6 @@
-// Collectives between GPUs: the same checks as test_moe.c makes of them on the CPU, and how fast they
-// are. Every shape of ranks and expert groups that this machine has GPUs for; each in processes of
-// its own. Without two GPUs this says skipped. Build: make test-gpu.
+// Collectives between GPUs: the same checks as test_moe.c makes of them on the CPU, and how fast
+// they are. Every shape of ranks and expert groups that this machine has GPUs for; each in
+// processes of its own. Without two GPUs this says skipped. Build: make test-gpu.
 #include "../moe.c"
 #include "check.h"
 #ifndef USE_CUDA
@@ -51,14 +51,15 @@ static void all_to_all_once(int which, int round) {
     const unsigned char *p = host;
     for (int i = 0; i < n; i++) {
         for (size_t j = 0; j < recv[i]; j++) {
-            wrong += *p++ != (unsigned char)(j * 7 + comm_member(which, i) * 31 + comm_rank() * 101);
+            wrong += *p++ !=
+                (unsigned char)(j * 7 + comm_member(which, i) * 31 + comm_rank() * 101);
         }
     }
     expect(wrong == 0 && *p == 0, "all_to_all brought wrong bytes");
 }
 
-// Sums of numbers whose rounding shows the order they were added in, in one piece, in several with a
-// rest, and fewer than there are members.
+// Sums of numbers whose rounding shows the order they were added in, in one piece, in several with
+// a rest, and fewer than there are members.
 static void sums(int which) {
     const size_t counts[3] = { 1, 1000003, (1 << 23) + 100001 };
     int n = comm_size(which);
@@ -107,9 +108,10 @@ static void speeds(void) {
         }
         double off = (double)bytes * (n - 1) / n;
         if (comm_rank() == 0) {
-            fprintf(stderr, "| %d GPUs | %9zu bytes | all-to-all %8.1f us %6.1f GB/s | sum %8.1f us "
-                    "%6.1f GB/s |\n", n, bytes, 1e6 * seconds[0], 1e-9 * off / seconds[0],
-                    1e6 * seconds[1], 2e-9 * off / seconds[1]);
+            fprintf(stderr,
+                    "| %d GPUs | %9zu bytes | all-to-all %8.1f us %6.1f GB/s | "
+                    "sum %8.1f us %6.1f GB/s |\n", n, bytes, 1e6 * seconds[0],
+                    1e-9 * off / seconds[0], 1e6 * seconds[1], 2e-9 * off / seconds[1]);
         }
     }
 }

@@ -62,7 +62,8 @@ test_twins() {
     drift "swapped dimensions" "passes (out, a, b, C, T)" 's/  T, C))/  C, T))/' x.c
     drift "a renamed parameter" "its parameters are (out, x, b, T, C)" 's/float \*a,/float *x,/' x.c
     drift "a missing argument" "passes (out, a, b, T)" 's/  T, C))/  T))/' x.c
-    drift "another function's twin" "calls reset_gpu" 's/GPU(subtract_forward_gpu/GPU(reset_gpu/' x.c
+    drift "another function's twin" "calls reset_gpu" \
+        's/GPU(subtract_forward_gpu/GPU(reset_gpu/' x.c
     drift "a late GPU line" "not its first" 's/    GPU(reset/    *out = 1;\n    GPU(reset/' x.c
     drift "a forgotten TWIN" "TWIN(reset) is missing" '/^TWIN(reset)/d' x.c
     drift "a function with a result" "does not return void" 's/^void reset/int reset/' x.c
@@ -99,7 +100,8 @@ test_run() {
     ( mkdir -p "$dir/run" && cp test/run.sh "$dir/run" && cd "$dir/run" || exit 1
       bash run.sh ../good.sh > good
       echo $? > good.code
-      LIMIT=1 bash run.sh -s why ../good.sh ../bad.sh ../liar.sh ../crash.sh ../hang.sh ../none > all
+      LIMIT=1 bash run.sh -s why ../good.sh ../bad.sh ../liar.sh ../crash.sh ../hang.sh \
+          ../none > all
       echo $? > all.code ) 2> /dev/null
     check "run.sh, one good program" same "3 passed, 0 failed, 1 skipped 0" \
         "$(tail -n 1 "$dir/run/good") $(cat "$dir/run/good.code")"

@@ -47,7 +47,9 @@ static uint8_t *fp8_matrix(size_t n) {
 }
 static uint8_t *bytes_between(size_t n, int low, int high) {
     uint8_t *p = room(n);
-    for (size_t i = 0; i < n; i++) { p[i] = (uint8_t)(low + (int)((uniform() + 1) / 2 * (high - low + 1))); }
+    for (size_t i = 0; i < n; i++) {
+        p[i] = (uint8_t)(low + (int)((uniform() + 1) / 2 * (high - low + 1)));
+    }
     return p;
 }
 
@@ -95,7 +97,8 @@ static void compare_int(const char *what, const int *p, size_t n) {
 
 static void test_norms(int T, int C) {
     arena_used = 0;
-    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * C), *dinp = blank_act((size_t)T * C);
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * C),
+        *dinp = blank_act((size_t)T * C);
     real *rstd = blank(T), *dout = reals((size_t)T * C, 1);
     bf16 *w = (bf16 *)acts(C, 1);
     BOTH({ rmsnorm_forward(X(out), X(rstd), X(inp), X(w), 1e-6f, T, C);
@@ -110,16 +113,21 @@ static void test_heads(int T, int Hn, int Dn) {
     size_t n = (size_t)T * Hn * Dn;
     act *inp = acts(n, 1), *out = blank_act(n), *dout = acts(n, 1), *dinp = blank_act(n);
     act *turned = acts(n, 1), *kinp = acts((size_t)T * Dn, 1), *kd = blank_act((size_t)T * Dn);
-    real *rstd = blank((size_t)T * Hn), *table = reals(64 * 100, 1), *kdout = reals((size_t)T * Dn, 1);
+    real *rstd = blank((size_t)T * Hn), *table = reals(64 * 100, 1),
+         *kdout = reals((size_t)T * Dn, 1);
     real *krstd = blank(T);
     act *kout = blank_act((size_t)T * Dn);
     bf16 *w = (bf16 *)acts(Dn, 1);
     int *position = ints(T);
     for (int t = 0; t < T; t++) { position[t] = t * 7 % 100; }
-    BOTH({ norm_rope_forward(X(out), X(rstd), X(inp), NULL, X(table), X(position), 1e-6f, T, Hn, Dn, 64);
-           norm_rope_backward(X(dinp), X(dout), X(out), X(rstd), X(table), X(position), T, Hn, Dn, 64);
-           norm_rope_forward(X(kout), X(krstd), X(kinp), X(w), X(table), X(position), 1e-6f, T, 1, Dn, 64);
-           key_norm_rope_backward(X(kd), X(kdout), X(kinp), X(krstd), X(w), X(table), X(position), T, Dn, 64);
+    BOTH({ norm_rope_forward(X(out), X(rstd), X(inp), NULL, X(table), X(position), 1e-6f, T, Hn, Dn,
+                             64);
+           norm_rope_backward(X(dinp), X(dout), X(out), X(rstd), X(table), X(position), T, Hn, Dn,
+                              64);
+           norm_rope_forward(X(kout), X(krstd), X(kinp), X(w), X(table), X(position), 1e-6f, T, 1,
+                             Dn, 64);
+           key_norm_rope_backward(X(kd), X(kdout), X(kinp), X(krstd), X(w), X(table), X(position),
+                                  T, Dn, 64);
            rope_apply(X(turned), X(table), X(position), -1, T, Hn, Dn, 64); });
     compare_act("norm + rope out", out, n, BF16);
     compare_act("norm + rope dinp", dinp, n, BF16);
@@ -182,25 +190,30 @@ static void test_streams(int T, int C) {
 
 static void test_linears(int T, int C, int O, int R) {
     arena_used = 0;
-    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O), *dout = acts((size_t)T * O, 1);
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O),
+        *dout = acts((size_t)T * O, 1);
     act *plain = blank_act((size_t)T * O);
     uint8_t *w = fp8_matrix((size_t)O * C);
     uint8_t *scale = bytes_between((size_t)((O + 127) / 128) * ((C + 127) / 128), 119, 123);
     bf16 *wb = (bf16 *)acts((size_t)O * C, 0.1);
     real *a = reals((size_t)R * C, 0.1), *b = reals((size_t)O * R, 0.1), *u = blank((size_t)T * R);
-    real *dinp = reals((size_t)T * C, 1), *da = reals((size_t)R * C, 1), *db = reals((size_t)O * R, 1);
-    real *outb = blank((size_t)T * O), *dinb = reals((size_t)T * C, 1), *doutb = reals((size_t)T * O, 1);
-    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O), *u2 = blank((size_t)T * R);
+    real *dinp = reals((size_t)T * C, 1), *da = reals((size_t)R * C, 1),
+         *db = reals((size_t)O * R, 1);
+    real *outb = blank((size_t)T * O), *dinb = reals((size_t)T * C, 1),
+         *doutb = reals((size_t)T * O, 1);
+    real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O),
+         *u2 = blank((size_t)T * R);
     const int all[2] = { 0, T };
-    BOTH({ partial_forward(X(terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, X(a), X(b), 2, 1, C, O, R);
-           partial_forward(X(plain_terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, NULL, NULL, 2, 1, C,
-                           O, R); });
-    compare_real("linear terms", terms, (size_t)T * O, BF16);           // A, B, u are rounded to bf16
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, X(a), X(b), 2, 1,
+                           C, O, R);
+           partial_forward(X(plain_terms), X(u2), X(inp), all, X(w), X(scale), DT_FP8, NULL, NULL,
+                           2, 1, C, O, R); });
+    compare_real("linear terms", terms, (size_t)T * O, BF16);    // A, B, u are rounded to bf16
     compare_real("linear terms without an adapter", plain_terms, (size_t)T * O, FP32);
     BOTH({ linear_fp8_forward(X(plain), X(inp), X(w), X(scale), T, C, O);
            lora_linear_forward(X(out), X(u), X(inp), X(w), X(scale), X(a), X(b), 2, T, C, O, R);
-           lora_linear_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), X(w), X(scale), X(a), X(b),
-                                2, T, C, O, R);
+           lora_linear_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), X(w), X(scale), X(a),
+                                X(b), 2, T, C, O, R);
            linear_bf16_forward(X(outb), X(inp), X(wb), T, C, O);
            linear_bf16_backward(X(dinb), X(doutb), X(wb), T, C, O); });
     compare_act("linear fp8", plain, (size_t)T * O, BF16);
@@ -219,22 +232,24 @@ static void test_experts(int C, int O, int R) {
     const int offset[E + 1] = {0, 0, 1, 64, 64, 129, 300};
     int T = offset[E];
     arena_used = 0;
-    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O), *dout = acts((size_t)T * O, 1);
+    act *inp = acts((size_t)T * C, 1), *out = blank_act((size_t)T * O),
+        *dout = acts((size_t)T * O, 1);
     uint8_t *w = bytes_between((size_t)E * O * C / 2, 0, 255);
     uint8_t *scale = bytes_between((size_t)E * O * C / 32, 119, 123);
     real *a = reals((size_t)E * R * C, 0.1), *b = reals((size_t)E * O * R, 0.1);
     real *u = blank((size_t)T * R), *u2 = blank((size_t)T * R), *dinp = reals((size_t)T * C, 1);
     real *da = reals((size_t)E * R * C, 1), *db = reals((size_t)E * O * R, 1);
     real *terms = blank((size_t)T * O), *plain_terms = blank((size_t)T * O);
-    BOTH({ partial_forward(X(terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, X(a), X(b), 2, E, C, O,
-                           R);
-           partial_forward(X(plain_terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, NULL, NULL, 2, E,
-                           C, O, R); });
+    BOTH({ partial_forward(X(terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, X(a), X(b), 2,
+                           E, C, O, R);
+           partial_forward(X(plain_terms), X(u2), X(inp), offset, X(w), X(scale), DT_FP4, NULL,
+                           NULL, 2, E, C, O, R); });
     compare_real("experts' terms", terms, (size_t)T * O, BF16);
     compare_real("experts' terms without adapters", plain_terms, (size_t)T * O, FP32);
-    BOTH({ lora_experts_forward(X(out), X(u), X(inp), offset, X(w), X(scale), X(a), X(b), 2, E, C, O, R);
-           lora_experts_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), offset, X(w), X(scale),
-                                 X(a), X(b), 2, E, C, O, R);
+    BOTH({ lora_experts_forward(X(out), X(u), X(inp), offset, X(w), X(scale), X(a), X(b), 2, E, C,
+                                O, R);
+           lora_experts_backward(X(dinp), X(da), X(db), X(dout), X(inp), X(u), offset, X(w),
+                                 X(scale), X(a), X(b), 2, E, C, O, R);
            lora_experts_down(X(u2), X(inp), offset, X(a), E, C, R); });
     compare_act("experts out", out, (size_t)T * O, BF16);
     compare_real("experts u", u, (size_t)T * R, BF16);
@@ -260,18 +275,18 @@ static void test_routing(int T, int C, int E, int K, Routing how, int norm) {
     for (int v = 0; v < 90; v++) {
         for (int k = 0; k < K; k++) { table[v * K + k] = (v + k * 5) % E; }
     }
-    for (size_t i = 0; i < slots; i++) {        // a permutation: 7 and the number of slots are coprime
+    for (size_t i = 0; i < slots; i++) {    // a permutation: 7 and the number of slots are coprime
         slot_row[i] = (int)(i * 7919 % slots);
         row_slot[slot_row[i]] = (int)i;
     }
     if (T > 2) { all[E + 1] = all[E + 2] = all[E]; all[2 * E] = -120; }
     const real *needed = route_needs_all(how, norm) ? all : NULL;
-    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), how.greedy ? NULL : X(bias), NULL, NULL,
-                         how, 1.5f, norm, T, E, K);
-           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), how, 1.5f,
-                         norm, T, E, K);
-           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(needed), X(gate),
-                          how, 1.5f, norm, T, C, E, K);
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), how.greedy ? NULL : X(bias), NULL,
+                         NULL, how, 1.5f, norm, T, E, K);
+           route_forward(X(hash_ids), X(hash_w), X(hash_l), X(all), NULL, X(table), X(tokens), how,
+                         1.5f, norm, T, E, K);
+           route_backward(X(dinp), X(dw), X(slot_row), X(ids), X(weights), X(logits), X(needed),
+                          X(gate), how, 1.5f, norm, T, C, E, K);
            pack_rows(X(home), X(inp), X(row_slot), T * K, K, C * sizeof(act));
            pack_weights(X(home_w), X(weights), X(row_slot), (int)slots);
            combine_forward(X(out), X(rows), X(slot_row), T, K, C);
@@ -295,15 +310,16 @@ static void test_routing_nan(int E, int K, Routing how) {
     float *bias = reals(E, 1);
     int *ids = memset(room(sizeof(int) * T * K), 0xFF, sizeof(int) * T * K);
     for (int e = 0; e < E; e++) { all[E + e] = NAN; }
-    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, how, 1, 1, T, E,
-                         K); });
+    BOTH({ route_forward(X(ids), X(weights), X(logits), X(all), X(bias), NULL, NULL, how, 1, 1, T,
+                         E, K); });
     compare_int("experts of NaN logits", ids, T * K);
 }
 
 static void test_swiglu(int T, int F) {
     arena_used = 0;
     size_t n = (size_t)T * F;
-    act *g = acts(n, 15), *v = acts(n, 15), *h = blank_act(n), *dg = blank_act(n), *dv = blank_act(n);
+    act *g = acts(n, 15), *v = acts(n, 15), *h = blank_act(n), *dg = blank_act(n),
+        *dv = blank_act(n);
     real *w = reals(T, 1), *dh = reals(n, 1), *dw = blank(T), *x = reals(n, 1);
     act *narrowed = blank_act(n);
     st(g, 10); st(v + 1, -10);
@@ -317,12 +333,13 @@ static void test_swiglu(int T, int F) {
     compare_act("narrow", narrowed, n, 0);
 }
 
-// A receiver has some of the 64 heads (all_q, all_out: (T,64,D)): the same bits as beside the others.
-// a: on the device.
+// A receiver has some of the 64 heads (all_q, all_out: (T,64,D)): the same bits as beside the
+// others. a: on the device.
 static void test_some_heads(const act *all_q, const act *all_out, const act *kv, const act *entries,
                             const real *sink, const int *selected, AttentionShape a) {
     for (int H = 8; H < 64; H *= 2) {
-        const size_t row = (size_t)H * a.D, whole = (size_t)a.H * a.D, bytes = a.T * row * sizeof(act);
+        const size_t row = (size_t)H * a.D, whole = (size_t)a.H * a.D,
+                     bytes = a.T * row * sizeof(act);
         char *host = malloc(bytes), *got = malloc(bytes);
         act *q, *out;
         real *lse;
@@ -331,11 +348,15 @@ static void test_some_heads(const act *all_q, const act *all_out, const act *kv,
         gpu_alloc((void **)&q, bytes);
         gpu_alloc((void **)&out, bytes + 1024);
         gpu_alloc((void **)&lse, (size_t)a.T * H * sizeof *lse);
-        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_q + t * whole + row, row * sizeof(act)); }
+        for (int t = 0; t < a.T; t++) {
+            memcpy(host + t * row * sizeof(act), all_q + t * whole + row, row * sizeof(act));
+        }
         gpu_upload(q, host, bytes);
         attention_forward_gpu(out, lse, q, kv, entries, sink + H, selected, some);
         gpu_download(got, out, bytes);
-        for (int t = 0; t < a.T; t++) { memcpy(host + t * row * sizeof(act), all_out + t * whole + row, row * sizeof(act)); }
+        for (int t = 0; t < a.T; t++) {
+            memcpy(host + t * row * sizeof(act), all_out + t * whole + row, row * sizeof(act));
+        }
         check(memcmp(host, got, bytes) == 0, "%d heads of 64: other bits", H);
         gpu_download(host, out + bytes / sizeof(act), 1024);
         for (int i = 0; i < 1024; i++) { got[0] = i ? got[0] | host[i] : host[i]; }
@@ -434,15 +455,15 @@ static void test_experts_fp8(int C, int O, int R) {
            recast_spread(blocks[on_gpu], X(w), X(scale), E, C, O);
            experts_fp8_product(X(plain_y), X(x), X(x_scale), offset, X(exact), X(exact_grid), NULL,
                                NULL, 0, 1, E, C, O, 0);
-           experts_fp8_product(X(y), X(x), X(x_scale), offset, X(exact), X(exact_grid), X(u), X(b), 0,
-                               0.5f, E, C, O, R);
+           experts_fp8_product(X(y), X(x), X(x_scale), offset, X(exact), X(exact_grid), X(u), X(b),
+                               0, 0.5f, E, C, O, R);
            experts_fp8_product(X(dx), X(dy), X(dy_scale), offset, X(exact) + n,
                                X(exact_grid) + n / 16384, X(u), X(a), 1, 1, E, O, C, R); });
     compare_bytes("recast", codes, 4 * n);
     compare_bytes("recast, scales", grid, 4 * n / 16384);
     for (int i = 0; i < RECAST_SPREAD + 2; i++) {
-        check(blocks[1][i] == 2 * blocks[0][i], "recast spread %d: %d, want %d", i, blocks[1][i] / 2,
-              blocks[0][i]);
+        check(blocks[1][i] == 2 * blocks[0][i], "recast spread %d: %d, want %d", i,
+              blocks[1][i] / 2, blocks[0][i]);
     }
     check(blocks[0][RECAST_SPREAD + 1] == 1, "no block is too wide");
     compare_act("fp8 product", plain_y, (size_t)ROWS * O, 0);
@@ -478,7 +499,8 @@ static void test_adapter_share(int C, int F, int R) {
 }
 
 // Attention with its compressors and indexer over documents of those lengths.
-static void test_attention(const int *length, int docs, int Hn, int Dn, int W, int ratio, int topk) {
+static void test_attention(const int *length, int docs, int Hn, int Dn, int W, int ratio,
+                           int topk) {
     arena_used = 0;
     int start[16] = {0}, T, dim = 128, heads = 4;
     for (int i = 0; i < docs; i++) { start[i + 1] = start[i] + length[i]; }
@@ -488,7 +510,8 @@ static void test_attention(const int *length, int docs, int Hn, int Dn, int W, i
     documents_set(&d, start, docs);
     Entries *e = &d.of[entries_of(ratio)];
     int P = ratio ? e->P : 0, n = ratio == 4 ? 2 : 1;
-    int *position = ints(T), *end = ints(T), *first = ints(T), *token = ints(P), *entry_position = ints(P);
+    int *position = ints(T), *end = ints(T), *first = ints(T), *token = ints(P),
+        *entry_position = ints(P);
     memcpy(position, d.position, sizeof(int) * T);
     memcpy(end, d.end, sizeof(int) * T);
     memcpy(first, e->first_entry, sizeof(int) * T);
@@ -497,33 +520,38 @@ static void test_attention(const int *length, int docs, int Hn, int Dn, int W, i
     size_t N = (size_t)T * Hn * Dn;
     act *q = acts(N, 1), *kv = acts((size_t)T * Dn, 1), *out = blank_act(N), *dout = acts(N, 1);
     act *dq = blank_act(N), *entries = blank_act((size_t)P * Dn), *dpool = acts((size_t)P * Dn, 1);
-    real *K = reals((size_t)T * n * Dn, 1), *Z = reals((size_t)T * n * Dn, 1), *ape = reals((size_t)(ratio + 1) * n * Dn, 1);
+    real *K = reals((size_t)T * n * Dn, 1), *Z = reals((size_t)T * n * Dn, 1),
+         *ape = reals((size_t)(ratio + 1) * n * Dn, 1);
     real *lse = blank((size_t)T * Hn), *sink = reals(Hn, 1), *delta = blank((size_t)T * Hn);
     real *dkv = blank((size_t)T * Dn), *dentries = blank((size_t)P * Dn);
-    real *dK = blank((size_t)T * n * Dn), *dZ = blank((size_t)T * n * Dn), *iw = reals((size_t)T * heads, 1);
+    real *dK = blank((size_t)T * n * Dn), *dZ = blank((size_t)T * n * Dn),
+         *iw = reals((size_t)T * heads, 1);
     act *iq = acts((size_t)T * heads * dim, 1), *ik = acts((size_t)P * dim, 1);
     int *selected = topk ? ints((size_t)T * topk) : NULL;
     if (topk) { memset(selected, 0xFF, sizeof(int) * (size_t)T * topk); }
-    #define SHAPE ((AttentionShape){ .T = T, .P = P, .H = Hn, .D = Dn, .W = W, .ratio = ratio, .topk = topk, \
-        .position = X(position), .end = X(end), .first_entry = X(first), .token = X(token) })
+    #define SHAPE ((AttentionShape){ .T = T, .P = P, .H = Hn, .D = Dn, .W = W, \
+        .ratio = ratio, .topk = topk, .position = X(position), .end = X(end), \
+        .first_entry = X(first), .token = X(token) })
     BOTH({ if (ratio) {
                pool_forward(X(entries), X(K), X(Z), X(ape), SHAPE, X(entry_position), Dn);
-               pool_backward(X(dK), X(dZ), X(dpool), X(K), X(Z), X(ape), SHAPE, X(entry_position), Dn);
+               pool_backward(X(dK), X(dZ), X(dpool), X(K), X(Z), X(ape), SHAPE, X(entry_position),
+                             Dn);
            }
            if (topk) { indexer_select(X(selected), X(iq), X(ik), X(iw), SHAPE, heads, dim); }
            attention_forward(X(out), X(lse), X(q), X(kv), X(entries), X(sink), X(selected), SHAPE);
            attention_delta(X(delta), X(dout), X(out), T, Hn, Dn);
-           attention_backward_key(X(dkv), X(dentries), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
-                                  X(selected), SHAPE);
+           attention_backward_key(X(dkv), X(dentries), X(dout), X(delta), X(lse), X(q), X(kv),
+                                  X(entries), X(selected), SHAPE);
            attention_backward_query(X(dq), X(dout), X(delta), X(lse), X(q), X(kv), X(entries),
                                     X(selected), SHAPE); });
     if (Hn == 64 && Dn == 512) {
         on_gpu = 1;
-        test_some_heads(q, (const act *)(back + ((char *)out - H)), X(kv), X(entries), X(sink), X(selected),
-                        SHAPE);
+        test_some_heads(q, (const act *)(back + ((char *)out - H)), X(kv), X(entries), X(sink),
+                        X(selected), SHAPE);
         on_gpu = 0;
     }
-    printf(" attention: %d tokens, %d documents, %d heads of %d, ratio %d, topk %d\n", T, docs, Hn, Dn, ratio, topk);
+    printf(" attention: %d tokens, %d documents, %d heads of %d, ratio %d, topk %d\n", T, docs, Hn,
+           Dn, ratio, topk);
     if (ratio) {
         compare_act("entries", entries, (size_t)P * Dn, BF16);
         compare_real("pool dK", dK, (size_t)T * n * Dn, 1e-4);
@@ -542,9 +570,11 @@ static void test_attention(const int *length, int docs, int Hn, int Dn, int W, i
 static void test_groups_and_head(int T) {
     enum { G = 2, N = 256, O = 128, C = 128, V = 264 };
     arena_used = 0;
-    act *o = acts((size_t)T * G * N, 1), *v = blank_act((size_t)T * G * O), *do_ = blank_act((size_t)T * G * N);
+    act *o = acts((size_t)T * G * N, 1), *v = blank_act((size_t)T * G * O),
+        *do_ = blank_act((size_t)T * G * N);
     real *dv = reals((size_t)T * G * O, 1), *loss = blank(T), *dinp = blank((size_t)T * C);
-    uint8_t *w = fp8_matrix((size_t)G * O * N), *scale = bytes_between(G * O / 128 * N / 128, 119, 123);
+    uint8_t *w = fp8_matrix((size_t)G * O * N),
+            *scale = bytes_between(G * O / 128 * N / 128, 119, 123);
     act *inp = acts((size_t)T * C, 1);
     bf16 *head = (bf16 *)acts((size_t)V * C, 0.3);
     int *target = ints(T);
@@ -573,7 +603,8 @@ static void test_groups_and_head(int T) {
 static void test_muon(int restarts) {
     static const size_t shapes[][2] = {
         {8, 4096}, {4096, 8}, {32768, 8}, {8, 8192}, {2048, 8}, {16, 4096}, {4096, 16}, {64, 2048},
-        {32, 32768}, {24, 1024}, {3, 1000}, {8, 510}, {33, 129}, {5, 5}, {1, 64}, {8, 2048}, {8, 2048}};
+        {32, 32768}, {24, 1024}, {3, 1000}, {8, 510}, {33, 129}, {5, 5}, {1, 64}, {8, 2048},
+        {8, 2048}};
     enum { N = sizeof shapes / sizeof *shapes };
     size_t slices[3 * N], size = 0;
     arena_used = 0;
@@ -582,7 +613,8 @@ static void test_muon(int restarts) {
         memcpy(slices + 3 * k, slice, sizeof slice);
         size += (slice[1] * slice[2] + 7) / 4 * 4;
     }
-    real *p = reals(size, 0.1), *m = reals(size, 0.01), *g = reals(size, 0.1), *u = reals(1 << 16, 1);
+    real *p = reals(size, 0.1), *m = reals(size, 0.01), *g = reals(size, 0.1),
+         *u = reals(1 << 16, 1);
     for (int k = 1; k < N; k += 2) {            // every second one nearly of rank one
         size_t at = slices[3 * k], cols = slices[3 * k + 2], n = slices[3 * k + 1] * cols;
         for (size_t i = 0; i < n; i++) {
@@ -703,8 +735,8 @@ static size_t run_model(double *out, const Config *c, const int *length, int doc
 
 // bf16 rounds every activation, so two orders of summation part ways by about 2^-9 per layer, and a
 // choice of experts or entries that was nearly a tie may then fall the other way. So gradients are
-// compared where everything is chosen; where there is a choice, the loss alone. Gradients in bf16 are
-// 4.2e-2 from those in fp32 here (the C text against itself, ACT=float); two that round
+// compared where everything is chosen; where there is a choice, the loss alone. Gradients in bf16
+// are 4.2e-2 from those in fp32 here (the C text against itself, ACT=float); two that round
 // differently are then about 1.4 times that apart.
 static void test_model(const char *what, const Config *c, const int *length, int docs) {
     int chooses = c->K < c->E || c->index_topk < 100;
@@ -781,7 +813,8 @@ static void test_boxes(int boxes) {
         const size_t n[3] = { 1 + (size_t)i % PLANES, 1 + (size_t)(i * 13) % (ROWS / 2), bytes };
         const size_t step = i % 2 ? bytes : BYTES;      // packed, or again in a matrix
         to[i] = memset(room(n[0] * n[1] * step + 32), 0xA5, n[0] * n[1] * step + 32);
-        host[i] = (BoxCopy){ to[i] + odd, from + (size_t)(i * 5 % 20) * BYTES + unit * (size_t)(i % 4),
+        host[i] = (BoxCopy){ to[i] + odd,
+                             from + (size_t)(i * 5 % 20) * BYTES + unit * (size_t)(i % 4),
                              { n[1] * step, step }, { ROWS * BYTES, BYTES }, { n[0], n[1], n[2] } };
     }
     BOTH({ for (int i = 0; i < boxes; i++) {
@@ -820,13 +853,15 @@ int main(void) {
     test_routing(37, 128, 64, 6, (Routing){ SCORE_SOFTMAX, 1, 8, 3 }, 0);
     test_routing(37, 128, 66, 3, (Routing){ SCORE_SOFTMAX, 0, 3, 2 }, 1);
     test_routing(5, 128, 8, 2, (Routing){ SCORE_SIGMOID, 1, 1, 1 }, 0);
-    test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096); test_trip(24576, 256, 64);
+    test_trip(0, 8, 128); test_trip(1, 2, 128); test_trip(700, 256, 4096);
+    test_trip(24576, 256, 64);
     test_routing_nan(256, 6, (Routing){ 0, 0, 0, 0 });
     test_swiglu(37, 2048); test_swiglu(3, 128);
     test_boxes(0); test_boxes(1); test_boxes(700);
     test_rows_fp8(37, 2048); test_rows_fp8(256, 128); test_rows_fp8(200, 384);
     test_experts_fp8(256, 128, 8); test_experts_fp8(384, 512, 3); test_experts_fp8(128, 128, 72);
-    test_adapter_share(256, 128, 8); test_adapter_share(128, 384, 16); test_adapter_share(128, 128, 3);
+    test_adapter_share(256, 128, 8); test_adapter_share(128, 384, 16);
+    test_adapter_share(128, 128, 3);
     const int odd[] = {1, 130, 4, 300, 3}, longer[] = {2300, 1}, one[] = {1};
     test_attention(odd, 5, 4, 128, 32, 0, 0);
     test_attention(odd, 5, 4, 128, 32, 4, 0);

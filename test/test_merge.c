@@ -111,9 +111,12 @@ static void test_automodel(void) {
     check(!same_file(ours, theirs, file_names[FILE_ADAPTER]), "and were others");
     check(access(path_make(path, out, ".renamed.tmp", ""), F_OK) != 0, "nothing is left over");
     char name[160];
-    check(automodel_rename(name, "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight") &&
-          strcmp(name, "base_model.model.layers.12.ffn.experts.7.w2.lora_A.weight") == 0, "experts");
-    check(!automodel_rename(name, "base_model.model.model.layers.12.self_attn.q_a_proj.lora_A.weight"),
+    check(automodel_rename(name,
+                           "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight") &&
+          strcmp(name, "base_model.model.layers.12.ffn.experts.7.w2.lora_A.weight") == 0,
+          "experts");
+    check(!automodel_rename(name,
+                            "base_model.model.model.layers.12.self_attn.q_a_proj.lora_A.weight"),
           "transformers' names are not Automodel's");
     check(!automodel_rename(name, "base_model.model.model.layers.1.mlp.experts.lora_A.weight"),
           "nor is a fused tensor");
@@ -127,8 +130,10 @@ static uint8_t codes8[Q * C], scale8[1], codes4[E][F * C / 2], scale4[E][F * C /
 static bf16 plain[Q * C];
 
 static void put_tensor(char **head, unsigned char **data, const char *name, const char *dtype,
-                       int rows, int cols, const void *bytes, size_t n, const unsigned char *start) {
-    *head += sprintf(*head, "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],\"data_offsets\":[%zu,%zu]}",
+                       int rows, int cols, const void *bytes, size_t n,
+                       const unsigned char *start) {
+    *head += sprintf(*head,
+                     "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],\"data_offsets\":[%zu,%zu]}",
                      *data == start ? '{' : ',', name, dtype, rows, cols, (size_t)(*data - start),
                      (size_t)(*data - start) + n);
     memcpy(*data, bytes, n);
@@ -163,23 +168,26 @@ static void put_checkpoint(const char *dir) {
     }
     for (int i = 0; i < Q * C; i++) { plain[i] = bf16_from_float(w8[i] * 3); }
     x += sprintf(x, "{\"weight_map\": {");
-    for (int l = 0; l < L; l++) {           // layer 0 in the first file, layer 1 in the second,
-        for (int e = -1; e < E; e++) {      // but the scales of the dense matrix the other way round
-            const char *dense = "layers.%d.attn.wq_a.%s", *expert = "layers.%d.ffn.experts.%d.w1.%s";
+    for (int l = 0; l < L; l++) {         // layer 0 in the first file, layer 1 in the second,
+        for (int e = -1; e < E; e++) {    // but the scales of the dense matrix the other way round
+            const char *dense = "layers.%d.attn.wq_a.%s",
+                       *expert = "layers.%d.ffn.experts.%d.w1.%s";
             for (int scale = 0; scale < 2; scale++) {
                 int file = e < 0 && scale ? 1 - l : l;
                 const char *end = scale ? "scale" : "weight";
                 if (e < 0) { snprintf(name, sizeof name, dense, l, end); }
                 else { snprintf(name, sizeof name, expert, l, e, end); }
                 const void *bytes = e < 0 ? scale ? scale8 : codes8 : scale ? scale4[e] : codes4[e];
-                int rows = e < 0 ? scale ? 1 : Q : F, cols = e < 0 ? scale ? 1 : C : scale ? C / 32 : C / 2;
-                put_tensor(&h[file], &d[file], name, scale ? "F8_E8M0" : e < 0 ? "F8_E4M3" : "I8", rows,
-                           cols, bytes, (size_t)(rows * cols), data[file]);
+                int rows = e < 0 ? scale ? 1 : Q : F,
+                    cols = e < 0 ? scale ? 1 : C : scale ? C / 32 : C / 2;
+                put_tensor(&h[file], &d[file], name, scale ? "F8_E8M0" : e < 0 ? "F8_E4M3" : "I8",
+                           rows, cols, bytes, (size_t)(rows * cols), data[file]);
                 x += sprintf(x, "\"%s\": \"model-%d.safetensors\", ", name, file);
             }
         }
     }
-    put_tensor(&h[1], &d[1], "layers.0.attn.wkv.weight", "BF16", Q, C, plain, sizeof plain, data[1]);
+    put_tensor(&h[1], &d[1], "layers.0.attn.wkv.weight", "BF16", Q, C, plain, sizeof plain,
+               data[1]);
     put_tensor(&h[0], &d[0], "norm.weight", "BF16", 1, C, plain, 2 * C, data[0]);
     sprintf(x, "\"layers.0.attn.wkv.weight\": \"model-1.safetensors\", "
             "\"norm.weight\": \"model-0.safetensors\"}}");
@@ -187,9 +195,11 @@ static void put_checkpoint(const char *dir) {
         snprintf(name, sizeof name, "model-%d.safetensors", k);
         put_file(path_make(path, dir, "/", name), head[k], data[k], (size_t)(d[k] - data[k]));
     }
-    const char *texts[][2] = { {"model.safetensors.index.json", index}, {"tokenizer.json", "{\"x\": 1}"},
-        {"config.json", "{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
-                        " \"s\": \"x}, \\\"y\", \"expert_dtype\": \"fp4\", \"last\": {\"z\": {}}}\n"} };
+    const char *texts[][2] = {
+        {"model.safetensors.index.json", index}, {"tokenizer.json", "{\"x\": 1}"},
+        {"config.json",
+         "{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
+         " \"s\": \"x}, \\\"y\", \"expert_dtype\": \"fp4\", \"last\": {\"z\": {}}}\n"} };
     for (int k = 0; k < 3; k++) {
         FILE *f = fopen(path_make(path, dir, "/", texts[k][0]), "wb");
         fputs(texts[k][1], f);
@@ -225,7 +235,9 @@ static float *read_bf16(const char *dir, const char *name, size_t n) {
 
 static double factor_at(const char *name, int i) {
     for (int k = 0; k < s.n; k++) {
-        if (strcmp(s.tensors[k].name, name) == 0) { return (double)s.p[s.tensors[k].at + (size_t)i]; }
+        if (strcmp(s.tensors[k].name, name) == 0) {
+            return (double)s.p[s.tensors[k].at + (size_t)i];
+        }
     }
     exit(99);
 }
@@ -278,7 +290,9 @@ static void test_checkpoint(void) {
         snprintf(module, sizeof module, "layers.%d.attn.wq_a", l);
         check_matrix(out, module, wide, Q);
         for (int e = 0; e < E; e++) {
-            for (int o = 0; o < F; o++) { widen_fp4(wide + o * C, codes4[e], scale4[e], (size_t)o, C); }
+            for (int o = 0; o < F; o++) {
+                widen_fp4(wide + o * C, codes4[e], scale4[e], (size_t)o, C);
+            }
             snprintf(module, sizeof module, "layers.%d.ffn.experts.%d.w1", l, e);
             check_matrix(out, module, wide, F);
         }
@@ -364,14 +378,16 @@ static void test_packed(void) {
         const uint8_t *old = fp4 ? scale4[0] : scale8;
         size_t n = w.dim[0] * w.dim[1], n_scales = fp4 ? F * C / 32 : 1;
         double last = 2;
-        for (int k = 0; k < 4; k++) {           // deltas of 0, and of 1, 0.1 and 0.01 of the weights
+        for (int k = 0; k < 4; k++) {    // deltas of 0, and of 1, 0.1 and 0.01 of the weights
             Merged m = {0};
             float size = k == 0 ? 0 : k == 1 ? 1 : k == 2 ? 0.1f : 0.01f;
             for (int i = 0; i < R * C; i++) { a[i] = random_uniform(31, (uint64_t)i) - 0.5f; }
-            for (int i = 0; i < O * R; i++) { b[i] = size * (random_uniform(32, (uint64_t)i) - 0.5f) / 2; }
+            for (int i = 0; i < O * R; i++) {
+                b[i] = size * (random_uniform(32, (uint64_t)i) - 0.5f) / 2;
+            }
             memset(codes, 0xA5, sizeof codes);
             merge_packed(codes, scales, &w, old, a, b, 1, R, &m);
-            if (k == 0) {       // small codes under a large scale, which quantising would not choose
+            if (k == 0) {    // small codes under a large scale, which quantising would not choose
                 static uint8_t odd[F * C];
                 memset(odd, fp4 ? 0x11 : 0x30, n);
                 Tensor small = w;
@@ -391,18 +407,22 @@ static void test_packed(void) {
                 (fp4 ? widen_fp4 : widen_fp8)(before, w.data, old, (size_t)o, C);
                 for (int c = 0; c < C; c++) {
                     double d = 0, got = (double)(row[c] - before[c]);
-                    for (int r = 0; r < R; r++) { d += (double)b[o * R + r] * (double)a[r * C + c]; }
+                    for (int r = 0; r < R; r++) {
+                        d += (double)b[o * R + r] * (double)a[r * C + c];
+                    }
                     meant += d * d;
                     made += got * got;
                     both += d * got;
-                    check(fabs(got - d) < (fp4 ? 0.12 : 0.03), "[%d,%d]: change %g, meant %g", o, c, got, d);
+                    check(fabs(got - d) < (fp4 ? 0.12 : 0.03), "[%d,%d]: change %g, meant %g", o, c,
+                          got, d);
                 }
             }
             check_close("correlation", k, correlation,
                         made > 0 ? both / sqrt(meant * made) : 0, 1e-5);
             printf("  %s, delta %4.2f: %3.0f %% changed, correlation %.3f\n", fp4 ? "fp4" : "fp8",
                    (double)size, 100 * m.changed / m.values, correlation);
-            check(correlation < last && (k > 1 || correlation > 0.9), "smaller deltas survive worse");
+            check(correlation < last && (k > 1 || correlation > 0.9),
+                  "smaller deltas survive worse");
             last = correlation;
         }
     }

@@ -132,7 +132,9 @@ static double ending(int how, int code, const char *name, const char *a, const c
     char *newline = strchr(text, '\n');
     check(newline == NULL || newline[1] == 0, "%s: more than one line: %s", name, text);
     for (int r = 0; r < 4 && seen->pid[r]; r++) {       // orphans come to us: see main
-        while (waitpid(seen->pid[r], NULL, WNOHANG) == 0 && clock_seconds() - start < 10) { nap(.01); }
+        while (waitpid(seen->pid[r], NULL, WNOHANG) == 0 && clock_seconds() - start < 10) {
+            nap(.01);
+        }
         check(kill(seen->pid[r], 0) != 0, "%s: rank %d is still there", name, r);
     }
     return seconds;
@@ -252,10 +254,12 @@ static void test_launcher(void) {
     snprintf(job, sizeof job, "SLURM_JOB_ID=%d SLURM_STEP_ID=7", (int)getpid());
     check(run_child(first_word, port, text, sizeof text) == 0, "first word by TCP: %s", text);
     check(run_child(first_word, job, text, sizeof text) == 0, "first word by file: %s", text);
-    check(run_child(lonely, port, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+    check(run_child(lonely, port, text, sizeof text) == EXIT_COMM
+          && strstr(text, "rank 0 not found"),
           "no rank 0 by TCP: %s", text);
     job[strlen(job) - 1] = '8';
-    check(run_child(lonely, job, text, sizeof text) == EXIT_COMM && strstr(text, "rank 0 not found"),
+    check(run_child(lonely, job, text, sizeof text) == EXIT_COMM
+          && strstr(text, "rank 0 not found"),
           "no rank 0 by file: %s", text);
     check(run_child(lonely, "", text, sizeof text) == EXIT_USAGE && strstr(text, "MASTER_ADDR"),
           "no address: %s", text);

@@ -36,8 +36,9 @@ static uint64_t scalars_total(int block) {
 }
 
 static const char *const words[] = {
-    " the", " and", " of", " return", "if (", " = 0;\n", "\n    ", " int", "'s", " you", " 的", "。\n",
-    " для", "; ", "://", " {\n", "}\n\n", ".5", "#include", " Größe", "ing", " über", "1,000", " été" };
+    " the", " and", " of", " return", "if (", " = 0;\n", "\n    ", " int", "'s", " you", " 的",
+    "。\n", " для", "; ", "://", " {\n", "}\n\n", ".5", "#include", " Größe", "ing", " über",
+    "1,000", " été" };
 typedef struct { int n; uint32_t range[8][2]; } Kind;
 static const Kind kinds[] = {
     {1, {{0x61, 0x7A}}}, {1, {{0x20, 0x7E}}}, {1, {{0x30, 0x39}}}, {1, {{0x4E00, 0x9FFF}}},
@@ -75,9 +76,10 @@ static size_t mixed_text(char *text, int document) {
 }
 
 static const char *const cut_texts[] = {
-    "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ", "Hello, 世界", "S", "U1", "A1", "U2", "A2", "You are concise.",
-    "Answer with one word: sky color?", "你好", "推理", "答案", "x  \n \t\n  y   z  ", "12345.678",
-    "don't I'll <b>it's</b>", "ア・イ゛ーu゙", "\u0301a \u0301 \u200d\u200dB",
+    "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ", "Hello, 世界", "S", "U1", "A1", "U2", "A2",
+    "You are concise.", "Answer with one word: sky color?", "你好", "推理", "答案",
+    "x  \n \t\n  y   z  ", "12345.678", "don't I'll <b>it's</b>", "ア・イ゛ーu゙",
+    "\u0301a \u0301 \u200d\u200dB",
     "a\u3040b\u303f\u3041\u30ff\u3100c\u9fa5\u9fa6\u4dff\u4e00" };
 
 // "7 1 3": the bytes of each piece.
@@ -245,11 +247,12 @@ static void test_chat(void) {
         int same = 0;
         while (same < got.n && same < expected.n && got.s[same] == expected.s[same]) { same++; }
         int from = same > 40 ? same - 40 : 0;
-        check(!r.wrong[0] && got.n == expected.n && same == got.n, "case %d, %s: at byte %d '%.90s', "
-              "expected '%.90s' (%s)\n  %.300s", cases, loss_on, same, got.s + from,
-              expected.s + from, r.wrong, row);
+        check(!r.wrong[0] && got.n == expected.n && same == got.n,
+              "case %d, %s: at byte %d '%.90s', expected '%.90s' (%s)\n  %.300s", cases, loss_on,
+              same, got.s + from, expected.s + from, r.wrong, row);
         for (size_t i = 0; i < r.out.n; i++) {
-            int first = (r.out.token[i] & TOKEN_FIRST) != 0, label = (r.out.token[i] & TOKEN_LABEL) != 0;
+            int first = (r.out.token[i] & TOKEN_FIRST) != 0,
+                label = (r.out.token[i] & TOKEN_LABEL) != 0;
             if (first != (i == 0) || (r.loss_on == LOSS_ALL && label == first)) {
                 check(0, "case %d: token %zu has first %d, label %d", cases, i, first, label);
             }
@@ -264,47 +267,57 @@ static void test_chat(void) {
 // Rows of every form; [ and ] stand for the marks in what is expected, | for a control token's bar.
 static void test_rows(void) {
     static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = {
-        {"{\"text\": \"a b\"}", "assistant", "<|begin▁of▁sentence|>[a b<|end▁of▁sentence|>]", 0},
+        {"{\"text\": \"a b\"}", "assistant",
+         "<|begin▁of▁sentence|>[a b<|end▁of▁sentence|>]", 0},
         {"{\"prompt\": \"2+2=\", \"completion\": \"4\"}", "assistant",
          "<|begin▁of▁sentence|>2+2=[4<|end▁of▁sentence|>]", 0},
         {"{\"prompt\": \"p\", \"completion\": \"c\"}", "all",
          "<|begin▁of▁sentence|>[pc<|end▁of▁sentence|>]", 0},
-        {"{\"prompt\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", \"content\": "
-         "\"v\"}, {\"role\": \"user\", \"content\": \"w\"}], \"completion\": [{\"role\": \"assistant\", "
-         "\"content\": \"x\"}]}", "assistant", "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>v"
+        {"{\"prompt\": [{\"role\": \"user\", \"content\": \"u\"}, "
+         "{\"role\": \"assistant\", \"content\": \"v\"}, "
+         "{\"role\": \"user\", \"content\": \"w\"}], "
+         "\"completion\": [{\"role\": \"assistant\", \"content\": \"x\"}]}", "assistant",
+         "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>v"
          "<|end▁of▁sentence|><|User|>w<|Assistant|></think>[x<|end▁of▁sentence|>]", 0},
         {"{\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}", "assistant",
          "<|begin▁of▁sentence|><|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
         {"{\"instruction\": \"i\", \"input\": \"n\", \"output\": \"o\"}", "last",
-         "<|begin▁of▁sentence|><|User|>i\n\nn<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+         "<|begin▁of▁sentence|><|User|>i\n\nn<|Assistant|></think>"
+         "[o<|end▁of▁sentence|>]", 0},
         {"{\"ctx\": \"A man\", \"endings\": [\"x\", \"runs.\"], \"label\": \"1\"}", "assistant",
          "<|begin▁of▁sentence|>A man[ runs.<|end▁of▁sentence|>]", 0},
-        {"{\"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, {\"from\": \"gpt\", \"value\": "
-         "\"g\"}]}", "assistant",
+        {"{\"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, "
+         "{\"from\": \"gpt\", \"value\": \"g\"}]}", "assistant",
          "<|begin▁of▁sentence|><|User|>h<|Assistant|></think>[g<|end▁of▁sentence|>]", 0},
         // Reasoning makes a row a thinking one; a weight of 0 takes an answer out.
-        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"u\"}]}, "
+        {"{\"messages\": [{\"role\": \"user\", "
+         "\"content\": [{\"type\": \"text\", \"text\": \"u\"}]}, "
          "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"a\"}]}", "assistant",
-         "<|begin▁of▁sentence|><|User|>u<|Assistant|><think>[r</think>a<|end▁of▁sentence|>]", 0},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", \"content\": "
-         "\"a\", \"weight\": 0}, {\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
-         "\"content\": \"b\", \"mask\": false}]}", "assistant", "<|begin▁of▁sentence|><|User|>u<|Assistant|>"
-         "</think>a<|end▁of▁sentence|><|User|>u<|Assistant|></think>[b<|end▁of▁sentence|>]", 0},
+         "<|begin▁of▁sentence|><|User|>u<|Assistant|><think>[r</think>a"
+         "<|end▁of▁sentence|>]", 0},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, "
+         "{\"role\": \"assistant\", \"content\": \"a\", \"weight\": 0}, "
+         "{\"role\": \"user\", \"content\": \"u\"}, "
+         "{\"role\": \"assistant\", \"content\": \"b\", \"mask\": false}]}", "assistant",
+         "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>a<|end▁of▁sentence|>"
+         "<|User|>u<|Assistant|></think>[b<|end▁of▁sentence|>]", 0},
         // Characters of two \\u, half of a pair, a 0; and control tokens as text.
         {"{\"text\": \"\\uD83D\\uDE00\\ud83d\\udE0\\u00e9\\ud800\\u0041\"}", "assistant", NULL, 0},
         {"{\"text\": \"\\uD83D\\uDE00\\u00e9\\ud800\\u0041\\\\u0041\\udc00\"}", "assistant",
          "<|begin▁of▁sentence|>[😀é\uFFFDA\\u0041\uFFFD<|end▁of▁sentence|>]", 0},
-        {"{\"text\": \"x<think>y\"}", "assistant", "<|begin▁of▁sentence|>[x<think>y<|end▁of▁sentence|>]",
-         1},
-        {"{\"text\": \"<|User|>\"}", "assistant", "<|begin▁of▁sentence|>[<|User|><|end▁of▁sentence|>]",
-         1},
+        {"{\"text\": \"x<think>y\"}", "assistant",
+         "<|begin▁of▁sentence|>[x<think>y<|end▁of▁sentence|>]", 1},
+        {"{\"text\": \"<|User|>\"}", "assistant",
+         "<|begin▁of▁sentence|>[<|User|><|end▁of▁sentence|>]", 1},
         // What is no row.
         {"[1]", "all", NULL, 0}, {"{\"messages\": 3}", "all", NULL, 0}, {"{", "all", NULL, 0},
         {"{\"a\": 1}", "all", NULL, 0}, {"{\"text\": \"\xff\"}", "all", NULL, 0},
         {"{\"text\": 5}", "all", NULL, 0}, {"{\"text\": \"a\\x\"}", "all", NULL, 0},
-        {"{\"prompt\": 1, \"completion\": \"c\"}", "all", NULL, 0}, {"{\"text\": +1}", "all", NULL, 0},
+        {"{\"prompt\": 1, \"completion\": \"c\"}", "all", NULL, 0},
+        {"{\"text\": +1}", "all", NULL, 0},
         {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all", NULL, 0},
+        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all",
+         NULL, 0},
     };
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         char row[1024], want[1024] = "";
@@ -334,14 +347,15 @@ static void test_rows(void) {
 // `make test TOKENIZER=.../tokenizer.json`.
 static void test_released(void) {
     static const struct { const char *text; uint32_t id[32]; } golden[] = {
-        {"Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ", {19923, 3, 223, 5464, 5008, 1175, 19, 940, 223, 19, 438,
-         223, 20, 6113, 257, 76589, 131, 100, 76032, 1628, 76589, 131, 108, 76589, 131, 98}},
+        {"Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ",
+         {19923, 3, 223, 5464, 5008, 1175, 19, 940, 223, 19, 438, 223, 20, 6113, 257, 76589, 131,
+          100, 76032, 1628, 76589, 131, 108, 76589, 131, 98}},
         {"Hello, 世界", {19923, 14, 223, 3427}}, {"S", {53}}, {"U1", {55, 19}}, {"A1", {35, 19}},
         {"You are concise.", {3476, 477, 47468, 16}}, {"你好", {30594}}, {"推理", {36101}},
         {"Answer with one word: sky color?", {7805, 418, 834, 2004, 28, 12709, 3605, 33}},
         {"答案", {7624}} };
-    static const uint32_t controls[] = { 0, 1, 128803, 128804, 128821, 128822, 128825, 128828, 128829,
-                                         128830, 128831, 128832, 128836, 128845 };
+    static const uint32_t controls[] = { 0, 1, 128803, 128804, 128821, 128822, 128825, 128828,
+                                         128829, 128830, 128831, 128832, 128836, 128845 };
     const char *path = getenv("TOKENIZER");
     Config c = { .V = 129280, .bos = 0, .eos = 1 };
     Tokenizer t;

@@ -66,8 +66,8 @@ close_tensors() {
               exit !(n > 0 && most <= limit) }'
 }
 
-# With beta1 = 0 the first moment of one step is its gradient. The adapter it begins with is not zero,
-# or the gradient of every A would be.
+# With beta1 = 0 the first moment of one step is its gradient. The adapter it begins with is not
+# zero, or the gradient of every A would be.
 test_gradients() {
     local ranks rows one=("${small[@]}" -x 1 -n 1 --clip 0 --beta1 0 --init-adapter begin/adapter)
     run 0 "${small[@]}" --gpus 1 -x 5 -o begin
@@ -164,8 +164,8 @@ test_empty() {
         -j text.txt --epochs 1 --gpus "$gpus" -o empty
 }
 
-# Several threads read a checkpoint's files: none of them begins a context of its own on another GPU,
-# which would be a gigabyte that no plan knows of.
+# Several threads read a checkpoint's files: none of them begins a context of its own on another
+# GPU, which would be a gigabyte that no plan knows of.
 test_loaded() {
     local off
     awk 'BEGIN { while (n++ < 999) { printf "%c", 97 + n * n % 26 } }' > text.txt
@@ -183,8 +183,8 @@ launched() {
         ( export MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 RANK=$rank WORLD_SIZE=$ranks
           export LOCAL_RANK=$((rank % locals)) LOCAL_WORLD_SIZE=$locals
           if [ "$nodes" -gt 1 ]; then
-              CUDA_VISIBLE_DEVICES=$(seq -s , $((rank / locals * locals)) $((rank / locals * locals + \
-                  locals - 1)))
+              CUDA_VISIBLE_DEVICES=$(seq -s , $((rank / locals * locals)) \
+                  $((rank / locals * locals + locals - 1)))
               export CUDA_VISIBLE_DEVICES NCCL_HOSTID=$((rank / locals)) NCCL_IB_DISABLE=1 \
                   NCCL_SOCKET_IFNAME=lo
           fi
@@ -218,33 +218,41 @@ test_receivers() {
     local pair what options=("${small[@]}" -x 6 -l 3e-3 --val-steps 8)
     for pair in 1+1 2+2; do
         local trainers=${pair%+*} receivers=${pair#*+} out=r$pair
-        if [ "$gpus" -lt $((trainers + receivers)) ]; then skip "receivers: $pair GPUs"; continue; fi
+        if [ "$gpus" -lt $((trainers + receivers)) ]; then
+            skip "receivers: $pair GPUs"
+            continue
+        fi
         local how=("${options[@]}" --gen-gpus "$receivers" --refit-every 2)
         run 0 "${how[@]}" --gpus $((trainers + receivers)) -o "$out"
         cp log "$out.log"
         run 0 "${how[@]}" --cpu --ranks $((trainers + receivers)) -o "cpu$out"
         cp log "cpu$out.log"
         run 0 "${options[@]}" --gpus "$trainers" -o "alone$out"
-        check "receivers $pair: other losses" same "$(value loss "alone$out")" "$(value loss "$out")"
-        check "receivers $pair: other adapter" cmp {"alone$out","$out"}/adapter/adapter_model.safetensors
+        check "receivers $pair: other losses" same "$(value loss "alone$out")" \
+            "$(value loss "$out")"
+        check "receivers $pair: other adapter" \
+            cmp {"alone$out","$out"}/adapter/adapter_model.safetensors
         check "receivers $pair: not 4 refits" same "$(refits "$out.log" kl | wc -w)" 4
         check "receivers $pair: KL $(refits "$out.log" kl)" awk '
-            BEGIN { for (i = 1; i < ARGC; i++) { if (!(ARGV[i] >= 0 && ARGV[i] < 1e-3)) { exit 1 } } }' \
-            $(refits "$out.log" kl)
+            BEGIN {
+                for (i = 1; i < ARGC; i++) { if (!(ARGV[i] >= 0 && ARGV[i] < 1e-3)) { exit 1 } }
+            }' $(refits "$out.log" kl)
         for what in 'receiver loss' 'trainer loss'; do
             check "receivers $pair: $what" close_values 3e-3 "$(refits "cpu$out.log" "$what")" \
                 "$(refits "$out.log" "$what")"
         done
-        check "receivers $pair: other bytes" same "$(grep -oE '^refit .*(MB|transfers)' "cpu$out.log" |
-            sed 's/ MB received.*//')" "$(grep -oE '^refit .*(MB|transfers)' "$out.log" |
-            sed 's/ MB received.*//')"
+        check "receivers $pair: other bytes" same \
+            "$(grep -oE '^refit .*(MB|transfers)' "cpu$out.log" | sed 's/ MB received.*//')" \
+            "$(grep -oE '^refit .*(MB|transfers)' "$out.log" | sed 's/ MB received.*//')"
     done
 }
 
 # Inputs of layers that wait on the host change no bit.
 test_offload() {
     local n
-    for n in 0 4 5; do run 0 "${small[@]}" --gpus 2 -x 3 --offload $n --recompute full -o "o$n"; done
+    for n in 0 4 5; do
+        run 0 "${small[@]}" --gpus 2 -x 3 --offload $n --recompute full -o "o$n"
+    done
     check "--offload 4: other bits" cmp {o0,o4}/adapter/adapter_model.safetensors
     check "--offload 5: other bits" cmp {o0,o5}/adapter/adapter_model.safetensors
 }
@@ -320,7 +328,8 @@ if [ "${gpus:-0}" -lt 2 ]; then
     exit
 fi
 counts="1 2" && if [ "$gpus" -ge 4 ]; then counts="1 2 4"; fi
-for name in "${@:-gradients uneven numerics losses receivers empty loaded launched offload broken interrupted}"; do
+tests="gradients uneven numerics losses receivers empty loaded launched offload broken interrupted"
+for name in "${@:-$tests}"; do
     for name in $name; do
         "test_$name"
         check "test_$name: a process lives on" same "$(pgrep -f "^$train ")" ""

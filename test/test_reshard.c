@@ -91,7 +91,8 @@ static void make_source(int version) {
                 if (!*data) { *data = (uint8_t *)malloc((size_t)(local * rows * cols)); }
                 uint64_t key = expert_pattern(l, w, scale, version);
                 for (int b = 0; b < local * rows * cols; b++) {
-                    (*data)[b] = expert_byte(key, first + b / (rows * cols), b / cols % rows, b % cols);
+                    (*data)[b] = expert_byte(key, first + b / (rows * cols), b / cols % rows,
+                                             b % cols);
                 }
             }
         }
@@ -180,8 +181,8 @@ static void verify(const Refit *r, const uint8_t *m, int version) {
                 expert_pattern(l, 3, scale, version), expert_pattern(l, 2, scale, version) };
             for (int b = 0; b < n * 2 * rows * cols; b++) {
                 int e = b / (2 * rows * cols), row = b / cols % (2 * rows), up = row >= rows;
-                expect(w13[b], expert_byte(keys[up], ge * n + e, t * rows + row - up * rows, b % cols),
-                       name, l);
+                expect(w13[b], expert_byte(keys[up], ge * n + e, t * rows + row - up * rows,
+                                           b % cols), name, l);
             }
             int whole = F / k.tp % 32 != 0, own = whole ? E : n;        // then all ranks have all
             cols = expert_cols(2, scale) / (whole ? 1 : k.tp);
@@ -189,7 +190,8 @@ static void verify(const Refit *r, const uint8_t *m, int version) {
             const uint8_t *w2 = engine_tensor(r, m, name, l, (size_t)(own * C * cols));
             for (int b = 0; b < own * C * cols; b++) {
                 expect(w2[b], expert_byte(keys[2], (whole ? 0 : ge * n) + b / (C * cols),
-                                          b / cols % C, (whole ? 0 : t * cols) + b % cols), name, l);
+                                          b / cols % C, (whole ? 0 : t * cols) + b % cols),
+                       name, l);
             }
         }
         for (int i = 0; i < DENSE; i++) {
@@ -209,7 +211,8 @@ static void verify(const Refit *r, const uint8_t *m, int version) {
                                 : "ffn.shared_experts.down_proj.weight";
             }
             int own_rows = by_row ? rows / tp : rows, own_cols = by_col ? cols / tp : cols;
-            const uint8_t *x = engine_tensor(r, m, engine, l, (size_t)(halves * own_rows * own_cols));
+            const uint8_t *x = engine_tensor(r, m, engine, l,
+                                             (size_t)(halves * own_rows * own_cols));
             const uint64_t key = pattern(name, l, version);
             for (int b = 0; b < own_rows * own_cols; b++) {
                 int row = b / own_cols + (by_row ? dt * own_rows : 0);
@@ -249,7 +252,8 @@ static void run_ranks(void *unused) {
                               r.tensor[r.param[i].tensor].n[2]);
         }
         if (sum[0] - whole + sum[2] != plan || sum[1] - whole * (ranks - 1) + sum[2] != plan) {
-            fprintf(stderr, "sent %g, received %g, local %g, plan %g\n", sum[0], sum[1], sum[2], plan);
+            fprintf(stderr, "sent %g, received %g, local %g, plan %g\n", sum[0], sum[1], sum[2],
+                    plan);
             exit(4);
         }
         if (k.first == 0 && k.train == ranks && k.ep == k.gep && k.tp == 1 && k.edp == k.dp
@@ -273,13 +277,15 @@ static void test_meshes(void) {
         {1, 8, 3, 1, 1, 2}, {1, 4, 0, 1, 1, 8},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        k = (__typeof__(k)){ .edp = rows[i].edp, .ep = rows[i].ep, .train = rows[i].edp * rows[i].ep,
+        k = (__typeof__(k)){ .edp = rows[i].edp, .ep = rows[i].ep,
+                             .train = rows[i].edp * rows[i].ep,
                              .first = rows[i].first, .dp = rows[i].dp, .gep = rows[i].gep,
                              .tp = rows[i].tp, .stage = 1 + (int)(i % 2) };
         F = rows[i].tp == 8 && i > 4 ? 128 : 256;
         int code = run_child(run_ranks, NULL, text, sizeof text);
         F = 256;
-        check(code == 0, "trainer %d x ep %d -> from rank %d, dp %d x ep %d x tp %d: exit code %d %s",
+        check(code == 0,
+              "trainer %d x ep %d -> from rank %d, dp %d x ep %d x tp %d: exit code %d %s",
               k.edp, k.ep, k.first, k.dp, k.gep, k.tp, code, text);
     }
 }
@@ -293,10 +299,13 @@ static void plan_ranks(void *unused) {
     comm_launch(k.train, 1, 5);
     make_source(1);
     make_refit(&r);
-    if (k.fault == TWICE || k.fault == GAP || k.fault == OTHER_PLAN) {      // the plan itself is damaged
+    // The plan itself is damaged.
+    if (k.fault == TWICE || k.fault == GAP || k.fault == OTHER_PLAN) {
         for (size_t i = 0; i < r.n_transfers; i++) {
             Transfer *t = &r.transfer[i];
-            if (strcmp(r.param[t->param].name, "layers.1.ffn.experts.up.weight") || t->to != 2) { continue; }
+            if (strcmp(r.param[t->param].name, "layers.1.ffn.experts.up.weight") || t->to != 2) {
+                continue;
+            }
             if (k.fault == TWICE) { r.param[t->param].half = 0; }
             if (k.fault == GAP) { t->box.n[2]--; }
             if (k.fault == OTHER_PLAN) { r.param[t->param].hash += comm_rank() == 1; }
@@ -334,7 +343,8 @@ static void test_refusals(void) {
         int code = run_child(plan_ranks, NULL, text, sizeof text);
         double seconds = clock_seconds() - start;
         check(code == rows[i].code && strstr(text, rows[i].expect),
-              "fault %d: exit code %d, wanted '%s', got: %s", rows[i].fault, code, rows[i].expect, text);
+              "fault %d: exit code %d, wanted '%s', got: %s", rows[i].fault, code, rows[i].expect,
+              text);
         check(seconds < 3, "fault %d took %.1f s", rows[i].fault, seconds);
     }
 }
@@ -347,7 +357,7 @@ static void test_slice(void) {
     static const int sizes[4][3] = { {1, 1, 4}, {2, 3, 1}, {2, 2, 2}, {3, 1, 5} };
     enum { N = 12 };
     long possible = 0, refused = 0, bad = 0;
-    for (int code = 0; code < 64 * 4; code++) {     // what the three axes cut; which sizes they have
+    for (int code = 0; code < 64 * 4; code++) {    // what the three axes cut; which sizes they have
         Refit r = { .layers = 1 };
         Param p = { .name = "x", .dim = { N, N, 2 * N }, .grain = { 1, 1, 2 }, .width = 1 };
         int holders[N][N][N] = {0}, repeats = 1, product[3] = { 1, 1, 1 }, whole = 1;
@@ -415,13 +425,14 @@ static float adapter_value(int version, const char *name, size_t i) {
     return random_uniform(random_key((uint64_t)version, name), i);
 }
 
-static const float *adapter_at(const Refit *r, const uint8_t *m, int l, const char *name, size_t n) {
+static const float *adapter_at(const Refit *r, const uint8_t *m, int l, const char *name,
+                               size_t n) {
     return (const float *)(const void *)engine_tensor(r, m, name, l, n * sizeof(real));
 }
 
 // A module's factor on this engine rank: rows from row0 and columns from col0 of the whole.
-static void verify_factor(const float *x, int version, const char *name, int rows, int cols, int row0,
-                          int col0, int all_cols) {
+static void verify_factor(const float *x, int version, const char *name, int rows, int cols,
+                          int row0, int col0, int all_cols) {
     for (int i = 0; i < rows * cols; i++) {
         size_t at = (size_t)(row0 + i / cols) * (size_t)all_cols + (size_t)(col0 + i % cols);
         if (x[i] != adapter_value(version, name, at) && wrong++ == 0) {
@@ -438,15 +449,17 @@ static void verify_adapters(const Refit *r, const uint8_t *m, int version) {
         snprintf(name, sizeof name, "layers.%d.attn.wkv.lora_B", l);            // sent whole
         verify_factor(adapter_at(r, m, l, "attn.wkv.lora_B", Q * R), version, name, Q, R, 0, 0, R);
         snprintf(name, sizeof name, "layers.%d.attn.wo_b.lora_A", l);           // cut by its input
-        verify_factor(adapter_at(r, m, l, "attn.wo_b.lora_A", (size_t)(R * O / k.tp)), version, name, R,
-                      O / k.tp, 0, t * O / k.tp, O);
+        verify_factor(adapter_at(r, m, l, "attn.wo_b.lora_A", (size_t)(R * O / k.tp)), version,
+                      name, R, O / k.tp, 0, t * O / k.tp, O);
         const float *a13 = adapter_at(r, m, l, "ffn.experts.w13.lora_A", E * 2 * R * C);
-        const float *b13 = adapter_at(r, m, l, "ffn.experts.w13.lora_B", (size_t)(E * 2 * F / k.tp * R));
+        const float *b13 = adapter_at(r, m, l, "ffn.experts.w13.lora_B",
+                                      (size_t)(E * 2 * F / k.tp * R));
         const float *a2 = adapter_at(r, m, l, "ffn.experts.w2.lora_A", (size_t)(E * R * F / k.tp));
         const float *b2 = adapter_at(r, m, l, "ffn.experts.w2.lora_B", E * C * R);
         for (int e = 0; e < E; e++) {
             for (int up = 0; up < 2; up++) {
-                snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.w%d.lora_A", l, e, up ? 3 : 1);
+                snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.w%d.lora_A", l, e,
+                         up ? 3 : 1);
                 verify_factor(a13 + (e * 2 + up) * R * C, version, name, R, C, 0, 0, C);
                 name[strlen(name) - 1] = 'B';
                 verify_factor(b13 + (e * 2 + up) * F / k.tp * R, version, name, F / k.tp, R,
@@ -491,7 +504,9 @@ static void adapter_ranks(void *unused) {
                 s->p[t->at + j] = adapter_value(version, t->name, j);
             }
         }
-        if (version == 3 && comm_rank() == k.train - 1) { s->p[s->n_dense + s->n_expert - 1] = NAN; }
+        if (version == 3 && comm_rank() == k.train - 1) {
+            s->p[s->n_dense + s->n_expert - 1] = NAN;
+        }
         int changed = refit_adapters(&r, &engine);
         if (changed != (version < 3) || engine.version != (version < 3 ? version : 2)) { exit(4); }
         if (mine) { verify_adapters(&r, engine.memory[engine.active], version < 3 ? version : 2); }
@@ -503,11 +518,12 @@ static void test_adapters(void) {
         {1, 4, 0, 4}, {2, 2, 0, 4}, {1, 2, 2, 4}, {1, 8, 0, 8}, {1, 4, 4, 2} };
     char text[2048];
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        k = (__typeof__(k)){ .edp = rows[i].edp, .ep = rows[i].ep, .train = rows[i].edp * rows[i].ep,
+        k = (__typeof__(k)){ .edp = rows[i].edp, .ep = rows[i].ep,
+                             .train = rows[i].edp * rows[i].ep,
                              .first = rows[i].first, .tp = rows[i].tp };
         int code = run_child(adapter_ranks, NULL, text, sizeof text);
-        check(code == 0, "adapters, trainer %d x %d, engine of %d from %d: exit code %d %s", k.edp, k.ep,
-              k.tp, k.first, code, text);
+        check(code == 0, "adapters, trainer %d x %d, engine of %d from %d: exit code %d %s", k.edp,
+              k.ep, k.tp, k.first, code, text);
     }
 }
 
@@ -519,7 +535,8 @@ static void test_full_size(void) {
         {"attn.wq_a", DT_FP8, 1024, 4096}, {"attn.wq_b", DT_FP8, 32768, 1024},
         {"attn.wkv", DT_FP8, 512, 4096}, {"attn.wo_a", DT_FP8, 8192, 4096},
         {"attn.wo_b", DT_FP8, 4096, 8192}, {"ffn.shared_experts.w1", DT_FP8, 2048, 4096},
-        {"ffn.shared_experts.w2", DT_FP8, 4096, 2048}, {"ffn.shared_experts.w3", DT_FP8, 2048, 4096},
+        {"ffn.shared_experts.w2", DT_FP8, 4096, 2048},
+        {"ffn.shared_experts.w3", DT_FP8, 2048, 4096},
         {"w1", DT_FP4, 2048, 4096}, {"w2", DT_FP4, 4096, 2048}, {"w3", DT_FP4, 2048, 4096} };
     double start = clock_seconds();
     Refit r = { .layers = 43, .stage_layers = 1, .needed = (1u << ENGINE_RULES) - 1 };
@@ -531,8 +548,12 @@ static void test_full_size(void) {
         for (int e = 0; e < (type == DT_FP4 ? 256 : 1); e++) {
             char name[96];
             const char *end = scale ? "scale" : "weight";
-            if (type == DT_FP8) { snprintf(name, sizeof name, "layers.%d.%s.%s", l, matrices[k_].name, end); }
-            else { snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.%s.%s", l, e, matrices[k_].name, end); }
+            if (type == DT_FP8) {
+                snprintf(name, sizeof name, "layers.%d.%s.%s", l, matrices[k_].name, end);
+            } else {
+                snprintf(name, sizeof name, "layers.%d.ffn.experts.%d.%s.%s", l, e,
+                         matrices[k_].name, end);
+            }
             refit_offer(&r, name, scale ? DT_E8M0 : type, (size_t)matrices[k_].out,
                         (size_t)matrices[k_].in, 256, e < 32 ? &r : NULL);
         }
@@ -551,7 +572,8 @@ static void test_full_size(void) {
         check_close("bytes in", g, in[g], experts * 7 / 64, 0);
         check_close("bytes out", g, out[g], experts * 7 / 64, 0);
     }
-    check(local > experts / 8 && clock_seconds() - start < 2, "planned in %.2f s", clock_seconds() - start);
+    check(local > experts / 8 && clock_seconds() - start < 2, "planned in %.2f s",
+          clock_seconds() - start);
     refit_free(&r);
 }
 
@@ -633,7 +655,10 @@ static void model_ranks(void *unused) {
                                        (size_t)(c.E * 2 * rows * cols));
     w13 += (size_t)(e * 2 * rows * cols);
     if (memcmp(w13, m.layer[3].moe.w1 + me * rows * cols, (size_t)(rows * cols)) ||
-        memcmp(w13 + rows * cols, m.layer[3].moe.w3 + me * rows * cols, (size_t)(rows * cols))) { exit(4); }
+        memcmp(w13 + rows * cols, m.layer[3].moe.w3 + me * rows * cols,
+               (size_t)(rows * cols))) {
+        exit(4);
+    }
     // Sent whole: int32 ids, bf16, fp32.
     if (memcmp(engine_tensor(&r, points, "ffn.gate.tid2eid", 0, (size_t)(4 * c.V * c.K)),
                m.layer[0].moe.tid2eid, (size_t)(4 * c.V * c.K)) ||
@@ -687,7 +712,7 @@ static void merged_ranks(void *size) {
                                           (size_t)(c.E * c.F * c.C / 32));
     double off = 0, moved = 0;
     const MoeWeights *w = &m.layer[2].moe;
-    for (int row = 0; row < rows; row++) {          // of the first own expert's w3, this rank's half
+    for (int row = 0; row < rows; row++) {    // of the first own expert's w3, this rank's half
         real got[c.C], was[c.C];
         widen_fp4(got, codes, scales, (size_t)((e * 2 + 1) * rows + row), c.C);
         widen_fp4(was, w->w3, w->s3, (size_t)(me * rows + row), c.C);
@@ -713,7 +738,8 @@ static void test_model(void) {
     check(code == 0, "a merged base: exit code %d %s", code, text);
     size = 1e-4f;
     code = run_child(merged_ranks, &size, text, sizeof text);
-    check(code == 1 && strstr(text, "would change almost nothing"), "merged away: %d %s", code, text);
+    check(code == 1 && strstr(text, "would change almost nothing"), "merged away: %d %s", code,
+          text);
 }
 
 int main(void) {

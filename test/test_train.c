@@ -84,7 +84,8 @@ static void test_rope_vectors(void) {
         if (want[k].cosine == 0) { continue; }
         rope_table(table, &c, want[k].compressed, 1001);
         check_close("rope cos", (long)k, table[(1000 * 32 + want[k].i) * 2], want[k].cosine, 3e-5);
-        check_close("rope sin", (long)k, table[(1000 * 32 + want[k].i) * 2 + 1], want[k].sine, 3e-5);
+        check_close("rope sin", (long)k, table[(1000 * 32 + want[k].i) * 2 + 1], want[k].sine,
+                    3e-5);
     }
     free(table);
 }
@@ -234,7 +235,8 @@ static void test_packing(void) {
               t->name, sqrt(diff), sqrt(norm));
         used += norm > 0;
     }
-    check(used > m.adapters.n * 9 / 10, "only %d of %d adapters have a gradient", used, m.adapters.n);
+    check(used > m.adapters.n * 9 / 10, "only %d of %d adapters have a gradient", used,
+          m.adapters.n);
     free(packed);
     free_batch(&all);
     destroy(&m);
@@ -389,7 +391,8 @@ static void check_gradient(const char *what, double (*loss)(void *), void *arg, 
 // One page of data that all the small gradient tests share: loss = <out, direction>.
 enum { gT = 11, gC = 12, gD = 8, gH = 3, gR = 4 };
 static struct {
-    act X[gT * HC * gC], o[gT * gC], out[gT * HC * gC], q[gT * gH * gD], kv[gT * gD], raw[gT * gH * gD];
+    act X[gT * HC * gC], o[gT * gC], out[gT * HC * gC], q[gT * gH * gD], kv[gT * gD],
+        raw[gT * gH * gD];
     act entries[gT * gD];
     real pre[gT * HC], post[gT * HC], comb[gT * HC * HC], m[gT * HC_MIX], r[gT];
     real direction[gT * HC * gC * 4], K[gT * 2 * gD], Z[gT * 2 * gD], lse[gT * gH], rstd[gT * gH];
@@ -425,7 +428,10 @@ static void gradient_data(void) {
     fill(G.comb, gT * HC * HC, 1);
     for (int i = 0; i < HC_MIX * HC * gC; i++) { G.fn[i] = (float)uniform(); }
     for (int i = 0; i < HC_MIX; i++) { G.base[i] = (float)uniform(); }
-    for (int i = 0; i < 3; i++) { G.scale[i] = 1 + (float)uniform() / 2; G.sink[i] = (float)uniform(); }
+    for (int i = 0; i < 3; i++) {
+        G.scale[i] = 1 + (float)uniform() / 2;
+        G.sink[i] = (float)uniform();
+    }
     for (int i = 0; i < gR * 2 * gD; i++) { G.ape[i] = (float)uniform(); }
     for (int i = 0; i < gC; i++) { G.w[i] = bf16_from_float(1 + (float)uniform() / 2); }
     for (int i = 0; i < gT * 4; i++) { G.rope[i] = (real)((i / 2) % 2 ? 0.8 : 0.6); }
@@ -451,7 +457,8 @@ static double loss_rmsnorm(void *unused) {
     return against_direction(G.out, gT * gC);
 }
 static double loss_norm_rope(void *w) {
-    norm_rope_forward(G.out, G.rstd, G.raw, w, G.rope, G.docs.position, 1e-2f, gT, w ? 1 : gH, gD, 4);
+    norm_rope_forward(G.out, G.rstd, G.raw, w, G.rope, G.docs.position, 1e-2f, gT, w ? 1 : gH, gD,
+                      4);
     return against_direction(G.out, gT * (w ? 1 : gH) * gD);
 }
 static double loss_weights(void *unused) {
@@ -487,7 +494,8 @@ static double loss_site(void *M) {
 }
 static double loss_pool(void *unused) {
     (void)unused;
-    pool_forward(G.out, G.K, G.Z, G.ape, G.shape, G.docs.of[entries_of(G.shape.ratio)].position, gD);
+    pool_forward(G.out, G.K, G.Z, G.ape, G.shape, G.docs.of[entries_of(G.shape.ratio)].position,
+                 gD);
     return against_direction(G.out, (size_t)G.shape.P * gD);
 }
 static double loss_attention(void *unused) {
@@ -604,20 +612,24 @@ static void test_model_gradients(void) {
         double at[4], claimed = 0;
         for (int i = 0; i < m.adapters.n; i++) {
             const AdapterTensor *t = &m.adapters.tensors[i];
-            if (strstr(t->name, kinds[kind / 2]) == NULL || strstr(t->name, factor) == NULL) { continue; }
+            if (strstr(t->name, kinds[kind / 2]) == NULL || strstr(t->name, factor) == NULL) {
+                continue;
+            }
             if (kinds[kind / 2][0] == '.' && t->expert < 0) { continue; }
             fill(d + t->at, (size_t)t->rows * t->cols, 1);
         }
         for (size_t k = 0; k < n; k++) { claimed += (double)(d[k] * m.adapters.g[k]); }
         const double h = 1e-5, step[4] = {-2, -1, 1, 2};
         for (int s = 0; s < 4; s++) {
-            for (size_t k = 0; k < n; k++) { m.adapters.p[k] = keep[k] + (real)(step[s] * h) * d[k]; }
+            for (size_t k = 0; k < n; k++) {
+                m.adapters.p[k] = keep[k] + (real)(step[s] * h) * d[k];
+            }
             at[s] = model_forward(&m, &b, 0);
         }
         memcpy(m.adapters.p, keep, sizeof(real) * n);
         double slope = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * h);
-        printf("  slope along %-18s %s %12.6f, claimed less %9.1e\n", kinds[kind / 2], factor, slope,
-               slope - claimed);
+        printf("  slope along %-18s %s %12.6f, claimed less %9.1e\n", kinds[kind / 2], factor,
+               slope, slope - claimed);
         check(fabs(slope - claimed) <= 1e-6 * fabs(slope), "%s %s: slope %.12g, claimed %.12g",
               kinds[kind / 2], factor, slope, claimed);
     }

@@ -1,6 +1,6 @@
-// The whole model against Hugging Face transformers 5.17: logits, choices, gradients of all adapters,
-// and a training run, from test/vectors (whose README says how they were made). Built with
-// -DACT=float. Weights, tokens and factors are not stored: both sides draw them.
+// The whole model against Hugging Face transformers 5.17: logits, choices, gradients of all
+// adapters, and a training run, from test/vectors (whose README says how they were made). Built
+// with -DACT=float. Weights, tokens and factors are not stored: both sides draw them.
 //
 // Seen to fail on broken copies: the routing weight of one expert off by 1 %, weights normalised
 // with the bias, tid2eid by the next token, w1 and w3 swapped, the clamp's lower side on g, YaRN
@@ -21,7 +21,8 @@ static double *load_vector(const Safetensors *f, const char *name, size_t n) {
     if (!check(have == n, "%s has %zu elements, not %zu", name, have, n)) { exit(1); }
     float *raw = NEW(float, n);         // F32 and I32 are both four bytes
     double *out = NEW(double, n);
-    check(file_pread(f->fd, raw, 4 * n, f->data + e->begin) == 0, "%s: cannot read %s", f->path, name);
+    check(file_pread(f->fd, raw, 4 * n, f->data + e->begin) == 0, "%s: cannot read %s", f->path,
+          name);
     for (size_t i = 0; i < n; i++) {
         int32_t integer;
         memcpy(&integer, &raw[i], 4);
@@ -134,7 +135,8 @@ static void test_case(int K, int seed) {
     check_close("loss", 0, loss, want[0], 2e-6);
     free(want);
 
-    double *position = load_vector(&f, "positions", ROWS), *error = load_vector(&f, "logits_error", 2);
+    double *position = load_vector(&f, "positions", ROWS),
+           *error = load_vector(&f, "logits_error", 2);
     double *logits = load_vector(&f, "logits", (size_t)ROWS * c.V), largest = 0;
     real *row = NEW(real, c.V);
     for (int i = 0; i < ROWS; i++) {
@@ -173,7 +175,8 @@ static void test_trace(void) {
     Model m;
     Safetensors f;
     ModelOptions o = { .R = 4, .alpha = 8, .targets = targets_parse("attn,shared,experts"),
-                       .max_tokens = 157, .recompute = RECOMPUTE_FULL, .training = 1, .seed = seed };
+                       .max_tokens = 157, .recompute = RECOMPUTE_FULL, .training = 1,
+                       .seed = seed };
     memset(&m, 0, sizeof m);
     mem_count();
     model_alloc(&m, &c, &o);
@@ -206,8 +209,8 @@ static void test_trace(void) {
         worst_loss = fmax(worst_loss, fabs(got - loss[step]));
         worst_norm = fmax(worst_norm, fabs(got_norm / norm[step] - 1));
         adamw_update(m.adapters.p, m.adapters.m, m.adapters.v, m.adapters.g, n,
-                     clip_factor(got_norm, clip[0]), lr_at(lr[0], step, STEPS, 3, 0.1, 1), 0.9, 0.95,
-                     1e-8, 0.1, step + 1);
+                     clip_factor(got_norm, clip[0]), lr_at(lr[0], step, STEPS, 3, 0.1, 1), 0.9,
+                     0.95, 1e-8, 0.1, step + 1);
     }
     printf("10 steps: worst loss %.1e of 2e-5, worst norm %.1e of 1e-4\n", worst_loss, worst_norm);
     free(loss); free(norm); free(lr); free(clip);
@@ -242,7 +245,8 @@ static void test_draws(void) {
             unsigned byte = !hash ? data[k] : k % 8 < 4 ? data[k / 8 * 4 + k % 8] : 0;
             sum += (byte + 1ull) * random_bits(0, k);
         }
-        check((int32_t)sum == (int32_t)want[2 * i] && (int32_t)(sum >> 32) == (int32_t)want[2 * i + 1],
+        check((int32_t)sum == (int32_t)want[2 * i]
+              && (int32_t)(sum >> 32) == (int32_t)want[2 * i + 1],
               "%s: other bytes than dev/ref draws", t->name);
     }
     free(want);

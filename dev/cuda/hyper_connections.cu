@@ -75,7 +75,9 @@ static int multiprocessors(void) {
     return n;
 }
 
-static inline int blocks_for(size_t n, int per_block) { return (int)((n + per_block - 1) / per_block); }
+static inline int blocks_for(size_t n, int per_block) {
+    return (int)((n + per_block - 1) / per_block);
+}
 
 // Threads for a row of C elements at 8 per thread: whole warps, at most 512.
 static inline int row_threads(int C) {
@@ -1241,7 +1243,9 @@ template <int N> __device__ inline float hc_block_sums(const float (&sums)[N]) {
         if (threadIdx.x % 32 == 0) { shared[threadIdx.x / 32][i] = of_warp; }
     }
     __syncthreads();
-    for (int k = 0; k < HC_SUM_THREADS / 32 && threadIdx.x < N; k++) { all += shared[k][threadIdx.x]; }
+    for (int k = 0; k < HC_SUM_THREADS / 32 && threadIdx.x < N; k++) {
+        all += shared[k][threadIdx.x];
+    }
     return all;
 }
 

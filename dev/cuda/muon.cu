@@ -497,7 +497,8 @@ static void reference(double *p, double *m, const float *g, Slice s, double scal
 static void check(size_t most, int restarts) {
     const size_t shapes[][2] = {
         {8, 32768}, {32768, 8}, {16, 32768}, {64, 4096}, {2048, 64}, {8192, 16}, {8, 8192},
-        {8, 4096}, {4096, 8}, {3, 1000}, {20, 300}, {500, 7}, {5, 5}, {1, 64}, {8, 510}, {33, 1025} };
+        {8, 4096}, {4096, 8}, {3, 1000}, {20, 300}, {500, 7}, {5, 5}, {1, 64}, {8, 510},
+        {33, 1025} };
     std::vector<Slice> slices;
     size_t size = 0;
     for (auto &s : shapes) {

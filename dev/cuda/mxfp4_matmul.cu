@@ -233,8 +233,8 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                  :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a nibble
-// with bit 3 gets that byte's sign bit eight times.
+// prmt: bytes of the table low, high (bytes 0..3, 4..7) picked by the four nibbles of `by`; a
+// nibble with bit 3 gets that byte's sign bit eight times.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t by) {
     uint32_t picked;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(by));
@@ -438,11 +438,11 @@ static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const 
 // 3 v3, v4 and v5: the grouped product
 //
 // A tile is 128 MT rows x BN columns of one group, and 64 k at a time of X and W lie in shared
-// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine busy;
-// two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of the
-// tile each. A stage's `full` barrier counts its
-// bytes, its `empty` barrier the 8 consumer warps. Boxes of X may reach into the next group's rows:
-// what comes of them is never stored. Blocks past the group's end are skipped.
+// memory: 4 stages of 48 KB, in a ring. One thread of the producer warpgroup keeps the copy engine
+// busy; two consumer warpgroups hold MT blocks of 64 x BN sums in registers, every second block of
+// the tile each. A stage's `full` barrier counts its bytes, its `empty` barrier the 8 consumer
+// warps. Boxes of X may reach into the next group's rows: what comes of them is never stored.
+// Blocks past the group's end are skipped.
 //
 // Tiles are dealt to the CTAs in a fixed order: CTA i takes tiles i, i + CTAs, .. The order walks
 // row tiles first, inside bands of 2,048 rows, then columns, then bands, then groups: at any time
@@ -452,10 +452,10 @@ static void widen_fp8_transposed_gpu(bf16 *out, int ld, const uint8_t *w, const 
 //
 // W is bf16, or packed fp4 that nobody ever sees wider: the copy engine then brings X only, and the
 // producer warpgroup turns 64 x BN codes per stage into bf16 in shared memory; those of the next
-// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half a
-// warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows. So
-// tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them alone
-// waits more than it works.
+// stage are on their way in registers meanwhile. 8 codes take some 20 integer instructions at half
+// a warp per cycle, 350 cycles for 64 x 128 codes, where the tensor cores need 1,024 for 256 rows.
+// So tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them
+// alone waits more than it works.
 //
 // K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
 // quarter of a block's arithmetic. The sums are rounded once, at the end.
@@ -552,7 +552,8 @@ __device__ __forceinline__ void product_widen(uint32_t w, const ProductCodes<BN>
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             const uint4 &four = c.code[i][j / 4];
-            uint32_t word = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+            uint32_t word = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z
+                          : four.w;
             __nv_bfloat162 scale = scale_pair(c.scale[i] >> j / 4 * 8 & 255);
             store_chunk(w + line * 128 + (j ^ line % 8) * 16, widen_codes(word, scale));
         }

@@ -357,27 +357,29 @@ static inline void choose_learnt(Row *r) {
 static const char effort_high[] =
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\nYou MUST be very thorough in "
     "your thinking and comprehensively decompose the problem to resolve the root cause, rigorously "
-    "stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
+    "stress-testing your logic against all potential paths, edge cases, and adversarial "
+    "scenarios.\n"
     "Explicitly write out your entire deliberation process, documenting every intermediate step, "
     "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
     "unchecked.\n\n";
 static const char effort_max[] =
-    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\nYou MUST reason "
-    "with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose "
-    "the problem into its most fundamental components, trace every causal chain to its root, and "
-    "resolve the underlying cause rather than any surface symptom.\nDo not stop reasoning until you "
-    "have independently verified the solution from multiple angles and are certain that no "
-    "assumption remains unchecked and no error remains undiscovered.\n\n";
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\nYou MUST "
+    "reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively "
+    "decompose the problem into its most fundamental components, trace every causal chain to its "
+    "root, and resolve the underlying cause rather than any surface symptom.\nDo not stop "
+    "reasoning until you have independently verified the solution from multiple angles and are "
+    "certain that no assumption remains unchecked and no error remains undiscovered.\n\n";
 static const char tools_before[] =
     "\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. You can "
     "invoke tools by writing a \"<｜DSML｜tool_calls>\" block like the following:\n\n"
     "<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"$TOOL_NAME\">\n<｜DSML｜parameter name=\""
     "$PARAMETER_NAME\" string=\"true|false\">$PARAMETER_VALUE</｜DSML｜parameter>\n...\n"
     "</｜DSML｜invoke>\n<｜DSML｜invoke name=\"$TOOL_NAME2\">\n...\n</｜DSML｜invoke>\n"
-    "</｜DSML｜tool_calls>\n\nString parameters should be specified as is and set `string=\"true\"`. "
-    "For all other types (numbers, booleans, arrays, objects), pass the value in JSON format and "
-    "set `string=\"false\"`.\n\nIf thinking_mode is enabled (triggered by <think>), you MUST output "
-    "your complete reasoning inside <think>...</think> BEFORE any tool calls or final response.\n\n"
+    "</｜DSML｜tool_calls>\n\nString parameters should be specified as is and set "
+    "`string=\"true\"`. For all other types (numbers, booleans, arrays, objects), pass the value "
+    "in JSON format and set `string=\"false\"`.\n\nIf thinking_mode is enabled (triggered by "
+    "<think>), you MUST output your complete reasoning inside <think>...</think> BEFORE any tool "
+    "calls or final response.\n\n"
     "Otherwise, output directly after </think> with tool calls or final response.\n\n"
     "### Available Tool Schemas\n\n";
 static const char tools_after[] =

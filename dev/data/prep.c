@@ -397,8 +397,9 @@ int main(int argc, char **argv) {
     d.V = c.V;
     d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     data_add(&d, argv[2]);
-    refuse_if(d.texts > 0 && d.texts < d.documents, "%s: %zu documents are text, %zu are not, but a "
-              "token file holds one kind HINT: two files", argv[2], d.texts, d.documents - d.texts);
+    refuse_if(d.texts > 0 && d.texts < d.documents,
+              "%s: %zu documents are text, %zu are not, but a token file holds one kind "
+              "HINT: two files", argv[2], d.texts, d.documents - d.texts);
     write_bin(&d, argv[3], d.texts ? BIN_TEXT : BIN_CHAT);
     printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n",
            argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);

@@ -29,9 +29,10 @@
 enum { CONTROL_BOS, CONTROL_EOS, CONTROL_USER, CONTROL_ASSISTANT, CONTROL_THINK, CONTROL_END_THINK,
        CONTROL_DSML, CONTROL_REMINDER, CONTROL_TASKS, CONTROLS = CONTROL_TASKS + 6 };
 static const char *const control_text[CONTROLS] = {
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>",
-    "｜DSML｜", "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>",
-    "<｜title｜>", "<｜read_url｜>" };
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>",
+    "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>",
+    "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>",
+    "<｜read_url｜>" };
 enum { CONTROL_NONE = UINT32_MAX };
 
 typedef struct { uint32_t left, right, rank, id; } MergeRule;   // rank from 1; 0: an empty slot

@@ -1,14 +1,15 @@
 """Makes test/vectors/chat.txt: what DeepSeek's own encoders make of conversations.
 
-    python dev/ref/make_chat.py --encoder DIR/encoding/encoding_dsv4.py   (pip install deepseek-recipe)
+    pip install deepseek-recipe
+    python dev/ref/make_chat.py --encoder DIR/encoding/encoding_dsv4.py
 
 The encoder is the file in the released model's folder. What only the -0731 release has (its
 reasoning efforts) comes from DeepSeek's package deepseek-recipe 0.1.1, which also checks the tools'
 text. Three lines per case: the --loss-on word and which release; the row; a JSON string of the text
 with its supervised spans between U+E000 and U+E001.
 
-A span is what deepseek-v4-flash.md section 8 says: all behind <｜Assistant｜> and <think> or </think>,
-up to and including EOS. It is found in the finished text, not by walking the messages.
+A span is what deepseek-v4-flash.md section 8 says: all behind <｜Assistant｜> and <think> or
+</think>, up to and including EOS. It is found in the finished text, not by walking the messages.
 """
 import argparse
 import importlib.util
@@ -25,7 +26,8 @@ SPAN = re.compile(r"(<｜Assistant｜>(?:<think>|</think>)(?:<｜action｜>)?"
 WEATHER = {"type": "function", "function": {
     "name": "weather", "description": "The weather \"now\" in a\tcity: 天气", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"], "ratio": 0.5, "none": None, "yes": True, "list": [1, -2.50, 1e3, {}]}}}
+        "required": ["city"], "ratio": 0.5, "none": None, "yes": True,
+        "list": [1, -2.50, 1e3, {}]}}}
 TIME = {"type": "function", "function": {"name": "time", "description": "", "parameters": {
     "type": "object", "properties": {}}}}
 
@@ -39,7 +41,8 @@ def call(name, arguments, number):
             "function": {"name": name, "arguments": arguments}}
 
 
-CALLS = [call("weather", '{"city": "Köln \\"x\\"", "days": 3, "l": [1, {"k": null}], "f": 1.50}', 1),
+CALLS = [call("weather",
+              '{"city": "Köln \\"x\\"", "days": 3, "l": [1, {"k": null}], "f": 1.50}', 1),
          call("time", "{}", 2), call("time", "not JSON", 3)]
 TALK = [say("system", "Be brief."), say("user", "Hi"), say("assistant", "Hello!"),
         say("user", "1+1?\n"), say("assistant", "2")]
@@ -175,7 +178,8 @@ def main():
         row = json.dumps({"messages": messages, **mode}, ensure_ascii=number % 2 == 0)
         lines += [f"{loss_on} preview", row, json.dumps(mark(text, loss_on, messages))]
     for loss_on, row, text in recipe_cases():
-        lines += [f"{loss_on} 0731", json.dumps(row), json.dumps(mark(text, loss_on, row["messages"]))]
+        lines += [f"{loss_on} 0731", json.dumps(row),
+                  json.dumps(mark(text, loss_on, row["messages"]))]
     with open(os.path.join(VECTORS, "chat.txt"), "w") as file:
         file.write("\n".join(lines) + "\n")
     print(len(lines) // 3, "cases")

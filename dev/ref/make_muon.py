@@ -1,8 +1,8 @@
 """Prints the numbers that test/test_lora.c compares Muon with: `python dev/ref/make_muon.py`.
 
 torch.optim.Muon makes the momentum, the decay and the step; its Newton-Schulz rounds to bf16, so
-the singular value decomposition in float64 takes its place here: O = U f(f(f(f(f(S))))) V^T. Printed
-are the parameters after every step, and the moments after the last.
+the singular value decomposition in float64 takes its place here: O = U f(f(f(f(f(S))))) V^T.
+Printed are the parameters after every step, and the moments after the last.
 """
 import torch
 import torch.optim._muon as muon
@@ -24,7 +24,8 @@ def gradient(rows, cols, step):
 
 
 def trajectory(rows, cols):
-    p = torch.nn.Parameter(torch.cos(torch.arange(rows * cols, dtype=torch.float64)).reshape(rows, cols))
+    p = torch.nn.Parameter(
+        torch.cos(torch.arange(rows * cols, dtype=torch.float64)).reshape(rows, cols))
     o = torch.optim.Muon([p], lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True,
                          adjust_lr_fn="match_rms_adamw")
     print(f"({rows},{cols})")

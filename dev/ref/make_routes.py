@@ -18,16 +18,17 @@ T = 24
 
 
 def router(model, score, method, E, K, groups, kept, norm, scale, bias):
-    shared = dict(hidden_size=E, num_attention_heads=1, num_key_value_heads=1, n_routed_experts=E, num_experts_per_tok=K,
-                  routed_scaling_factor=scale)
+    shared = dict(hidden_size=E, num_attention_heads=1, num_key_value_heads=1, n_routed_experts=E,
+                  num_experts_per_tok=K, routed_scaling_factor=scale)
     if model == 4:
         r = DeepseekV4TopKRouter(DeepseekV4Config(scoring_func=score, **shared))
     elif model == 3:
-        r = DeepseekV3TopkRouter(DeepseekV3Config(n_group=groups, topk_group=kept, norm_topk_prob=norm,
-                                                  **shared))
+        r = DeepseekV3TopkRouter(DeepseekV3Config(n_group=groups, topk_group=kept,
+                                                  norm_topk_prob=norm, **shared))
     else:
-        r = DeepseekV2TopkRouter(DeepseekV2Config(n_group=groups, topk_group=kept, topk_method=method,
-                                                  norm_topk_prob=False, **shared))
+        r = DeepseekV2TopkRouter(DeepseekV2Config(n_group=groups, topk_group=kept,
+                                                  topk_method=method, norm_topk_prob=False,
+                                                  **shared))
     r.weight.data = torch.eye(E)
     if model > 2:
         r.e_score_correction_bias.copy_(bias)
@@ -49,8 +50,8 @@ def case(file, model, score, method, E, K, groups, kept, norm, scale):
     _, weights, ids = r(x)
     (weights * upstream.gather(1, ids)).sum().backward()
     dense = torch.zeros(T, E).scatter(1, ids, weights.detach())
-    file.write(struct.pack("8if", SCORES.index(score), method != "noaux_tc", groups, kept, norm, T, E, K,
-                           scale))
+    file.write(struct.pack("8if", SCORES.index(score), method != "noaux_tc", groups, kept, norm, T,
+                           E, K, scale))
     for tensor in (bias, logits, upstream, dense, x.grad):
         file.write(tensor.float().contiguous().numpy().astype("<f4").tobytes())
 

@@ -1,4 +1,5 @@
-"""Makes test/vectors/tokenizer.json and tokens.txt: what Hugging Face's `tokenizers` makes of texts.
+"""\
+Makes test/vectors/tokenizer.json and tokens.txt: what Hugging Face's `tokenizers` makes of texts.
 
     python dev/ref/make_tokens.py [--megabytes 20]      (pip install tokenizers numpy)
 
@@ -26,36 +27,43 @@ VECTORS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "
 CUTS = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
-CONTROLS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>",
-            "</think>", "｜DSML｜", "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>",
-            "<｜domain｜>", "<｜title｜>", "<｜read_url｜>")
+CONTROLS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>",
+            "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>",
+            "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>",
+            "<｜title｜>", "<｜read_url｜>")
 PIECES = (
     "Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ",
     "Hello, 世界", "S", "U1", "A1", "U2", "A2", "You are concise.",
     "Answer with one word: sky color?", "你好", "推理", "答案",
-    "x  \n \t\n  y   z  ", "12345.678", "don't I'll <b>it's</b>", "ア・イ゛ーu゙", "\u0301a \u0301 \u200d\u200dB",
+    "x  \n \t\n  y   z  ", "12345.678", "don't I'll <b>it's</b>", "ア・イ゛ーu゙",
+    "\u0301a \u0301 \u200d\u200dB",
     "a\u3040b\u303f\u3041\u30ff\u3100c\u9fa5\u9fa6\u4dff\u4e00",
 )
 
 # What mixed_text draws from: a kind is a list of ranges; a run of one kind is 1 to 12 characters.
-WORDS = (" the", " and", " of", " return", "if (", " = 0;\n", "\n    ", " int", "'s", " you", " 的", "。\n",
-         " для", "; ", "://", " {\n", "}\n\n", ".5", "#include", " Größe", "ing", " über", "1,000", " été")
+WORDS = (" the", " and", " of", " return", "if (", " = 0;\n", "\n    ", " int", "'s", " you",
+         " 的", "。\n", " для", "; ", "://", " {\n", "}\n\n", ".5", "#include", " Größe",
+         "ing", " über", "1,000", " été")
 KINDS = (
     ((0x61, 0x7A),), ((0x20, 0x7E),), ((0x30, 0x39),), ((0x4E00, 0x9FFF),), ((0x3000, 0x30FF),),
     ((0x1F300, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F)), ((0x61, 0x7A), (0x300, 0x36F)),
-    ((0x590, 0x6FF), (0x20, 0x20)), ((0x20, 0x20), (0x20, 0x20), (0x9, 0xD), (0x85, 0x85), (0xA0, 0xA0),
-    (0x2000, 0x200B), (0x2028, 0x2029), (0x3000, 0x3000)), ((0, 0xD7FF), (0xE000, 0x10FFFF)),
+    ((0x590, 0x6FF), (0x20, 0x20)),
+    ((0x20, 0x20), (0x20, 0x20), (0x9, 0xD), (0x85, 0x85), (0xA0, 0xA0), (0x2000, 0x200B),
+     (0x2028, 0x2029), (0x3000, 0x3000)), ((0, 0xD7FF), (0xE000, 0x10FFFF)),
     ((0x21, 0x2F), (0x3A, 0x40), (0x2010, 0x2027), (0x3001, 0x3011), (0xFF01, 0xFF0F)),
-    ((0x400, 0x44F), (0x20, 0x20)), ((0x660, 0x669), (0x966, 0x96F), (0xB2, 0xB3), (0x2160, 0x2170)),
+    ((0x400, 0x44F), (0x20, 0x20)),
+    ((0x660, 0x669), (0x966, 0x96F), (0xB2, 0xB3), (0x2160, 0x2170)),
 )
 
 
 def mixed_text(document, least=65536):
     """UTF-8 of at least that many bytes; the C test makes the same."""
-    bits = [int(b) for b in ref.random_bits(ref.random_key(document, "mixed"), np.arange(2 * least))]
+    bits = [int(b) for b in ref.random_bits(ref.random_key(document, "mixed"),
+                                            np.arange(2 * least))]
     parts, size, i = [], 0, 0
     while size < least:
         kind, length = bits[i] % (len(KINDS) + 6), 1 + (bits[i] >> 32) % 12
@@ -83,7 +91,8 @@ def train():
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([mixed_text(1000 + d) for d in range(8)] + [__doc__] * 20, trainer)
+    tokenizer.train_from_iterator([mixed_text(1000 + d) for d in range(8)] + [__doc__] * 20,
+                                  trainer)
     content = json.loads(tokenizer.to_str())
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
     known = {tuple(m) for m in merges}
@@ -107,7 +116,8 @@ def add_controls(content):
 
 def total(ids, first=0):
     ids = np.asarray(ids, dtype=np.uint64)
-    return int(((ids + np.uint64(1)) * ref.random_bits(np.uint64(0), first + np.arange(ids.size))).sum())
+    return int(((ids + np.uint64(1))
+                * ref.random_bits(np.uint64(0), first + np.arange(ids.size))).sum())
 
 
 def main():
@@ -124,12 +134,15 @@ def main():
         file.write("\n")
     lines = []
     for block in range(272):
-        characters = [c for c in range(4096 * block, 4096 * block + 4096) if not 0xD800 <= c < 0xE000]
+        characters = [c for c in range(4096 * block, 4096 * block + 4096)
+                      if not 0xD800 <= c < 0xE000]
         answers = tokenizer.encode_batch([chr(c) for c in characters])
-        lines.append(f"scalars {block} "
-                     f"{sum(total(a.ids, 16 * c) for c, a in zip(characters, answers)) % 2**64:016x}")
+        lines.append(
+            f"scalars {block} "
+            f"{sum(total(a.ids, 16 * c) for c, a in zip(characters, answers)) % 2**64:016x}")
     for number, text in enumerate(PIECES):
-        sizes = [len(text[a:b].encode()) for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        sizes = [len(text[a:b].encode())
+                 for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         lines.append(f"pieces {number} {' '.join(map(str, sizes))}")
     for document in range(int(options.megabytes * 16)):
         lines.append(f"mixed {document} {total(tokenizer.encode(mixed_text(document)).ids):016x}")
