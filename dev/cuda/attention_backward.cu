@@ -35,550 +35,31 @@
 // two, N = 128 (1.56, kept). Tried later: prefetching the next token's Q and dO into L2 (query 0.80
 // -> 0.83, key no change). ptxas serialises products of different N on one accumulator.
 //
-// Build: nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a attention_backward.cu
+// Versions 1 and 3 are kernels.cu's own code: attention_backward_query_gpu and _key_gpu take one or
+// the other by the shape. So are the forward that makes the inputs, and what version 2 shares with
+// version 3: tiles, the key kernel's plan, the masks, the softmax.
+//
+// Build: nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -diag-suppress 177
+//        attention_backward.cu -lcublas -o attention_backward
+#include "../../kernels.cu"
 #include "common.h"
 
-#define EXIT_COMM 4
-#define EXIT_USAGE 1
-
-// As in kernels.cu, part 1.
-typedef struct {
-    int T, P, H, D;             // tokens, entries, heads, dims of a head
-    int W;                      // window, in tokens
-    int ratio;                  // tokens per entry: 4, 128, or 0: window only
-    int topk;                   // row length of the indexer's choice
-    const int *position;        // (T) of the token in its document
-    const int *end;             // (T) one past the last token of its document
-    const int *first_entry;     // (T) first entry of its document
-    const int *token;           // (P) first token of the run that the entry is of
-} AttentionShape;
-
-// -------------------------------------------------------------------------------------------------
-// Helpers of kernels.cu, part 2, that the kernels use
-
-#define gpuRequire(condition) do { if (!(condition)) { \
-    fprintf(stderr, "no kernel for this shape: %s (line %d)\n", #condition, __LINE__); \
-    exit(EXIT_USAGE); } } while (0)
-
-static inline int blocks_for(size_t n, int per_block) {
-    return (int)((n + per_block - 1) / per_block);
-}
-
-__device__ inline void load4(float *x, const bf16 *p) {
-    const uint2 raw = *(const uint2 *)p;
-    const __nv_bfloat162 *pair = (const __nv_bfloat162 *)&raw;
-    const float2 a = __bfloat1622float2(pair[0]), b = __bfloat1622float2(pair[1]);
-    x[0] = a.x; x[1] = a.y; x[2] = b.x; x[3] = b.y;
-}
-__device__ inline void store4(bf16 *p, const float *x) {
-    uint2 raw;
-    __nv_bfloat162 *pair = (__nv_bfloat162 *)&raw;
-    pair[0] = __floats2bfloat162_rn(x[0], x[1]);
-    pair[1] = __floats2bfloat162_rn(x[2], x[3]);
-    *(uint2 *)p = raw;
-}
-template <int N, typename V> __device__ inline void load_row(float *x, const V *p) {
-    #pragma unroll
-    for (int i = 0; i < N; i += 4) { load4(x + i, p + i); }
-}
-template <int N, typename V> __device__ inline void store_row(V *p, const float *x) {
-    #pragma unroll
-    for (int i = 0; i < N; i += 4) { store4(p + i, x + i); }
-}
-__device__ inline float warp_sum(float x) {
-    #pragma unroll
-    for (int k = 16; k > 0; k /= 2) { x += __shfl_xor_sync(~0u, x, k); }
-    return x;
-}
-
-static struct { unsigned char *base; size_t size, used; } work;
-static inline size_t workspace_mark(void) { return work.used; }
-static inline void workspace_release(size_t mark) { work.used = mark; }
-static void *workspace(size_t bytes) {
-    void *p = work.base + work.used;
-    work.used += (bytes + 255) / 256 * 256;
-    if (work.used > work.size) { fprintf(stderr, "workspace: %zu\n", work.used); exit(2); }
-    return p;
-}
-
-// -------------------------------------------------------------------------------------------------
-// Version 1: one warp per query and head, or one block per key; every dot product a shuffle tree.
-
-// The i-th key row that token t attends to, of n = attended_count: window rows, then entries.
-__device__ inline int attended_count(const AttentionShape &a, const int *selected, int t,
-                                     int *window) {
-    *window = min(a.position[t] + 1, a.W);
-    const int visible = a.ratio ? (a.position[t] + 1) / a.ratio : 0;
-    return *window + (selected ? min(visible, a.topk) : visible);
-}
-
-__device__ inline const act *attended_key(const AttentionShape &a, const act *kv,
-                                          const act *entries, const int *selected, int t,
-                                          int window, int i) {
-    if (i < window) { return kv + (size_t)(t - window + 1 + i) * a.D; }
-    const int e = selected ? selected[(size_t)t * a.topk + i - window]
-                           : a.first_entry[t] + i - window;
-    return entries + (size_t)e * a.D;
-}
-
-template <int NV>
-__global__ void attention_forward_kernel(act *out, real *lse, const act *q, const act *kv,
-                                         const act *entries, const float *sink, const int *selected,
-                                         AttentionShape a) {
-    const int lane = threadIdx.x % 32, first = lane * NV;
-    const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= (size_t)a.T * a.H) { return; }
-    const int t = (int)(row / a.H), h = (int)(row % a.H);
-    const float scale = rsqrtf((float)a.D);
-    int window;
-    const int n = attended_count(a, selected, t, &window);
-    float x[NV], o[NV] = {0}, k[NV], max = sink[h], sum = 1;
-    load_row<NV>(x, q + row * a.D + first);
-    for (int i = 0; i < n; i++) {
-        load_row<NV>(k, attended_key(a, kv, entries, selected, t, window, i) + first);
-        float l = 0;
-        #pragma unroll
-        for (int d = 0; d < NV; d++) { l += x[d] * k[d]; }
-        l = scale * warp_sum(l);
-        const float higher = fmaxf(max, l), keep = expf(max - higher), e = expf(l - higher);
-        sum = sum * keep + e;
-        max = higher;
-        #pragma unroll
-        for (int d = 0; d < NV; d++) { o[d] = o[d] * keep + e * k[d]; }
-    }
-    #pragma unroll
-    for (int d = 0; d < NV; d++) { o[d] /= sum; }
-    store_row<NV>(out + row * a.D + first, o);
-    if (lane == 0) { lse[row] = max + logf(sum); }
-}
-
-extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const act *kv,
-                                      const act *entries, const float *sink, const int *selected,
-                                      AttentionShape a) {
-    if (a.T == 0) { return; }
-    const int grid = blocks_for((size_t)a.T * a.H, 8);
-    if (a.D == 512) {
-        attention_forward_kernel<16><<<grid, 256, 0, stream>>>(out, lse, q, kv, entries, sink,
-                                                               selected, a);
-    } else {
-        gpuRequire(a.D == 128);
-        attention_forward_kernel<4><<<grid, 256, 0, stream>>>(out, lse, q, kv, entries, sink,
-                                                              selected, a);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-// delta = <dout, out> per query and head.
-template <int NV>
-__global__ void attention_delta_kernel(real *delta, const act *dout, const act *out, size_t rows) {
-    const int lane = threadIdx.x % 32;
-    const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) { return; }
-    float a[NV], b[NV], dot = 0;
-    load_row<NV>(a, dout + row * NV * 32 + lane * NV);
-    load_row<NV>(b, out + row * NV * 32 + lane * NV);
-    #pragma unroll
-    for (int d = 0; d < NV; d++) { dot += a[d] * b[d]; }
-    dot = warp_sum(dot);
-    if (lane == 0) { delta[row] = dot; }
-}
-
-extern "C" void attention_delta_gpu(real *delta, const act *dout, const act *out, int T, int H,
-                                    int D) {
-    const size_t rows = (size_t)T * H;
-    if (rows == 0) { return; }
-    if (D == 512) {
-        attention_delta_kernel<16><<<blocks_for(rows, 8), 256, 0, stream>>>(delta, dout, out, rows);
-    } else {
-        gpuRequire(D == 128);
-        attention_delta_kernel<4><<<blocks_for(rows, 8), 256, 0, stream>>>(delta, dout, out, rows);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-template <int NV>
-__global__ void attention_backward_query_kernel(act *dq, const act *dout, const real *delta,
-                                                const real *lse, const act *q, const act *kv,
-                                                const act *entries, const int *selected,
-                                                AttentionShape a) {
-    const int lane = threadIdx.x % 32, first = lane * NV;
-    const size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= (size_t)a.T * a.H) { return; }
-    const int t = (int)(row / a.H);
-    const float scale = rsqrtf((float)a.D);
-    int window;
-    const int n = attended_count(a, selected, t, &window);
-    float x[NV], d[NV], sum[NV] = {0}, k[NV];
-    load_row<NV>(x, q + row * a.D + first);
-    load_row<NV>(d, dout + row * a.D + first);
-    for (int i = 0; i < n; i++) {
-        load_row<NV>(k, attended_key(a, kv, entries, selected, t, window, i) + first);
-        float l = 0, dp = 0;
-        #pragma unroll
-        for (int j = 0; j < NV; j++) { l += x[j] * k[j]; dp += d[j] * k[j]; }
-        const float p = expf(scale * warp_sum(l) - lse[row]);
-        const float dl = scale * p * (warp_sum(dp) - delta[row]);
-        #pragma unroll
-        for (int j = 0; j < NV; j++) { sum[j] += dl * k[j]; }
-    }
-    store_row<NV>(dq + row * a.D + first, sum);
-}
-
-extern "C" void attention_backward_query_1(act *dq, const act *dout, const real *delta,
-                                             const real *lse, const act *q, const act *kv,
-                                             const act *entries, const int *selected,
-                                             AttentionShape a) {
-    if (a.T == 0) { return; }
-    const int grid = blocks_for((size_t)a.T * a.H, 8);
-    if (a.D == 512) {
-        attention_backward_query_kernel<16><<<grid, 256, 0, stream>>>(dq, dout, delta, lse, q, kv,
-                                                                      entries, selected, a);
-    } else {
-        gpuRequire(a.D == 128);
-        attention_backward_query_kernel<4><<<grid, 256, 0, stream>>>(dq, dout, delta, lse, q, kv,
-                                                                     entries, selected, a);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-// One block of 16 warps per key: warp w takes every 16th (query, head), and the block adds the
-// warps' sums in order.
-enum { KEY_WARPS = 16 };
-template <int NV>
-__global__ void attention_backward_key_kernel(real *dkv, real *dentries, const act *dout,
-                                              const real *delta, const real *lse, const act *q,
-                                              const act *kv, const act *entries,
-                                              const int *selected, AttentionShape a) {
-    __shared__ float shared[NV * 32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = lane * NV;
-    const int e = (int)blockIdx.x - a.T;
-    const float scale = rsqrtf((float)a.D);
-    float key[NV], x[NV], d[NV], sum[NV] = {0};
-    load_row<NV>(key, (e < 0 ? kv + (size_t)blockIdx.x * a.D : entries + (size_t)e * a.D) + first);
-    const int from = e < 0 ? (int)blockIdx.x : a.token[e] + a.ratio - 1;
-    const int end = e < 0 ? min(a.end[from], from + a.W) : a.end[from];
-    for (int t = from; t < end; t++) {
-        if (e >= 0 && selected) {
-            const int *list = selected + (size_t)t * a.topk;
-            int low = 0, high = a.topk;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                const bool before = list[middle] >= 0 && list[middle] < e;
-                if (before) { low = middle + 1; } else { high = middle; }
-            }
-            if (low >= a.topk || list[low] != e) { continue; }
-        }
-        for (int h = warp; h < a.H; h += KEY_WARPS) {
-            const size_t row = (size_t)t * a.H + h;
-            load_row<NV>(x, q + row * a.D + first);
-            load_row<NV>(d, dout + row * a.D + first);
-            float l = 0, dp = 0;
-            #pragma unroll
-            for (int j = 0; j < NV; j++) { l += x[j] * key[j]; dp += d[j] * key[j]; }
-            const float p = expf(scale * warp_sum(l) - lse[row]);
-            const float dl = scale * p * (warp_sum(dp) - delta[row]);
-            #pragma unroll
-            for (int j = 0; j < NV; j++) { sum[j] += dl * x[j] + p * d[j]; }
-        }
-    }
-    for (int w = 0; w < KEY_WARPS; w++) {
-        if (w == warp) {
-            #pragma unroll
-            for (int j = 0; j < NV; j++) {
-                shared[first + j] = (w ? shared[first + j] : 0) + sum[j];
-            }
-        }
-        __syncthreads();
-    }
-    float *dkey = e < 0 ? dkv + (size_t)blockIdx.x * a.D : dentries + (size_t)e * a.D;
-    for (int i = threadIdx.x; i < a.D; i += blockDim.x) { dkey[i] = shared[i]; }
-}
-
-extern "C" void attention_backward_key_1(real *dkv, real *dentries, const act *dout,
-                                           const real *delta, const real *lse, const act *q,
-                                           const act *kv, const act *entries, const int *selected,
-                                           AttentionShape a) {
-    if (a.T == 0) { return; }
-    if (a.D == 512) {
-        attention_backward_key_kernel<16><<<a.T + a.P, KEY_WARPS * 32, 0, stream>>>(
-            dkv, dentries, dout, delta, lse, q, kv, entries, selected, a);
-    } else {
-        gpuRequire(a.D == 128);
-        attention_backward_key_kernel<4><<<a.T + a.P, KEY_WARPS * 32, 0, stream>>>(
-            dkv, dentries, dout, delta, lse, q, kv, entries, selected, a);
-    }
-    cudaCheck(cudaGetLastError());
-}
-
-// -------------------------------------------------------------------------------------------------
-// Tensor cores: the pieces that versions 2 and 3 share
-//
-// A tile is 64 rows of 512 dims in shared memory, as 8 chunks of 64 dims. A chunk is 64 rows of 128
-// bytes, 8 KB, whose 16-byte pieces are permuted within each row (piece ^ row % 8, the hardware's
-// 128-byte swizzle), so that both ways to read it are free of bank conflicts: rows as M or N and
-// dims as the product's inner index (K-major), or dims as N and rows as the inner index (MN-major).
-// One layout therefore serves S = Q K^T, dP = dO K^T and dQ = dS K, dK = dS^T Q, dV = P^T dO.
-
-enum {
-    AB_HEADS = 64, AB_DIM = 512,        // what these kernels are written for
-    AB_KEYS = 64,                       // keys of a tile
-    AB_CHUNKS = 8, AB_CHUNK = 8192,     // of a tile, in bytes
-    AB_TILE = AB_CHUNKS * AB_CHUNK,
-    AB_EXCHANGE = 32768,                // two buffers in turn: warpgroups swap halves
-};
-
-__device__ inline uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// Descriptors of an operand in shared memory: address, strides in units of 16 bytes, swizzle 128.
-// K-major: 1,024 bytes from one group of 8 rows to the next. MN-major: 1,024 bytes from one group
-// of 8 inner rows to the next, `stride` from one run of 64 dims to the next.
-__device__ inline uint64_t operand(uint32_t address, int stride = AB_CHUNK) {
-    return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(stride >> 4) << 16
-         | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
-__device__ inline void wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit(void) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> __device__ inline void wgmma_wait(void) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-// Keeps the compiler from moving uses of x across this point.
-template <int N> __device__ inline void pin(float (&x)[N]) {
-    #pragma unroll
-    for (int i = 0; i < N; i++) { asm volatile("" : "+f"(x[i]) :: "memory"); }
-}
-template <int N> __device__ inline void pin(uint32_t (&x)[N]) {
-    #pragma unroll
-    for (int i = 0; i < N; i++) { asm volatile("" : "+r"(x[i]) :: "memory"); }
-}
-
-__device__ inline void pin(float (&x)[4][32]) {
-    pin(x[0]); pin(x[1]); pin(x[2]); pin(x[3]);
-}
-
-#define AB_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define AB_D32(d, i) AB_D8(d, i), AB_D8(d, i + 8), AB_D8(d, i + 16), AB_D8(d, i + 24)
-#define AB_R32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-
-// d (64,64) = or += a b^T over 16 dims: both operands K-major in shared memory.
-__device__ inline void wgmma_rows(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " AB_R32
-        ", %32, %33, p, 1, 1, 0, 0;\n}"
-        : AB_D32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-// 16 bytes from global to shared memory without passing through registers; zeros if !valid.
-__device__ inline void copy16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
-__device__ inline uint32_t pack2(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
-// The named barrier of the two consumer warpgroups.
-__device__ inline void pair_barrier(void) { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
-// The layout of an accumulator: thread 32 w + 4 g + i has, of each block j of 8 columns, row
-// 16 w + g in x[4 j], x[4 j + 1] and row 16 w + g + 8 in x[4 j + 2], x[4 j + 3], columns 8 j + 2 i
-// and the next.
-// An accumulator's half, rounded to bf16, is the left operand of the next product as it stands: two
-// blocks of 8 columns are 16 of its inner index.
-__device__ inline void pack_half(uint32_t (&out)[8], const float (&x)[16]) {
-    #pragma unroll
-    for (int i = 0; i < 8; i++) { out[i] = pack2(x[2 * i], x[2 * i + 1]); }
-}
-
-// Hands registers to the same thread of the other warpgroup: send, a barrier, then receive.
-template <int N> __device__ inline void send(const uint32_t (&x)[N], float4 *exchange, int at) {
-    #pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-        ((uint4 *)exchange)[at + i * 128] = make_uint4(x[4 * i], x[4 * i + 1], x[4 * i + 2],
-                                                       x[4 * i + 3]);
-    }
-}
-template <int N> __device__ inline void receive(uint32_t (&x)[N], const float4 *exchange, int at) {
-    #pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-        const uint4 y = ((const uint4 *)exchange)[at + i * 128];
-        x[4 * i] = y.x; x[4 * i + 1] = y.y; x[4 * i + 2] = y.z; x[4 * i + 3] = y.w;
-    }
-}
-
-// The work of the key kernel, cut so that every part fills the machine evenly. A tile of 64 entries
-// is cut into segments of the token axis, a tile of 64 window keys into pieces of its own tokens.
-// Each part has a slot of 64 x 512 fp32 sums; a last kernel adds the slots of a tile in order.
-typedef struct {
-    int entry_tiles, segments, segment;     // tiles, parts of each, tokens of a part
-    int window_tiles, pieces, piece;
-} KeyPlan;
-
-static KeyPlan key_plan(const AttentionShape &a) {
-    KeyPlan p;
-    p.window_tiles = blocks_for(a.T, AB_KEYS);
-    p.pieces = 768 / p.window_tiles;
-    p.pieces = p.pieces > 6 ? 6 : p.pieces < 1 ? 1 : p.pieces;
-    p.piece = blocks_for(AB_KEYS + a.W - 1, p.pieces);
-    p.entry_tiles = a.ratio ? blocks_for(a.P, AB_KEYS) : 0;
-    p.segment = blocks_for((size_t)a.T * p.entry_tiles, 2048);
-    p.segment = p.segment < 64 ? 64 : p.segment;
-    p.segments = p.entry_tiles ? blocks_for(a.T, p.segment) : 0;
-    return p;
-}
-
-typedef struct {
-    int entry;                  // 1: entries, 0: window keys
-    int tile, first, end;       // keys first .. end-1
-    int from, to;               // tokens from .. to-1 that may see them
-} KeyItem;
-
-// A whole tile.
-__device__ inline KeyItem key_tile(const AttentionShape &a, int entry, int tile) {
-    KeyItem k;
-    k.entry = entry;
-    k.tile = tile;
-    k.first = tile * AB_KEYS;
-    k.end = min(k.first + AB_KEYS, entry ? a.P : a.T);
-    k.from = entry ? a.token[k.first] + a.ratio - 1 : k.first;
-    k.to = entry ? a.end[a.token[k.end - 1]] : min(a.T, k.end - 1 + a.W);
-    return k;
-}
-
-// The part of a tile that has this slot: entries first, one segment of all tiles after the other,
-// then the window's tiles, piece by piece. It may be empty (from >= to).
-__device__ inline KeyItem key_item(const KeyPlan &p, const AttentionShape &a, int slot) {
-    const int window = slot - p.entry_tiles * p.segments;
-    KeyItem k;
-    if (window < 0) {
-        const int segment = slot / p.entry_tiles;
-        k = key_tile(a, 1, slot % p.entry_tiles);
-        k.from = max(k.from, segment * p.segment);
-        k.to = min(k.to, (segment + 1) * p.segment);
-    } else {
-        k = key_tile(a, 0, window / p.pieces);
-        k.from += window % p.pieces * p.piece;
-        k.to = min(k.to, k.from + p.piece);
-    }
-    return k;
-}
-
-// Bit r: token t attends to key first + r. masks: those of selected, (T,entry_tiles), or NULL.
-__device__ inline uint64_t key_mask(const KeyItem &k, const KeyPlan &p, const AttentionShape &a,
-                                    const uint64_t *masks, int t) {
-    int low, high;
-    if (k.entry) {
-        low = a.first_entry[t];
-        high = low + (a.position[t] + 1) / a.ratio;
-    } else {
-        low = t - min(a.position[t], a.W - 1);
-        high = t + 1;
-    }
-    low = max(low, k.first) - k.first;
-    high = min(high, k.end) - k.first;
-    if (low >= high) { return 0; }
-    uint64_t mask = ~0ull >> (64 - (high - low)) << low;
-    if (k.entry && masks) { mask &= masks[(size_t)t * p.entry_tiles + k.tile]; }
-    return mask;
-}
-
-// The next token from t on that sees a key of the tile, and its mask; k.to if there is none.
-__device__ inline int next_token(uint64_t *mask, const KeyItem &k, const KeyPlan &p,
-                                 const AttentionShape &a, const uint64_t *masks, int t) {
-    for (; t < k.to; t++) {
-        *mask = key_mask(k, p, a, masks, t);
-        if (*mask) { return t; }
-    }
-    return k.to;
-}
-
-// masks (T,tiles) of selected (T,topk): bit e % 64 of word e / 64. One block per token.
-__global__ void attention_masks_kernel(uint64_t *masks, const int *selected, int tiles, int topk) {
-    extern __shared__ unsigned int words[];
-    for (int i = threadIdx.x; i < 2 * tiles; i += blockDim.x) { words[i] = 0; }
-    __syncthreads();
-    const int *list = selected + (size_t)blockIdx.x * topk;
-    for (int i = threadIdx.x; i < topk; i += blockDim.x) {
-        if (list[i] >= 0) { atomicOr(words + list[i] / 32, 1u << list[i] % 32); }
-    }
-    __syncthreads();
-    unsigned int *out = (unsigned int *)(masks + (size_t)blockIdx.x * tiles);
-    for (int i = threadIdx.x; i < 2 * tiles; i += blockDim.x) { out[i] = words[i]; }
-}
-
-// dkv (T,D) and dentries (P,D) = the sums of their tiles' parts, in order. One block per row.
-__global__ void attention_key_sum_kernel(real *dkv, real *dentries, const float *part, KeyPlan p,
-                                         AttentionShape a) {
-    const int e = (int)blockIdx.x - a.T, key = e < 0 ? (int)blockIdx.x : e;
-    const KeyItem k = key_tile(a, e >= 0, key / AB_KEYS);
-    const int first = e < 0 ? 0 : k.from / p.segment;
-    const int end = e < 0 ? (k.to - k.from + p.piece - 1) / p.piece : (k.to - 1) / p.segment + 1;
-    const int slot = e < 0 ? p.entry_tiles * p.segments + k.tile * p.pieces : k.tile;
-    const int stride = e < 0 ? 1 : p.entry_tiles;
-    float4 sum = make_float4(0, 0, 0, 0);
-    #pragma unroll 4
-    for (int i = first; i < end; i++) {
-        const size_t row = (size_t)(slot + i * stride) * AB_KEYS + key % AB_KEYS;
-        const float4 x = ((const float4 *)(part + row * AB_DIM))[threadIdx.x];
-        sum.x += x.x; sum.y += x.y; sum.z += x.z; sum.w += x.w;
-    }
-    real *out = e < 0 ? dkv + (size_t)key * AB_DIM : dentries + (size_t)key * AB_DIM;
-    ((float4 *)out)[threadIdx.x] = sum;
-}
-
-// p = exp(scale s - lse) and dl = scale p (dp - delta) of one element, 0 and 0 if it is masked. The
-// caller has turned lse into -log2(e) lse, delta into -scale delta.
-__device__ inline void softmax_backward(float *p, float *dl, float s, float dp, float lse,
-                                        float delta, bool valid) {
-    const float scale = 0.04419417382f;         // 1 / sqrt(AB_DIM)
-    const float x = valid ? fmaf(s, scale * (float)M_LOG2E, lse) : -INFINITY;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(*p) : "f"(x));
-    *dl = *p * fmaf(dp, scale, delta);
-}
+using namespace attention_backward;
 
 // -------------------------------------------------------------------------------------------------
 // Version 2: tensor cores, one step after the other: copy, S and dP (one warpgroup each), swap
 // halves, softmax, swap, accumulate (one half of the 512 dims each)
 
-// d (64,256) += a b over 16 rows of b: a in registers, b MN-major, four chunks wide.
-__device__ inline void wgmma_half(float (&d)[4][32], const uint32_t *a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-        "%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
-        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,"
-        "%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"
-        "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,"
-        "%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,"
-        "%123,%124,%125,%126,%127}, "
-        "{%128,%129,%130,%131}, %132, 1, 1, 1, 1;"
-        : AB_D32(d[0], 0), AB_D32(d[1], 0), AB_D32(d[2], 0), AB_D32(d[3], 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-// Where piece (0..63) of 16 bytes of a row lies in a tile.
-__device__ inline uint32_t tile_offset(int row, int piece) {
-    return piece / 8 * AB_CHUNK + row * 128 + ((piece ^ row) % 8) * 16;
-}
-
 // x (64,64) = a b^T over all 512 dims, both tiles in shared memory; commits one group.
 __device__ inline void tile_product(float (&x)[32], uint32_t a, uint32_t b) {
-    pin(x);
+    keep_order(x);
     wgmma_fence();
     #pragma unroll
     for (int c = 0; c < AB_CHUNKS; c++) {
         #pragma unroll
         for (int k = 0; k < 4; k++) {
-            wgmma_rows(x, operand(a + c * AB_CHUNK + k * 32), operand(b + c * AB_CHUNK + k * 32),
-                       c + k > 0);
+            wgmma_m64n64k16(x, operand_at(a + c * AB_CHUNK + k * 32),
+                            operand_at(b + c * AB_CHUNK + k * 32), c + k > 0);
         }
     }
     wgmma_commit();
@@ -614,14 +95,14 @@ __device__ inline void swap_halves(float (&s)[16], float (&dp)[16], const float 
 __device__ inline void load_tile(uint32_t tile, const act *from, int rows) {
     for (int i = threadIdx.x; i < 64 * 64; i += 256) {
         const int row = i / 64, piece = i % 64;
-        copy16(tile + tile_offset(row, piece), from + (size_t)(row < rows ? row : 0) * AB_DIM
-               + piece * 8, row < rows);
+        copy16(tile + forward::chunk_offset(row, piece),
+               from + (size_t)(row < rows ? row : 0) * AB_DIM + piece * 8, row < rows);
     }
 }
 // Waits for this block's copies and shows them to the tensor cores, which read by another path.
 __device__ inline void tiles_ready(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    proxy_fence();
     __syncthreads();
 }
 
@@ -648,21 +129,21 @@ attention_backward_query_2_kernel(act *dq, const act *dout, const real *delta, c
     const float log2e = -(float)M_LOG2E;
     const float lse0 = lse[head0 + row] * log2e, delta0 = -scale * delta[head0 + row];
     const float lse1 = lse[head0 + row + 8] * log2e, delta1 = -scale * delta[head0 + row + 8];
-    float sum[4][32] = {{0}};
+    float sum[128] = {0};
     for (int first = 0; first < n; first += AB_KEYS) {
         for (int i = threadIdx.x; i < 64 * 64; i += 256) {
             const int r = i / 64, piece = i % 64;
             const bool valid = first + r < n;
             const act *key = attended_key(a, kv, entries, selected, t, window,
                                           valid ? first + r : 0);
-            copy16(K + tile_offset(r, piece), key + piece * 8, valid);
+            copy16(K + forward::chunk_offset(r, piece), key + piece * 8, valid);
         }
         tiles_ready();
         float x[32], s[16], dp[16];
         uint32_t dl[2][8];
         tile_product(x, group ? dO : Q, K);         // (heads,keys)
         wgmma_wait<0>();
-        pin(x);
+        keep_order(x);
         swap_halves(s, dp, x, exchange, group, thread);
         #pragma unroll
         for (int j = 0; j < 16; j++) {
@@ -675,26 +156,26 @@ attention_backward_query_2_kernel(act *dq, const act *dout, const real *delta, c
         send(dl[0], exchange, (1 - group) * 512 + thread);
         pair_barrier();
         receive(dl[1], exchange, group * 512 + thread);
-        pin(sum); pin(dl[0]); pin(dl[1]);
+        keep_order(sum); keep_order(dl[0]); keep_order(dl[1]);
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 4; k++) {               // 16 keys each; the own half first
             const int half = k / 2, keys = (group ^ half) * 2 + k % 2;
-            wgmma_half(sum, dl[half] + 4 * (k % 2),
-                       operand(K + group * 4 * AB_CHUNK + keys * 2048));
+            forward::wgmma_outputs(sum, dl[half] + 4 * (k % 2),
+                                   operand_at(K + group * 4 * AB_CHUNK + keys * 2048));
         }
         wgmma_commit();
         wgmma_wait<0>();
-        pin(sum);
+        keep_order(sum);
         __syncthreads();
     }
     #pragma unroll
     for (int j = 0; j < 32; j++) {
         const int column = group * 256 + 8 * j + 2 * (lane % 4);
         act *out = dq + (head0 + row) * AB_DIM + column;
-        const float *y = sum[j / 8] + j % 8 * 4;
-        *(uint32_t *)out = pack2(y[0], y[1]);
-        *(uint32_t *)(out + 8 * AB_DIM) = pack2(y[2], y[3]);
+        const float *y = sum + 4 * j;
+        *(uint32_t *)out = pack_bf16(y[0], y[1]);
+        *(uint32_t *)(out + 8 * AB_DIM) = pack_bf16(y[2], y[3]);
     }
 }
 
@@ -713,7 +194,7 @@ attention_backward_key_2_kernel(float *part, const act *dout, const real *delta,
     const float scale = rsqrtf((float)AB_DIM);
 
     load_tile(K, (item.entry ? entries : kv) + (size_t)item.first * AB_DIM, item.end - item.first);
-    float sum[4][32] = {{0}};
+    float sum[128] = {0};
     uint64_t mask = 0;
     for (int t = next_token(&mask, item, plan, a, masks, item.from); t < item.to;
          t = next_token(&mask, item, plan, a, masks, t + 1)) {
@@ -725,7 +206,7 @@ attention_backward_key_2_kernel(float *part, const act *dout, const real *delta,
         uint32_t p[2][8], dl[2][8];
         tile_product(x, K, group ? dO : Q);         // (keys,heads)
         wgmma_wait<0>();
-        pin(x);
+        keep_order(x);
         swap_halves(s, dp, x, exchange, group, thread);
         const bool valid0 = mask >> row & 1, valid1 = mask >> (row + 8) & 1;
         #pragma unroll
@@ -741,18 +222,18 @@ attention_backward_key_2_kernel(float *part, const act *dout, const real *delta,
         pair_barrier();
         receive(p[1], exchange, group * 512 + thread);
         receive(dl[1], exchange, group * 512 + 256 + thread);
-        pin(sum); pin(p[0]); pin(p[1]); pin(dl[0]); pin(dl[1]);
+        keep_order(sum); keep_order(p[0]); keep_order(p[1]); keep_order(dl[0]); keep_order(dl[1]);
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 4; k++) {               // 16 heads each; the own half first
             const int half = k / 2, heads = (group ^ half) * 2 + k % 2;
             const uint32_t at = group * 4 * AB_CHUNK + heads * 2048;
-            wgmma_half(sum, p[half] + 4 * (k % 2), operand(dO + at));
-            wgmma_half(sum, dl[half] + 4 * (k % 2), operand(Q + at));
+            forward::wgmma_outputs(sum, p[half] + 4 * (k % 2), operand_at(dO + at));
+            forward::wgmma_outputs(sum, dl[half] + 4 * (k % 2), operand_at(Q + at));
         }
         wgmma_commit();
         wgmma_wait<0>();
-        pin(sum);
+        keep_order(sum);
         __syncthreads();
     }
     tiles_ready();                                  // even if no token came, no copy may be left
@@ -760,19 +241,19 @@ attention_backward_key_2_kernel(float *part, const act *dout, const real *delta,
                + 2 * (lane % 4);
     #pragma unroll
     for (int j = 0; j < 32; j++) {
-        const float *y = sum[j / 8] + j % 8 * 4;
+        const float *y = sum + 4 * j;
         *(float2 *)(out + 8 * j) = make_float2(y[0], y[1]);
         *(float2 *)(out + 8 * AB_DIM + 8 * j) = make_float2(y[2], y[3]);
     }
 }
 
-extern "C" void attention_backward_query_2(act *dq, const act *dout, const real *delta,
-                                           const real *lse, const act *q, const act *kv,
-                                           const act *entries, const int *selected,
-                                           AttentionShape a) {
+static void attention_backward_query_2(act *dq, const act *dout, const real *delta,
+                                       const real *lse, const act *q, const act *kv,
+                                       const act *entries, const int *selected,
+                                       AttentionShape a) {
     if (a.T == 0) { return; }
     if (a.D != AB_DIM || a.H != AB_HEADS) {
-        attention_backward_query_1(dq, dout, delta, lse, q, kv, entries, selected, a);
+        attention_backward_query_plain(dq, dout, delta, lse, q, kv, entries, selected, a);
         return;
     }
     cudaCheck(cudaFuncSetAttribute(attention_backward_query_2_kernel,
@@ -782,13 +263,13 @@ extern "C" void attention_backward_query_2(act *dq, const act *dout, const real 
     cudaCheck(cudaGetLastError());
 }
 
-extern "C" void attention_backward_key_2(real *dkv, real *dentries, const act *dout,
-                                         const real *delta, const real *lse, const act *q,
-                                         const act *kv, const act *entries, const int *selected,
-                                         AttentionShape a) {
+static void attention_backward_key_2(real *dkv, real *dentries, const act *dout,
+                                     const real *delta, const real *lse, const act *q,
+                                     const act *kv, const act *entries, const int *selected,
+                                     AttentionShape a) {
     if (a.T == 0) { return; }
     if (a.D != AB_DIM || a.H != AB_HEADS) {
-        attention_backward_key_1(dkv, dentries, dout, delta, lse, q, kv, entries, selected, a);
+        attention_backward_key_plain(dkv, dentries, dout, delta, lse, q, kv, entries, selected, a);
         return;
     }
     const KeyPlan plan = key_plan(a);
@@ -813,495 +294,8 @@ extern "C" void attention_backward_key_2(real *dkv, real *dentries, const act *d
     workspace_release(mark);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Version 3: a third warpgroup copies, chunk by chunk, what the other two will read next, and each
-// warpgroup has scores and their gradients of the same heads
-//
-// A slot of shared memory holds one chunk (64 dims) of Q and dO. Two barriers go with it: `full`
-// says that the copies have arrived, `empty` that the last product on it is done. Accumulating
-// products finish one half of their chunks first, so that these are filled for the next step while
-// the tensor cores still work on the others.
-//   key kernel: 128 KB of Q and dO per (token, tile of 64 keys), 4 products = 16.8 MFLOP
-//   query kernel: 64 KB of keys per (token, 64 keys), 3 products = 12.6 MFLOP; a block stays for
-//   many tokens, so that the next token's Q and dO come while the last product runs.
-// Q and dO are interleaved in a slot such that ONE product of 64 rows gives 32 heads of S and the
-// same 32 heads of dP. Version 2 swapped halves in fp32 for that: 0.3 of 1.6 ms.
-
-#include <cuda.h>           // CUtensorMap; the one driver function is found through the runtime
-
-enum {
-    AB_SLOT = 2 * AB_CHUNK,
-    AB_THREADS = 384,                                       // two warpgroups compute, one copies
-    AB_BARRIERS = 3 * AB_TILE + AB_EXCHANGE,                // where they lie
-    AB_SHARED_3 = AB_BARRIERS + 512 + 1024,                 // the tiles want multiples of 1,024
-};
-
-__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals));
-}
-__device__ inline void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-// One arrival, and the phase also waits for that many bytes of bulk copies.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(barrier), "r"(bytes) : "memory");
-}
-// An arrival when this thread's copy16s so far have landed.
-__device__ inline void barrier_arrive_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
-}
-// Waits until the phase of that parity has completed; that of parity 1 before the first counts.
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-    int done;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.b32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    } while (!done);
-}
-__device__ inline void proxy_fence(void) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// One chunk, 64 rows from `row` and 64 dims from `dim`, swizzled, by the bulk copy engine. Rows
-// outside the tensor become zeros.
-__device__ inline void copy_chunk(uint32_t to, const CUtensorMap *map, int dim, int row,
-                                  uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(dim), "r"(row), "r"(barrier) : "memory");
-}
-
-// d (64,128 of 256, h: which half) += a b over 16 rows of b: a in registers, b MN-major, two chunks
-// wide.
-__device__ inline void wgmma_quarter(float (&d)[4][32], int h, const uint32_t *a, uint64_t b) {
-    float (&d0)[32] = d[2 * h], (&d1)[32] = d[2 * h + 1];
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-        "%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
-        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-        "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-        : AB_D32(d0, 0), AB_D32(d1, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-// Both halves of d += P^T dO + dS^T Q over 32 heads, two chunks of a key kernel's slots.
-__device__ inline void add_heads(float (&d)[4][32], int h, const uint32_t (&p)[8],
-                                 const uint32_t (&dl)[8], uint32_t at) {
-    #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        wgmma_quarter(d, h, p + 4 * k, operand(at + 4096 + k * 2048, AB_SLOT));
-        wgmma_quarter(d, h, dl + 4 * k, operand(at + k * 2048, AB_SLOT));
-    }
-}
-
-// Waits for the two groups of products on own chunks, and says for each that its chunks are free.
-__device__ inline void free_chunks(uint32_t empty, int lane) {
-    wgmma_wait<1>();
-    if (lane == 0) { barrier_arrive(empty); barrier_arrive(empty + 8); }
-    wgmma_wait<0>();
-    if (lane == 0) { barrier_arrive(empty + 16); barrier_arrive(empty + 24); }
-}
-
-// The order in which chunks are freed, filled and first used: both warpgroups' first, and so on.
-__device__ inline int chunk_at(int i) { return i % 2 * 4 + i / 2; }
-
-// The key kernel's slot, 16 KB: Q of heads 0..31, dO of heads 0..31, Q of 32..63, dO of 32..63. As
-// rows of the right operand, 64 of them are S^T and dP^T of a warpgroup's 32 heads.
-__global__ void __launch_bounds__(AB_THREADS, 1)
-attention_backward_key_3_kernel(float *part, const __grid_constant__ CUtensorMap q_map,
-                                const __grid_constant__ CUtensorMap dout_map,
-                                const __grid_constant__ CUtensorMap key_map,
-                                const __grid_constant__ CUtensorMap entry_map,
-                                const real *delta, const real *lse, const uint64_t *masks,
-                                KeyPlan plan, AttentionShape a) {
-    extern __shared__ unsigned char raw[];
-    unsigned char *base = (unsigned char *)(((uintptr_t)raw + 1023) / 1024 * 1024);
-    const uint32_t K = shared_address(base), slots = K + AB_TILE;
-    const uint32_t full = K + AB_BARRIERS, empty = full + 8 * AB_CHUNKS;
-    const uint32_t key_full = empty + 8 * AB_CHUNKS;
-    float4 *exchange = (float4 *)(base + 3 * AB_TILE);
-    const KeyItem item = key_item(plan, a, blockIdx.x);
-    if (item.from >= item.to) { return; }
-    if (threadIdx.x == 0) {
-        for (int c = 0; c < AB_CHUNKS; c++) {
-            barrier_init(full + 8 * c, 1);
-            barrier_init(empty + 8 * c, 4);
-        }
-        barrier_init(key_full, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-    uint64_t mask = 0;
-
-    if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (thread != 0) { return; }
-        barrier_expect(key_full, AB_TILE);
-        for (int c = 0; c < AB_CHUNKS; c++) {
-            copy_chunk(K + c * AB_CHUNK, item.entry ? &entry_map : &key_map, c * 64, item.first,
-                       key_full);
-        }
-        int phase = 0;
-        for (int t = next_token(&mask, item, plan, a, masks, item.from); t < item.to;
-             t = next_token(&mask, item, plan, a, masks, t + 1), phase ^= 1) {
-            for (int i = 0; i < AB_CHUNKS; i++) {
-                const int c = chunk_at(i);
-                const uint32_t slot = slots + c * AB_SLOT, arrived = full + 8 * c;
-                barrier_wait(empty + 8 * c, phase ^ 1);
-                barrier_expect(arrived, AB_SLOT);
-                for (int half = 0; half < 2; half++) {
-                    const int head = t * AB_HEADS + 32 * half;
-                    copy_chunk(slot + 8192 * half, &q_map, c * 64, head, arrived);
-                    copy_chunk(slot + 8192 * half + 4096, &dout_map, c * 64, head, arrived);
-                }
-            }
-        }
-        return;
-    }
-
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int warp = thread / 32, lane = thread % 32, row = 16 * warp + lane / 4;
-    const float scale = rsqrtf((float)AB_DIM);
-    float sum[4][32] = {{0}};
-    barrier_wait(key_full, 0);
-    int phase = 0;
-    for (int t = next_token(&mask, item, plan, a, masks, item.from); t < item.to; phase ^= 1) {
-        // x = K [Q ; dO]^T: S^T (keys,heads) in x[0..15], dP^T in x[16..31], of own 32 heads.
-        float x[32], s[16], dp[16];
-        float2 l[4], d[4];
-        uint32_t p[2][8], dl[2][8];
-        pin(x);
-        #pragma unroll
-        for (int i = 0; i < AB_CHUNKS; i++) {
-            const int c = chunk_at(i);
-            barrier_wait(full + 8 * c, phase);
-            wgmma_fence();
-            #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                wgmma_rows(x, operand(K + c * AB_CHUNK + k * 32),
-                           operand(slots + c * AB_SLOT + group * 8192 + k * 32), i + k > 0);
-            }
-        }
-        wgmma_commit();
-        // Meanwhile: this token's numbers, and which token is next.
-        const size_t head = (size_t)t * AB_HEADS + 32 * group + 2 * (lane % 4);
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            l[j] = *(const float2 *)(lse + head + 8 * j);
-            d[j] = *(const float2 *)(delta + head + 8 * j);
-        }
-        const bool valid0 = mask >> row & 1, valid1 = mask >> (row + 8) & 1;
-        t = next_token(&mask, item, plan, a, masks, t + 1);
-        wgmma_wait<0>();
-        pin(x);
-        #pragma unroll
-        for (int j = 0; j < 16; j++) {
-            const float lse_j = -(float)M_LOG2E * (j % 2 ? l[j / 4].y : l[j / 4].x);
-            const float delta_j = -scale * (j % 2 ? d[j / 4].y : d[j / 4].x);
-            softmax_backward(&s[j], &dp[j], x[j], x[j + 16], lse_j, delta_j,
-                             j & 2 ? valid1 : valid0);
-        }
-        // Each warpgroup reads what the other wrote. The buffers take turns: who writes one again
-        // has passed the barrier in between, and so has who read it.
-        float4 *swap = exchange + phase * 1024;
-        pack_half(p[0], s);
-        pack_half(dl[0], dp);
-        send(p[0], swap, group * 512 + thread);
-        send(dl[0], swap, group * 512 + 256 + thread);
-
-        // dK (keys,dims) += P^T dO + dS^T Q, for own 4 chunks, two by two; own heads first.
-        const uint32_t chunks = slots + group * 4 * AB_SLOT;
-        const uint32_t own = chunks + group * 8192, other = chunks + (1 - group) * 8192;
-        pin(sum); pin(p[0]); pin(dl[0]);
-        wgmma_fence();
-        add_heads(sum, 0, p[0], dl[0], own);
-        pair_barrier();
-        receive(p[1], swap, (1 - group) * 512 + thread);
-        receive(dl[1], swap, (1 - group) * 512 + 256 + thread);
-        pin(p[1]); pin(dl[1]);
-        wgmma_fence();
-        add_heads(sum, 0, p[1], dl[1], other);
-        wgmma_commit();
-        add_heads(sum, 1, p[0], dl[0], own + 2 * AB_SLOT);
-        add_heads(sum, 1, p[1], dl[1], other + 2 * AB_SLOT);
-        wgmma_commit();
-        free_chunks(empty + 32 * group, lane);
-        pin(sum);
-    }
-    float *out = part + ((size_t)blockIdx.x * AB_KEYS + row) * AB_DIM + group * 256
-               + 2 * (lane % 4);
-    #pragma unroll
-    for (int j = 0; j < 32; j++) {
-        const float *y = sum[j / 8] + j % 8 * 4;
-        *(float2 *)(out + 8 * j) = make_float2(y[0], y[1]);
-        *(float2 *)(out + 8 * AB_DIM + 8 * j) = make_float2(y[2], y[3]);
-    }
-}
-
-// Word k of lane i of a quad becomes word i of lane k.
-__device__ inline void transpose_quad(uint32_t (&v)[4], int lane) {
-    const bool odd = lane & 1, high = lane & 2;
-    #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-        const uint32_t in = __shfl_xor_sync(~0u, odd ? v[k] : v[k + 1], 1);
-        v[k] = odd ? in : v[k];
-        v[k + 1] = odd ? v[k + 1] : in;
-    }
-    #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const uint32_t in = __shfl_xor_sync(~0u, high ? v[k] : v[k + 2], 2);
-        v[k] = high ? in : v[k];
-        v[k + 2] = high ? v[k + 2] : in;
-    }
-}
-
-// Copies for the query kernel. Q and dO of each token by the bulk engine, in groups of 8 heads; key
-// rows, which may lie anywhere, 16 bytes at a time: this thread has piece thread % 8 of every 16th
-// row of each chunk.
-__device__ inline void query_copies(uint32_t slots, uint32_t K, uint32_t full, uint32_t empty,
-                                    uint32_t q_full, uint32_t q_empty, const CUtensorMap *q_map,
-                                    const CUtensorMap *dout_map, const act *kv, const act *entries,
-                                    const int *selected, const AttentionShape &a, int thread) {
-    const int piece = thread % 8, first_row = thread / 8;
-    const uint32_t place = K + first_row * 128 + ((piece ^ first_row) % 8) * 16;
-    int step = 0, phase = 0;
-    for (int t = a.T - 1 - (int)blockIdx.x; t >= 0; t -= gridDim.x, step ^= 1) {
-        int window;
-        const int n = attended_count(a, selected, t, &window);
-        if (thread < 32) {
-            barrier_wait(q_empty, step ^ 1);
-            if (thread < AB_CHUNKS) { barrier_expect(q_full + 8 * thread, AB_SLOT); }
-            __syncwarp();
-            for (int i = thread; i < 16 * AB_CHUNKS; i += 32) {     // groups of 8 heads of Q or dO
-                const int c = chunk_at(i / 16), part = i % 16;
-                copy_chunk(slots + c * AB_SLOT + part * 1024, part % 2 ? dout_map : q_map, c * 64,
-                           t * AB_HEADS + part / 2 * 8, q_full + 8 * c);
-            }
-        }
-        for (int first = 0; first < n; first += AB_KEYS, phase ^= 1) {
-            const act *key[4];
-            bool valid[4];
-            #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int i = first + first_row + 16 * r;
-                valid[r] = i < n;
-                key[r] = attended_key(a, kv, entries, selected, t, window, valid[r] ? i : 0)
-                       + piece * 8;
-            }
-            for (int i = 0; i < AB_CHUNKS; i++) {
-                const int c = chunk_at(i);
-                barrier_wait(empty + 8 * c, phase ^ 1);
-                #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    copy16(place + c * AB_CHUNK + r * 2048, key[r] + c * 64, valid[r]);
-                }
-                barrier_arrive_copies(full + 8 * c);
-            }
-        }
-    }
-}
-
-// The query kernel's slot, 16 KB: 8 heads of Q, the same 8 of dO, the next 8 of Q, and so on. As
-// rows of the left operand, a thread's row g is a head's S and its row g + 8 that head's dP.
-__global__ void __launch_bounds__(AB_THREADS, 1)
-attention_backward_query_3_kernel(act *dq, const __grid_constant__ CUtensorMap q_map,
-                                  const __grid_constant__ CUtensorMap dout_map, const real *delta,
-                                  const real *lse, const act *kv, const act *entries,
-                                  const int *selected, AttentionShape a) {
-    extern __shared__ unsigned char raw[];
-    unsigned char *base = (unsigned char *)(((uintptr_t)raw + 1023) / 1024 * 1024);
-    const uint32_t K = shared_address(base), slots = K + AB_TILE;
-    const uint32_t full = K + AB_BARRIERS, empty = full + 8 * AB_CHUNKS;
-    const uint32_t q_full = empty + 8 * AB_CHUNKS, q_empty = q_full + 8 * AB_CHUNKS;
-    float4 *exchange = (float4 *)(base + 3 * AB_TILE);
-    if (threadIdx.x == 0) {
-        for (int c = 0; c < AB_CHUNKS; c++) {
-            barrier_init(full + 8 * c, 128);
-            barrier_init(empty + 8 * c, 4);
-            barrier_init(q_full + 8 * c, 1);
-        }
-        barrier_init(q_empty, 8);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-    if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        query_copies(slots, K, full, empty, q_full, q_empty, &q_map, &dout_map, kv, entries,
-                     selected, a, thread);
-        return;
-    }
-
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-    const int warp = thread / 32, lane = thread % 32, row = 8 * warp + lane / 4;
-    const float scale = rsqrtf((float)AB_DIM);
-    int step = 0, phase = 0;
-    for (int t = a.T - 1 - (int)blockIdx.x; t >= 0; t -= gridDim.x, step ^= 1) {
-        const size_t head = (size_t)t * AB_HEADS + row;     // and head + 32
-        int window;
-        const int n = attended_count(a, selected, t, &window);
-        const float lse_h = -(float)M_LOG2E * lse[head + 32 * group];
-        const float delta_h = -scale * delta[head + 32 * group];
-        float sum[4][32] = {{0}};
-        for (int first = 0; first < n; first += AB_KEYS, phase ^= 1) {
-            // x = [Q ; dO] K^T (heads,keys): of block j, x[4 j], x[4 j + 1] are S of head `row` of
-            // own 32, the next two its dP.
-            float x[32];
-            uint32_t own[8], other[8], dl[16];
-            pin(x);
-            #pragma unroll
-            for (int i = 0; i < AB_CHUNKS; i++) {
-                const int c = chunk_at(i);
-                if (first == 0) { barrier_wait(q_full + 8 * c, step); }
-                barrier_wait(full + 8 * c, phase);
-                proxy_fence();                      // copy16's writes -> the tensor cores' reads
-                wgmma_fence();
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    wgmma_rows(x, operand(slots + c * AB_SLOT + group * 8192 + k * 32),
-                               operand(K + c * AB_CHUNK + k * 32), i + k > 0);
-                }
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(x);
-            if (first + AB_KEYS >= n && lane == 0) { barrier_arrive(q_empty); }
-            const int left = n - first - 2 * (lane % 4);
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float p, dl0, dl1;
-                softmax_backward(&p, &dl0, x[4 * j], x[4 * j + 2], lse_h, delta_h, 8 * j < left);
-                softmax_backward(&p, &dl1, x[4 * j + 1], x[4 * j + 3], lse_h, delta_h,
-                                 8 * j + 1 < left);
-                own[j] = pack2(dl0, dl1);
-            }
-            // As left operand of the next product, rows g are of the first 32 heads, rows g + 8 of
-            // the others: half of each fragment comes from the other warpgroup.
-            send(own, exchange + phase * 512, group * 256 + thread);
-            pair_barrier();
-            receive(other, exchange + phase * 512, (1 - group) * 256 + thread);
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                dl[2 * j] = group ? other[j] : own[j];
-                dl[2 * j + 1] = group ? own[j] : other[j];
-            }
-            // dQ (heads,dims) += dS K, for own 4 chunks, two by two.
-            const uint32_t chunks = K + group * 4 * AB_CHUNK;
-            pin(sum); pin(dl);
-            wgmma_fence();
-            #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    wgmma_quarter(sum, h, dl + 4 * k,
-                                  operand(chunks + 2 * h * AB_CHUNK + k * 2048));
-                }
-                wgmma_commit();
-            }
-            free_chunks(empty + 32 * group, lane);
-            pin(sum);
-        }
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {      // rows g, g + 8; 16 bytes per lane
-            act *out = dq + (head + 32 * half) * AB_DIM + group * 256 + 8 * (lane % 4);
-            #pragma unroll
-            for (int m = 0; m < 8; m++) {
-                uint32_t v[4];
-                #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int at = (4 * m + j) % 8 * 4 + 2 * half;
-                    v[j] = pack2(sum[m / 2][at], sum[m / 2][at + 1]);
-                }
-                transpose_quad(v, lane);
-                *(uint4 *)(out + 32 * m) = make_uint4(v[0], v[1], v[2], v[3]);
-            }
-        }
-    }
-}
-
-// A bf16 matrix of rows of 512, as the bulk copy engine sees it: boxes of box_rows x 64 dims.
-static CUtensorMap tensor_map(const act *p, size_t rows, unsigned int box_rows) {
-    typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                               const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static Encode encode;
-    if (encode == NULL) {
-        void *f = NULL;
-        cudaDriverEntryPointQueryResult found;
-        cudaCheck(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
-                                                   cudaEnableDefault, &found));
-        gpuRequire(found == cudaDriverEntryPointSuccess);
-        encode = (Encode)f;
-    }
-    CUtensorMap map;
-    const cuuint64_t dims[2] = {AB_DIM, rows}, strides[1] = {AB_DIM * sizeof(act)};
-    const cuuint32_t box[2] = {64, box_rows}, steps[2] = {1, 1};
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dims,
-                                   strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    gpuRequire(result == CUDA_SUCCESS);
-    return map;
-}
-
-extern "C" void attention_backward_query_3(act *dq, const act *dout, const real *delta,
-                                           const real *lse, const act *q, const act *kv,
-                                           const act *entries, const int *selected,
-                                           AttentionShape a) {
-    if (a.T == 0) { return; }
-    if (a.D != AB_DIM || a.H != AB_HEADS) {
-        attention_backward_query_1(dq, dout, delta, lse, q, kv, entries, selected, a);
-        return;
-    }
-    int device, processors;
-    cudaCheck(cudaGetDevice(&device));
-    cudaCheck(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    cudaCheck(cudaFuncSetAttribute(attention_backward_query_3_kernel,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, AB_SHARED_3));
-    const size_t rows = (size_t)a.T * AB_HEADS;
-    attention_backward_query_3_kernel<<<a.T < processors ? a.T : processors, AB_THREADS,
-                                        AB_SHARED_3, stream>>>(
-        dq, tensor_map(q, rows, 8), tensor_map(dout, rows, 8), delta, lse, kv, entries, selected,
-        a);
-    cudaCheck(cudaGetLastError());
-}
-
-extern "C" void attention_backward_key_3(real *dkv, real *dentries, const act *dout,
-                                         const real *delta, const real *lse, const act *q,
-                                         const act *kv, const act *entries, const int *selected,
-                                         AttentionShape a) {
-    if (a.T == 0) { return; }
-    if (a.D != AB_DIM || a.H != AB_HEADS) {
-        attention_backward_key_1(dkv, dentries, dout, delta, lse, q, kv, entries, selected, a);
-        return;
-    }
-    const KeyPlan plan = key_plan(a);
-    const size_t mark = workspace_mark(), rows = (size_t)a.T * AB_HEADS;
-    const int slots = plan.entry_tiles * plan.segments + plan.window_tiles * plan.pieces;
-    float *part = (float *)workspace(sizeof(float) * (size_t)slots * AB_KEYS * AB_DIM);
-    uint64_t *masks = NULL;
-    if (selected && plan.entry_tiles) {
-        masks = (uint64_t *)workspace(sizeof(uint64_t) * (size_t)a.T * plan.entry_tiles);
-        attention_masks_kernel<<<a.T, 128, sizeof(uint64_t) * plan.entry_tiles, stream>>>(
-            masks, selected, plan.entry_tiles, a.topk);
-        cudaCheck(cudaGetLastError());
-    }
-    cudaCheck(cudaFuncSetAttribute(attention_backward_key_3_kernel,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, AB_SHARED_3));
-    const CUtensorMap kv_map = tensor_map(kv, a.T, AB_KEYS);
-    attention_backward_key_3_kernel<<<slots, AB_THREADS, AB_SHARED_3, stream>>>(
-        part, tensor_map(q, rows, 32), tensor_map(dout, rows, 32), kv_map,
-        plan.entry_tiles ? tensor_map(entries, a.P, AB_KEYS) : kv_map, delta, lse, masks, plan, a);
-    cudaCheck(cudaGetLastError());
-    attention_key_sum_kernel<<<a.T + (plan.entry_tiles ? a.P : 0), AB_DIM / 4, 0, stream>>>(
-        dkv, dentries, part, plan, a);
-    cudaCheck(cudaGetLastError());
-    workspace_release(mark);
-}
+// Version 3 has a third warpgroup that copies, chunk by chunk, what the other two will read next.
+// Each of these has scores and their gradients of the same heads: kernels.cu, 9.2.
 
 // -------------------------------------------------------------------------------------------------
 // Checks and times
@@ -1311,9 +305,9 @@ typedef void (*QueryFn)(act *, const act *, const real *, const real *, const ac
 typedef void (*KeyFn)(real *, real *, const act *, const real *, const real *, const act *,
                       const act *, const act *, const int *, AttentionShape);
 static const struct { const char *name; QueryFn query; KeyFn key; } versions[] = {
-    {"1 naive", attention_backward_query_1, attention_backward_key_1},
+    {"1 naive", attention_backward_query_plain, attention_backward_key_plain},
     {"2 wgmma", attention_backward_query_2, attention_backward_key_2},
-    {"3 pipeline", attention_backward_query_3, attention_backward_key_3},
+    {"3 pipeline", attention_backward_query_gpu, attention_backward_key_gpu},
 };
 enum { VERSIONS = sizeof versions / sizeof *versions };
 
@@ -1369,7 +363,7 @@ static Batch make_batch(std::vector<int> docs, int H, int D, int W, int ratio, i
     b.dentries = device_alloc<real>((size_t)std::max(P, 1) * D);
     b.sink = to_device(std::vector<float>(H, 0.5f));
     b.selected = topk ? to_device(b.list) : NULL;
-    attention_forward_gpu(b.out, b.lse, b.q, b.kv, b.entries, b.sink, b.selected, b.a);
+    attention_forward_naive(b.out, b.lse, b.q, b.kv, b.entries, b.sink, b.selected, b.a);
     attention_delta_gpu(b.delta, b.dout, b.out, T, H, D);
     cudaCheck(cudaDeviceSynchronize());
     return b;
@@ -1383,44 +377,6 @@ static void free_batch(Batch *b) {
                     (void *)b->a.end, (void *)b->a.first_entry, (void *)b->a.token}) {
         cudaCheck(cudaFree(p));
     }
-}
-
-template <typename V>
-__global__ void compare_kernel(double *out, const V *x, const V *y, size_t n) {
-    double difference = 0, norm = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x) {
-        const double a = (float)x[i], b = (float)y[i];
-        difference += (a - b) * (a - b);
-        norm += b * b;
-    }
-    atomicAdd(out, difference);
-    atomicAdd(out + 1, norm);
-}
-// ||x - y|| / ||y|| on the device.
-template <typename V> static double compare(const V *x, const V *y, size_t n) {
-    double h[2], *d = device_alloc<double>(2);
-    cudaCheck(cudaMemset(d, 0, sizeof h));
-    compare_kernel<<<512, 256>>>(d, x, y, n);
-    cudaCheck(cudaMemcpy(h, d, sizeof h, cudaMemcpyDeviceToHost));
-    cudaCheck(cudaFree(d));
-    return h[1] > 0 ? sqrt(h[0] / h[1]) : sqrt(h[0]);
-}
-__global__ void digest_kernel(unsigned long long *out, const uint16_t *x, size_t n) {
-    unsigned long long sum = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x) {
-        sum += hash64(i << 16 ^ x[i]);
-    }
-    atomicAdd(out, sum);
-}
-static unsigned long long digest(const void *x, size_t bytes) {
-    unsigned long long h, *d = device_alloc<unsigned long long>(1);
-    cudaCheck(cudaMemset(d, 0, sizeof h));
-    digest_kernel<<<512, 256>>>(d, (const uint16_t *)x, bytes / 2);
-    cudaCheck(cudaMemcpy(&h, d, sizeof h, cudaMemcpyDeviceToHost));
-    cudaCheck(cudaFree(d));
-    return h;
 }
 
 static void run_version(int v, Batch *b) {
@@ -1499,15 +455,15 @@ static int check(const char *name, Batch b, bool in_double, int runs) {
             cudaCheck(cudaMemcpy(dentries, b.dentries, ne * sizeof(real),
                                  cudaMemcpyDeviceToDevice));
         } else {
-            const double eq = compare(b.dq, dq, n), ek = compare(b.dkv, dkv, nk);
-            const double ee = compare(b.dentries, dentries, ne);
-            unsigned long long first = 0;
+            const double eq = device_error(b.dq, dq, n), ek = device_error(b.dkv, dkv, nk);
+            const double ee = device_error(b.dentries, dentries, ne);
+            uint64_t first = 0;
             bool same = true;
             for (int run = 0; run < runs; run++) {
                 if (run) { run_version(v, &b); }
-                const unsigned long long now = digest(b.dq, n * sizeof(act))
-                    + 3 * digest(b.dkv, nk * sizeof(real))
-                    + 5 * digest(b.dentries, ne * sizeof(real));
+                const uint64_t now = device_hash(b.dq, n * sizeof(act))
+                    + 3 * device_hash(b.dkv, nk * sizeof(real))
+                    + 5 * device_hash(b.dentries, ne * sizeof(real));
                 same = same && (run == 0 || now == first);
                 first = now;
             }
@@ -1545,8 +501,7 @@ static void time_versions(const char *name, Batch b, int first) {
 // "small": only the shapes that are compared with float64 too, for compute-sanitizer.
 int main(int argc, char **argv) {
     const bool small = argc > 1 && !strcmp(argv[1], "small");
-    work.size = (size_t)1 << 30;
-    work.base = device_alloc<unsigned char>(work.size);
+    ladder_workspace((size_t)1 << 30);
     struct { const char *name; std::vector<int> docs; int H, D, W, ratio, topk; bool in_double; }
     cases[] = {
         {"window, T 1", {1}, 64, 512, 128, 0, 0, true},

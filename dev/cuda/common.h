@@ -1,5 +1,7 @@
 // common.h: what every kernel ladder of dev/cuda needs. Error checks, random inputs, timing with
-// events, and the comparison with the oracle. Nothing here is part of the trainer.
+// events, and the comparison with the oracle. Nothing here is part of the trainer. A ladder whose
+// last rung is kernels.cu's own code includes ../../kernels.cu before this file, and has the types,
+// the checks and the stream from there.
 #ifndef COMMON_H
 #define COMMON_H
 #include <cuda_bf16.h>
@@ -12,19 +14,36 @@
 #include <algorithm>
 #include <vector>
 
+#ifndef KERNELS_CU
 typedef __nv_bfloat16 bf16;
 typedef __nv_bfloat16 act;      // activations as the trainer stores them
 typedef float real;             // what they are computed in
-
-// Measured ceilings of an H200 (performance.md, section 0).
-#define CEILING_TFLOPS 802.0    // bf16 product 8192^3, random data
-#define CEILING_GBS 4277.0      // device copy, bytes read + written
 
 static cudaStream_t stream;     // 0, the default stream, as in kernels.cu
 
 #define cudaCheck(call) do { cudaError_t e_ = (call); if (e_ != cudaSuccess) { \
     fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e_)); exit(4); } \
     } while (0)
+#else
+// In the trainer this is the C half's (kernels.cu, 1.2).
+extern "C" void gpu_failed(const char *file, int line, int code, const char *what) {
+    fprintf(stderr, "%s:%d: %s\n", file, line, what);
+    exit(code);
+}
+
+// Scratch for the launchers of kernels.cu; gpu_workspace would also give cuBLAS a part of it, after
+// gpu_start. Without gpu_start `stream` stays 0, the default stream, and all that a ladder does is
+// in order.
+static inline void ladder_workspace(size_t bytes) {
+    cudaCheck(cudaMalloc(&work.base, bytes));
+    work.size = bytes;
+}
+#endif
+
+// Measured ceilings of an H200 (performance.md, section 0).
+#define CEILING_TFLOPS 802.0    // bf16 product 8192^3, random data
+#define CEILING_GBS 4277.0      // device copy, bytes read + written
+
 #define cublasCheck(call) do { int e_ = (int)(call); if (e_ != 0) { \
     fprintf(stderr, "%s:%d: cuBLAS error %d\n", __FILE__, __LINE__, e_); exit(4); } } while (0)
 
