@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -185,5 +186,32 @@ static double relative_error(const std::vector<X> &x, const std::vector<Y> &y) {
         norm += b * b;
     }
     return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+}
+
+// Counts a check; says what is wrong if it failed.
+static int checks_done, checks_failed;
+static inline void check(bool good, const char *format, ...) {
+    checks_done++;
+    if (good) { return; }
+    checks_failed++;
+    va_list args;
+    va_start(args, format);
+    printf("FAIL ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+// Rows per expert: a mean of rows / E, skewed by up to 20 %.
+static inline std::vector<int> skewed_offsets(int E, int rows) {
+    std::vector<int> offset(E + 1, 0);
+    for (int e = 0; e < E; e++) {
+        double skew = (double)(hash64(e + 5) % 401) / 1000 - 0.2;
+        offset[e + 1] = offset[e] + (int)(rows / E * (1 + skew));
+    }
+    int rest = rows - offset[E];
+    for (int e = 0; e <= E; e++) { offset[e] += (int)((double)rest * e / E); }
+    offset[E] = rows;
+    return offset;
 }
 #endif // COMMON_H
