@@ -988,7 +988,8 @@ __global__ void narrow_kernel(bf16 *out, const float *x, size_t n) {
     store4(out + at, v);
 }
 
-// n reals, a multiple of 4, rounded to bf16.
+// n reals, a multiple of 4, rounded to bf16: the tensor cores read no other. Gradients that go
+// through here before a product (dout, dv) are rounded once more than in the C text.
 static void narrow(bf16 *out, const float *x, size_t n) {
     gpuRequire(n % 4 == 0);
     if (n == 0) { return; }
@@ -1787,7 +1788,7 @@ static const int *device_offsets(const int *offset, int E) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 4.4 Experts in fp8: recast, multiply
+// 4.3 Experts in fp8: recast, multiply
 //
 // One layer's packed matrices become e4m3 codes in scratch, turned for the backward, and the fp8
 // tensor cores multiply them. The ladder is dev/cuda/fp8_matmul.cu.
@@ -2213,8 +2214,8 @@ __global__ void narrow_factor_kernel(bf16 *out, const float *x, float s, int R, 
     out[i] = __float2bfloat16(r < R ? s * x[(i / inner / RP * R + r) * inner + i % inner] : 0);
 }
 
-// s times a factor as the tensor cores read it, in the workspace: its ranks, the middle of (outer, R,
-// inner), are filled up to a multiple of 8.
+// s times a factor as the tensor cores read it, in the workspace: its ranks, the middle of (outer,
+// R, inner), are filled up to a multiple of 8.
 static int whole_ranks(int R) { return (R + 7) / 8 * 8; }
 static const bf16 *narrow_factor(const float *x, float s, size_t outer, int R, size_t inner) {
     const size_t n = outer * whole_ranks(R) * inner;
@@ -2274,8 +2275,9 @@ static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, cons
 // The frozen matrices of a product, one for each group: a bf16 copy, or packed fp4.
 typedef struct { const bf16 *wide; const uint8_t *codes, *scales; } Matrices;
 
-// out = W x + s B (A x), group by group: B joins the product as R more columns of W,
-// u as R more columns of x, so that the sum is rounded once.
+// out = W x + s B (A x), group by group: B joins the product as R more columns of W, u as R more
+// columns of x, so that the sum is rounded once. u and s B themselves are rounded to bf16 before,
+// for the tensor cores; what is kept for the backward is not.
 template <typename Y>
 static void lora_forward(Y *out, real *u, const act *inp, Matrices w, const real *a, const real *b,
                          float s, const Groups &g, const int *offset, int E, int C, int O, int R) {
@@ -2479,7 +2481,7 @@ extern "C" void sum_squares_gpu(double *sum_h, const real *x, size_t n) {
     sum_squares_kernel<<<SUM_BLOCKS, 256, 0, stream>>>(out, x, n);
     cudaCheck(cudaGetLastError());
     cudaCheck(cudaMemcpyAsync(part, out, sizeof part, cudaMemcpyDeviceToHost, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
+    streamWait();
     workspace_release(mark);
     *sum_h = 0;
     for (int i = 0; i < SUM_BLOCKS; i++) { *sum_h += part[i]; }
@@ -2929,7 +2931,7 @@ extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_
             if (min(l.rows, l.cols) != low || max(l.rows, l.cols) != high) { break; }
             vector = vector && l.at % 4 == 0;
         }
-        gpuRequire(low <= 64);
+        gpuRequire(low <= 64);                                  // lora.c: MUON_R
         auto launch = low <= 8 ? muon::launch_size<8> : low <= 16 ? muon::launch_size<16>
                     : low <= 32 ? muon::launch_size<32> : muon::launch_size<64>;
         s.slices = slices + first, s.n = (int)low;
@@ -4388,9 +4390,9 @@ extern "C" void indexer_select_gpu(int *selected, const act *q, const act *k, co
 // -------------------------------------------------------------------------------------------------
 // 9 Attention (train.c 5.4)
 //
-// First kernels for any shape: one warp per query and head, or per key, its lanes sharing the D
-// dims; every dot product is a shuffle tree. They serve the tiny model. The real one's 64 heads of
-// 512 dims have kernels on the tensor cores, whose ladders are in dev/cuda: 9.1 and 9.2.
+// First kernels for heads of 128 and 512 dims: one warp per query and head, or per key, its lanes
+// sharing the dims; every dot product is a shuffle tree. They serve the tiny model. The real one's
+// 64 heads of 512 dims have kernels on the tensor cores, whose ladders are in dev/cuda: 9.1, 9.2.
 
 // The i-th key row that token t attends to, of n = attended_count: window rows, then entries.
 __device__ inline int attended_count(const AttentionShape &a, const int *selected, int t,
@@ -4487,7 +4489,8 @@ static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
-// What versions 2 and 3 share
+// What versions 3 and 4 share (1 is the plain kernel above, 2 was left behind in the ladder). 3 takes
+// tokens whose entries the indexer chose, 4 those that attend to all they see.
 //
 // A tile is 64 rows of 512 dims: the heads of one token, or 64 consecutive keys of its list. In
 // shared memory it is 8 blocks of 64 columns; a block's row is 128 bytes, its 16-byte chunk c lies
@@ -4920,12 +4923,12 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
 // -------------------------------------------------------------------------------------------------
 // Version 4: the copy engine, and less waiting
 //
-// What lies together (the queries, whole window tiles, entries of which all are visible) comes
-// through the copy engine, in boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of
-// them. Only tiles of chosen entries, and tiles on the border between window and entries, are
-// gathered by cp.async. Q comes and goes in halves, its next rows between the halves of the first
-// keys. P1 is handed over before the products with P0 are complete, and the products of both tiles
-// follow each other without a wait, unless the outputs must be rescaled in between.
+// What lies together (the queries, whole window tiles, entries) comes through the copy engine, in
+// boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of them. Only tiles on the border
+// between window and entries are gathered by cp.async. Q comes and goes in halves, its next rows
+// between the halves of the first keys. P1 is handed over before the products with P0 are complete,
+// and the products of both tiles follow each other without a wait, unless the outputs must be
+// rescaled in between.
 
 // Version 4's shared memory is version 3's, with two barriers, for the halves of Q, where that has
 // one.
@@ -4964,13 +4967,10 @@ __device__ inline void produce_tiled(const TiledArguments &g, uint32_t base) {
     for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
         const Keys keys = token_keys(f.a, f.selected, t);
         const int next = block_token(f.a, i + 1);
-        // The list is a choice only where more entries are visible than it holds.
-        const bool listed = f.selected && keys.count - keys.window == f.a.topk;
         const int tiles = (keys.count + TILE - 1) / TILE;
         for (int tile = 0; tile < tiles; tile++) {
             const int b = tile % 2, first = tile * TILE, end = min(first + TILE, keys.count);
-            const bool in_window = end <= keys.window;
-            const bool together = in_window || (first >= keys.window && !listed);
+            const bool in_window = end <= keys.window, together = in_window || first >= keys.window;
             const int start = in_window ? t - keys.window + 1 + first
                                         : keys.first_entry + first - keys.window;
             const act *row = together ? NULL : key_row(keys, f.a, f.kv, f.entries, f.selected,

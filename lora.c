@@ -604,10 +604,9 @@ static inline double sum_squares_device(const real *g, size_t n) {
     return sum;
 }
 
-// sum of g[i]^2 over n elements. The parts depend on n alone, and are added in their order.
-double sum_squares(const real *g, size_t n) {
+// sum of g[i]^2 over n elements on the host. The parts depend on n alone, and are added in order.
+static inline double sum_squares_host(const real *g, size_t n) {
     double parts[SUM_PARTS], total = 0;
-    if (ON_GPU) { return sum_squares_device(g, n); }
     size_t length = n / SUM_PARTS + 1;
     #pragma omp parallel for
     for (int k = 0; k < SUM_PARTS; k++) {
@@ -620,6 +619,9 @@ double sum_squares(const real *g, size_t n) {
     }
     for (int k = 0; k < SUM_PARTS; k++) { total += parts[k]; }
     return total;
+}
+double sum_squares(const real *g, size_t n) {
+    return ON_GPU ? sum_squares_device(g, n) : sum_squares_host(g, n);
 }
 
 // The name of the first tensor that has a NaN or an infinity among values (n_dense + n_expert),
@@ -774,6 +776,8 @@ static inline void ns_identity(real *q, size_t n) {
 }
 
 static inline void ns_swap(real **a, real **b) { real *keep = *a; *a = *b; *b = keep; }
+
+enum { MUON_R = 64 };           // the longest short side that the kernel has room for
 
 // u (rows,cols) <- NS(u), in place. restarts: NS_GRAM or NS_STANDARD.
 static inline void newton_schulz(real *u, size_t rows, size_t cols, int restarts) {

@@ -115,7 +115,7 @@ static inline void comm_wait(int which, int i, const char *collective, const cha
         nanosleep(&nap, NULL);
         double now = clock_seconds();
         if (start == 0) { start = now; }
-        if (comm.timeout_s > 0 && now - start > comm.timeout_s) {
+        if (launcher_overdue(comm.page->desk[this_rank].doing, now - start)) {
             die(EXIT_COMM, "%s (%s): waited %g s for rank %d HINT: see what that rank was doing, "
                 "or raise --timeout", collective, phase, comm.timeout_s, comm_member(which, i));
         }
@@ -310,6 +310,7 @@ void comm_connect(const char *folder) {
     comm_note("connecting", "start");
     if (pthread_create(&watch, NULL, comm_watch, NULL) != 0) { die(EXIT_COMM, "no thread"); }
     gpu_connect(id, this_rank, comm.all, comm.receivers, comm.ep);
+    if (!comm.forked && this_rank == 0) { launcher_told(folder); }
 }
 #endif
 
@@ -426,8 +427,8 @@ void moe_alloc_saved(MoeSaved *s, const MoeDims *d, int T, int keep) {
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 // What is used in turn: the rows under way, and behind them dh, where the shared expert computes
-// meanwhile; a layer's matrices in e4m3, of which w2 leaves dh alone; rows widened for adapters, and
-// behind them the stacked gradients that they give; dx.
+// meanwhile; a layer's matrices in e4m3, of which w2 leaves dh alone; rows widened for adapters,
+// and behind them the stacked gradients that they give; dx.
 static inline void moe_alloc_turns(MoeScratch *x, const MoeDims *d, size_t staging, size_t dh,
                                    size_t dx) {
     const size_t C = d->C, F = d->F, codes = d->fp8 ? fp8_bytes(d->local * 2 * F, d->C) : 0;

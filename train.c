@@ -1852,17 +1852,26 @@ static void saved_alloc(Model *m, size_t T) {
     m->head.r = MEM(real, MEM_ACTIVATIONS, T);
 }
 
-// Bytes that kernels use inside themselves: the largest of a layer's adapter factors narrowed, a
-// chunk of logits and their gradients, a chunk of index scores, a dense matrix beside a gradient.
-static size_t workspace_bytes(const Config *c, int local, size_t T, int R) {
-    size_t experts = 8 * (size_t)local * R * (c->C > c->F ? c->C : c->F);
+// The same for the adapters (R) of E matrices of up to N rows or columns, in products of `rows`
+// rows: factors narrowed, u and du, and the partial sums of a gradient, of which there are as many
+// as give 1,056 blocks of 1,024 columns something to do (kernels.cu, lora_wgrad).
+static size_t workspace_adapters(size_t E, size_t N, size_t rows, size_t R) {
+    const size_t whole = R + 7;
+    return 4 * E * whole * N + 12 * rows * whole + 4 * R * (1056 * 1024 + E * (N + 1024));
+}
+
+// Bytes that kernels use inside themselves: the largest of experts' adapters, a chunk of logits and
+// their gradients, a chunk of index scores, a dense matrix with its adapter beside a gradient.
+static size_t workspace_bytes(const Config *c, const MoeDims *d, size_t T) {
+    const size_t gates = d->fp8 ? 2 * c->F : c->F, N = c->C > (int)gates ? (size_t)c->C : gates;
     size_t head = 6 * (T < 512 ? T : 512) * (size_t)c->V;
     size_t index = 4 * 256 * (T / 4) * (size_t)(c->index_heads + 1);
     size_t wide = (size_t)c->H * c->D * c->Q, joined = (size_t)c->C * c->G * c->O;
-    size_t groups = (size_t)c->H * c->D * c->O;
+    size_t groups = (size_t)c->H * c->D * c->O, heads = (size_t)c->H * c->D;
     if (joined > wide) { wide = joined; }
     if (groups > wide) { wide = groups; }
-    size_t dense = 2 * wide + 4 * T * (size_t)(c->G * c->O), most = experts;
+    size_t dense = 2 * wide + 2 * T * (size_t)(c->G * c->O) + workspace_adapters(1, heads, T, d->R);
+    size_t most = workspace_adapters(d->local, N, moe_capacity(d, (int)T), d->R << d->fp8);
     // The attention backward's partial sums: 128 KiB for each of so many slots, and key masks.
     size_t tiles = T / 256 + 1, slots = 2048 + tiles + (T / 64 > 768 ? T / 64 : 768);
     size_t keys = c->D == 512 ? (slots << 17) + 8 * T * tiles : 0;
@@ -1870,7 +1879,7 @@ static size_t workspace_bytes(const Config *c, int local, size_t T, int R) {
     if (head > most) { most = head; }
     if (index > most) { most = index; }
     if (dense > most) { most = dense; }
-    return most + (96 << 20);           // cuBLAS takes 32 MiB, adapters' partial sums the rest
+    return most + (96 << 20);           // cuBLAS takes 32 MiB; the rest is rounding up, and slack
 }
 
 // What passes need besides weights.
@@ -1893,7 +1902,7 @@ static void activations_alloc(Model *m) {
     if (o->training) { gradients_alloc(&m->grad, c, T); }
 #ifdef USE_CUDA
     if (on_gpu) {
-        size_t bytes = workspace_bytes(c, m->moe.local, T, o->R);
+        size_t bytes = workspace_bytes(c, &m->moe, T);
         void *base = mem_alloc(MEM_SCRATCH, bytes);
         if (base) { gpu_workspace(base, bytes); }
     }
@@ -1913,7 +1922,7 @@ static void activations_alloc(Model *m) {
     m->dhead = MEM(real, MEM_SCRATCH, T * c->C);
 }
 
-// Places everything the model needs into the arenas. Called twice: while counting (contract, 1.4)
+// Places everything the model needs into the arenas. Called twice: while counting (contract, 1.5)
 // and for real. m is zero before the first call.
 void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
     size_t T = (size_t)o->max_tokens;
@@ -1988,14 +1997,18 @@ void model_load(Model *m, const char *dir) {
         }
     }
     check_scales(m->tensors, m->n_tensors);
-    for (int i = 0; i < c->layers; i++) {       // one NaN in a bias, and its expert is never chosen
-        const float *bias = m->layer[i].moe.bias;
-        if (bias == NULL) { continue; }
-        const float *b = host_view(bias, sizeof *b * (size_t)c->E);
-        for (int e = 0; e < c->E; e++) {
-            refuse_if(!isfinite(b[e]), "layers.%d.ffn.gate.bias: entry %d is %g", i, e, b[e]);
+    for (int i = 0; i < c->layers; i++) {       // one NaN here, and an expert is never chosen
+        const MoeWeights *w = &m->layer[i].moe;
+        const size_t n = (size_t)c->E * c->C;
+        const float *bias = w->bias ? host_view(w->bias, sizeof *bias * (size_t)c->E) : NULL;
+        const bf16 *gate = host_view(w->gate, sizeof *gate * n);
+        for (size_t j = 0; j < n; j++) {
+            const float g = float_from_bf16(gate[j]), b = bias ? bias[j / c->C] : 0;
+            refuse_if(!isfinite(g + b), "layers.%d.ffn.gate: expert %zu has weight %g, bias %g", i,
+                      j / c->C, g, b);
         }
-        host_view_end(b, bias);
+        host_view_end(gate, w->gate);
+        if (bias) { host_view_end(bias, w->bias); }
     }
     for (int k = 0; k < 2; k++) { rope_table(m->rope[k], c, k, m->options.max_tokens); }
     adapters_init(&m->adapters, m->options.seed);
@@ -2004,7 +2017,7 @@ void model_load(Model *m, const char *dir) {
 // ---- the inputs of the first layers on the host
 //
 // They are written once and read once, and lie still for most of a step. X of layer i has its place
-// on the device, i mod PLACES, while it is computed with: layer i reads it and writes the next place,
+// on the device, i mod PLACES, while it is used: layer i reads it and writes the next place,
 // while the third one's goes to the host (forward) or comes back (backward), beside the kernels.
 
 static size_t offload_bytes(const Model *m) {
@@ -2088,6 +2101,8 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
     size_t n = (size_t)m->documents.T * HC * m->config.C;
     act *X = malloc(sizeof(act) * n + 1);       // the run is over: no rule about memory holds
     if (X == NULL) { snprintf(name, size, "a layer's output"); return; }
+    for (int k = 0; k < PLACES; k++) { copy_end(k); }
+    download(X, m->X_out, sizeof(act));         // waits for copies to the host, too
     for (int i = 0; i <= m->config.layers; i++) {
         if (i < m->options.offload) { memcpy(X, m->X_host[i], sizeof(act) * n); }
         else { download(X, i < m->config.layers ? m->saved[i].X : m->X_out, sizeof(act) * n); }
@@ -2423,6 +2438,26 @@ static inline double memory_used(void) {
     return memory_planned();
 }
 
+// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
+// GPUs what the fullest of them has left, so that all ranks decide alike.
+static inline double memory_free(void) {
+#ifdef USE_CUDA
+    size_t used, total;
+    if (on_gpu) {
+        gpu_memory(&used, &total);
+        double least = -(double)(total - used);
+        comm_max_double(COMM_WORLD, &least, 1, "free memory");
+        return -least;
+    }
+#endif
+    char line[256];
+    double kib = INFINITY;
+    FILE *file = fopen("/proc/meminfo", "r");
+    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
+    if (file) { fclose(file); }
+    return 1024 * kib;
+}
+
 // OUT/name in one of a few buffers.
 static inline const char *out_path(const char *name) {
     static char path[4][PATH_SIZE];
@@ -2455,7 +2490,7 @@ static inline void log_line(const char *name, const char *format, ...) {
     }
 }
 
-// mfu is null on the CPU: there is no peak to compare with.
+// mfu is null: what of a step with frozen weights counts as its operations is not agreed on.
 static inline void log_step(const Report *p, int step, int steps) {
     double rate = (double)p->tokens / p->seconds;
     say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms | %.0f tok/s | mem %s | labels "
@@ -2609,9 +2644,11 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
     if (is_number ? strtod(o->text, NULL) == strtod(text, NULL)
         : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
         : strcmp(o->text, text) == 0) { return; }
-    refuse_if(o->at != &opt.lr && o->at != &opt.ranks && o->at != &opt.ep, "--%s %s, but %s has %s "
-              "HINT: leave it out", o->name, o->text, whose, text);
-    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, o->at == &opt.lr ? "" :
+    int free = o->at == &opt.lr || o->at == &opt.keep;
+    int split = o->at == &opt.ranks || o->at == &opt.ep;
+    refuse_if(!free && !split, "--%s %s, but %s has %s HINT: leave it out", o->name, o->text, whose,
+              text);
+    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, free ? "" :
            ": the same rows in the same order, but sums in another, so not bit for bit");
 }
 
@@ -2685,8 +2722,10 @@ static inline void options_from_state(char *checkpoint) {
     int object = json_get(&j, 0, "options", '{');
     refuse_if(json_number(&j, json_get(&j, 0, "version", '0')) != 1, "%s is of another version of "
               "this program", j.file);
-    for EACH_OPTION(o) {
-        if (o->kept == NOT_KEPT || (opt.eval && o->kept != MODEL)) { continue; }
+    for EACH_OPTION(o) {        // --eval: on the ranks there are, and what the user says holds
+        int split = o->at == &opt.ranks || o->at == &opt.ep || o->at == &opt.gen_gpus ||
+                    o->at == &opt.per_step || (o->at == &opt.val && is_given(&opt.train));
+        if (!o->kept || (opt.eval && o->kept == KEPT && (split || is_given(o->at)))) { continue; }
         option_adopt(o, json_text(&j, json_get(&j, object, o->name, '"')), checkpoint);
     }
     json_free(&j);
@@ -2756,6 +2795,11 @@ static inline void options_derive(const Config *c) {
     refuse_if(*opt.model && needs_data && !*opt.train && !(opt.eval && *opt.val),
               "-m needs data: -i FILE.bin%s", opt.eval ? " or -j FILE.bin" : "");
     refuse_if(opt.beta1 >= 1 || opt.beta2 >= 1, "--beta1 and --beta2 must be below 1");
+    refuse_if((float)opt.eps == 0 || (float)opt.alpha == 0, "--eps and --lora-alpha are above 0");
+    refuse_if(*opt.optimizer == 'm' && opt.r > MUON_R, "--optimizer muon takes --lora-r up to %d, "
+              "not %d", MUON_R, opt.r);
+    refuse_if(opt.bench > 1000 || (opt.bench && *opt.resume), "--bench times up to 1000 steps of a "
+              "run of its own");
     refuse_if(opt.steps == 0 && opt.epochs == 0, "--epochs 0 trains nothing");
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
@@ -2778,9 +2822,9 @@ static inline void options_derive(const Config *c) {
               "x seq %d x ranks %d = %.0f", opt.per_step, opt.batch, opt.seq, opt.ranks, least);
 }
 
-// Which path runs, and on how many ranks, is decided once, before anything is allocated: one rank per
-// GPU, those that a launcher started, or --ranks on the CPU. A child counts the GPUs, so that this
-// process has not touched CUDA when it forks ranks.
+// Which path runs, and on how many ranks, is decided once, before anything is allocated: one rank
+// per GPU, those that a launcher started, or --ranks on the CPU. A child counts the GPUs, so that
+// this process has not touched CUDA when it forks ranks.
 static inline void device_choose(void) {
 #ifdef USE_CUDA
     int status = 0;
@@ -2797,9 +2841,10 @@ static inline void device_choose(void) {
     if (opt.cpu) { why_cpu = "--cpu"; }
     refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this program can use %d here "
               "(%s)", opt.gpus, gpus, gpus ? "see what make said of NCCL" : why_cpu);
-    refuse_if(launched && gpus == 0 && place.ranks > 1, "a launcher started %d ranks, but they meet "
-              "through GPUs: %s HINT: ./train --cpu --ranks N starts ranks of its own", place.ranks,
-              why_cpu);
+    refuse_if(launched && gpus == 0, "a launcher started %d ranks, but they meet through GPUs: %s "
+              "HINT: ./train --cpu --ranks N starts ranks of its own", place.ranks, why_cpu);
+    refuse_if(launched && is_given(&opt.ranks) && opt.ranks != place.ranks, "--ranks %d, but a "
+              "launcher started %d", opt.ranks, place.ranks);
     if (opt.gpus > 0) { gpus = opt.gpus; }
     int asked = is_given(&opt.ranks) ? opt.ranks : gpus, was = opt.ranks;
     refuse_if(gpus && !launched && asked > gpus, "--ranks %d, but there is one rank per GPU, and "
@@ -2844,26 +2889,6 @@ static inline void print_settings(const Config *c) {
     fflush(stdout);
 }
 
-// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
-// GPUs what the fullest of them has left, so that all ranks decide alike.
-static inline double memory_free(void) {
-#ifdef USE_CUDA
-    size_t used, total;
-    if (on_gpu) {
-        gpu_memory(&used, &total);
-        double least = -(double)(total - used);
-        comm_max_double(COMM_WORLD, &least, 1, "free memory");
-        return -least;
-    }
-#endif
-    char line[256];
-    double kib = INFINITY;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
-    if (file) { fclose(file); }
-    return 1024 * kib;
-}
-
 // Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
 static inline ModelOptions plan_memory(Trainer *r) {
     int rows = opt.batch * opt.seq, sample = opt.sample_every ? opt.sample_len + 1 : 0;
@@ -2873,14 +2898,20 @@ static inline ModelOptions plan_memory(Trainer *r) {
                        .training = !opt.eval && !*opt.check_adapter };
     o.offload = o.training ? opt.offload : 0;
     o.fp8 = *opt.precision == 'f';
-    refuse_if(o.fp8 && (r->config.C % FP8_BLOCK || r->config.F % FP8_BLOCK), "--precision fp8 needs "
-              "experts of whole blocks of 128 x 128, not of %d x %d", r->config.F, r->config.C);
+    const Config *c = &r->config;
+    refuse_if(o.fp8 && (c->C % FP8_BLOCK || c->F % FP8_BLOCK), "--precision fp8 needs experts of "
+              "whole blocks of 128 x 128, not of %d x %d", c->F, c->C);
+    refuse_if(ON_GPU && (c->K > 16 || c->V % 4 || c->E / comm_ep() > 256 ||
+                         (c->D != 128 && c->D != 512) || (c->index_dim != 128 && c->index_dim != 512)),
+              "no kernels for this model: on a GPU num_experts_per_tok is at most 16, vocab_size a "
+              "multiple of 4, head_dim and index_head_dim are 128 or 512, and a rank has at most 256 "
+              "experts HINT: --cpu");
     if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };
     int fits = strcmp(opt.recompute, "fits") == 0;
-    for (o.recompute = 0; !fits && strcmp(opt.recompute, recompute[o.recompute]); ) { o.recompute++; }
+    while (!fits && strcmp(opt.recompute, recompute[o.recompute])) { o.recompute++; }
     for (; ; o.recompute++) {
         mem_count();
         model_alloc(&r->model, &r->config, &o);
@@ -2890,10 +2921,10 @@ static inline ModelOptions plan_memory(Trainer *r) {
     if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
     if (o.offload) {
         say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
-            bytes_text((double)o.offload * o.max_tokens * HC * r->config.C * sizeof(act)), o.offload);
+            bytes_text((double)o.offload * o.max_tokens * HC * c->C * sizeof(act)), o.offload);
     }
-    for (int c = 0; c < MEM_CLASSES; c++) {
-        say("plan   %-11s %s\n", mem_names[c], bytes_text((double)mem.arena[c].peak));
+    for (int k = 0; k < MEM_CLASSES; k++) {
+        say("plan   %-11s %s\n", mem_names[k], bytes_text((double)mem.arena[k].peak));
     }
     if (ON_GPU) {
         memory_beside = memory_used() + GPU_KERNELS;
@@ -2912,11 +2943,22 @@ static inline ModelOptions plan_memory(Trainer *r) {
     return o;
 }
 
+// Is the checkpoint that is gone on with one of OUT? Then its logs are there too.
+static inline int is_of_out(const char *checkpoint) {
+    struct stat here, out;
+    char path[PATH_SIZE];
+    return *checkpoint && stat(path_make(path, checkpoint, "/..", ""), &here) == 0 &&
+           stat(opt.out, &out) == 0 && here.st_dev == out.st_dev && here.st_ino == out.st_ino;
+}
+
 // What the run will write, against the space there is: --keep checkpoints and one that is being
-// written, each with its moments, and the final adapter.
-static inline void plan_disk(const Adapters *a) {
+// written, each with its moments, and the final adapter. Those of a run that is gone on with make
+// room for the new ones. Without --save-every only an interruption saves.
+static inline void plan_disk(const Adapters *a, const char *checkpoint) {
     double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
-    double need = one * (opt.keep + 1) + adapter;
+    int there = is_of_out(checkpoint) ? training_count(opt.out) : 0;
+    int more = opt.save_every ? opt.keep - (there < opt.keep ? there : opt.keep) : 0;
+    double need = one * (more + 1) + adapter;
     char folder[PATH_SIZE];
     path_make(folder, opt.out, "", "");
     while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
@@ -2925,7 +2967,7 @@ static inline void plan_disk(const Adapters *a) {
     }
     double available = (double)disk_free(folder);
     say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
-        bytes_text(need), opt.keep, bytes_text(adapter), bytes_text(available), folder);
+        bytes_text(need), more, bytes_text(adapter), bytes_text(available), folder);
     if (need > available) {
         die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
             bytes_text(need), opt.out, bytes_text(available));
@@ -3090,15 +3132,15 @@ static inline void resume(Trainer *r, const char *checkpoint) {
         opt.reset_optim ? " | moments forgotten" : "");
 }
 
-// Validation, and how the experts were used by the step before it.
+// Validation, and how the experts were used by the step before it (validation counts rows as well).
 static inline void show_validation(Trainer *r) {
     double worst, entropy;
+    expert_load(r, &worst, &entropy);
     if (r->val.pieces) {
         r->val_loss = validate(r, &r->val, opt.val_steps, 0);
         log_validation(r->step, r->train.epoch, r->val_loss);
     }
     if (isnan(r->loss)) { return; }     // no step has counted its tokens yet
-    expert_load(r, &worst, &entropy);
     say("moe  %5d | load max/mean %.2f | entropy %.2f of %.2f\n", r->step, worst, entropy,
         log((double)r->config.E));
 }
@@ -3109,17 +3151,17 @@ static inline int is_due(const Trainer *r, int every) {
 }
 
 // All steps of a run. Returns the exit code.
-static inline int train(Trainer *r) {
+static inline int train(Trainer *r, const char *checkpoint) {
     double began = clock_seconds();
     Report report = { .stop = 0 };
-    if (this_rank == 0 && *opt.resume) {        // a validation due at this step is done again
+    if (this_rank == 0 && is_of_out(checkpoint)) {      // a validation due at this step is repeated
         log_rewind("training.jsonl", "loss", r->step);
         log_rewind("validation.jsonl", "val_loss", r->step - is_due(r, opt.val_every));
     } else if (this_rank == 0) {
         out_prepare();
     }
     if (this_rank == 0) { atexit(plot_at_exit); }
-    comm_barrier(COMM_WORLD, "making room in the output folder");
+    comm_barrier(COMM_WORLD, "load: making room in the output folder");
     catch_stop_signals();
     if (r->step == 0 && r->val.pieces == 0) {   // a number to compare with what the base can do
         double base = validate(r, &r->train, 1, 0);
@@ -3157,57 +3199,7 @@ static inline void evaluate(Trainer *r) {
     log_validation(r->step, 0, validate(r, d, 0, 1));
 }
 
-// One of --bench's steps: its seconds, and how many of them each phase took.
-typedef struct { double seconds, phase[PHASES][PASSES]; } TimedStep;
-static int by_seconds(const void *a, const void *b) {
-    double x = ((const TimedStep *)a)->seconds, y = ((const TimedStep *)b)->seconds;
-    return (x > y) - (x < y);
-}
-
-// Forward, recomputed, backward, their sum and its share of the step, in a line.
-static inline void phase_say(const char *name, const double *seconds, double step) {
-    double sum = 0;
-    say("bench  %-15s", name);
-    for (int k = 0; k < PASSES; k++) { sum += seconds[k]; say(" %9.2f", 1e3 * seconds[k]); }
-    say(" %9.2f ms %6.1f %%\n", 1e3 * sum, 100 * sum / step);
-}
-
-// --bench: a first step that does not count, then N. The phases are those of the median step, and
-// add up to it: the last line is what the host did before its first kernel and after the last.
-static inline void bench(Trainer *r) {
-    Report report;
-    int n = 0;
-    TimedStep *timed = host_alloc(sizeof *timed * (size_t)opt.bench);
-    while (r->step < r->steps) {
-        memset(phases.seconds, 0, sizeof phases.seconds);
-        phases.on = r->step > 0;
-        train_step(r, &report);
-        log_step(&report, r->step, r->steps);
-        if (!phases.on) { continue; }
-        timed[n].seconds = report.seconds;
-        memcpy(timed[n++].phase, phases.seconds, sizeof phases.seconds);
-    }
-    qsort(timed, (size_t)n, sizeof *timed, by_seconds);
-    const TimedStep *median = &timed[(n - 1) / 2];
-    double sum[PASSES] = { 0 }, rest[PASSES] = { median->seconds };
-    say("bench  %-15s %9s %9s %9s %9s\n", "phase", "forward", "again", "backward", "sum");
-    for (int p = 0; p < PHASES; p++) {
-        phase_say(phase_name(p), median->phase[p], median->seconds);
-        for (int k = 0; k < PASSES; k++) {
-            sum[k] += median->phase[p][k];
-            rest[0] -= median->phase[p][k];
-        }
-    }
-    phase_say("host", rest, median->seconds);
-    sum[0] += rest[0];
-    phase_say("step", sum, median->seconds);
-    const MoeScratch *x = &r->model.moe_scratch;
-    say("bench  rows of the fullest rank of a layer / mean %.3f\n", x->fullest / x->mean);
-    say("done   %d steps without the first | median %.2f ms | %.0f tok/s | mem %s\n", n,
-        1e3 * median->seconds, (double)report.tokens / median->seconds,
-        bytes_text(memory_used()));
-    free(timed);
-}
+#include "dev/bench.c"      // defines: bench
 
 // What every rank does once all of them are there. Returns the exit code.
 static inline int run(Trainer *r, const char *checkpoint) {
@@ -3227,7 +3219,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
     if (check) { inspect_adapter(a, &r->config, opt.check_adapter); return EXIT_OK; }
-    if (!opt.eval && !opt.bench) { plan_disk(a); }
+    if (!opt.eval && !opt.bench) { plan_disk(a, checkpoint); }
     if (opt.dry_run) { return EXIT_OK; }
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
@@ -3236,6 +3228,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     model_alloc(&r->model, &r->config, &o);
     double began = clock_seconds();
     model_load(&r->model, base);
+    comm_barrier(COMM_WORLD, "load");       // files may lie nearer to some ranks than to others
     for (int i = 0; r->model.moe.fp8 && i < r->config.layers; i++) {
         inspect_spread(&r->model.layer[i].moe, &r->model.moe, i, r->config.layers);
     }
@@ -3250,7 +3243,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     mem.closed = 1;             // from here on memory does not grow
     if (opt.eval) { evaluate(r); return EXIT_OK; }
     if (opt.bench) { bench(r); return EXIT_OK; }
-    return train(r);
+    return train(r, checkpoint);
 }
 
 // Starts the ranks; from here on the program runs in every one of them. Each takes its GPU.
@@ -3272,7 +3265,7 @@ static inline void ranks_start(void) {
 int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
-    launched = launcher_place(&place);
+    launched = launcher_place(&place) && place.ranks > 1;   // one alone may be a shell of srun's
     this_rank = place.rank;
     options_read(argc, argv, checkpoint);
     routing_given = opt.routing;

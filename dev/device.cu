@@ -17,9 +17,14 @@
 
 int on_gpu;                         // 1: the program's operations jump to their kernels
 
-// GPUs that this program can use: without NCCL, one.
+// GPUs that this program can use: Hoppers, since it is built for sm_90a, and without NCCL one. With
+// others among them, none: a rank's number says which it takes.
 extern "C" void gpu_count(int *n_h) {
     if (cudaGetDeviceCount(n_h) != cudaSuccess) { *n_h = 0; }
+    for (int i = 0, major; i < *n_h; i++) {
+        cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
+        if (major != 9) { *n_h = 0; }
+    }
 #ifndef USE_NCCL
     if (*n_h > 1) { *n_h = 1; }
 #endif
@@ -33,7 +38,6 @@ extern "C" void gpu_start(int device, char *name_h, size_t size) {
     own_device = device;
     cudaCheck(cudaSetDevice(device));
     cudaCheck(cudaGetDeviceProperties(&properties, device));
-    gpuRequire(properties.major == 9);          // built for sm_90a
     snprintf(name_h, size, "%s", properties.name);
     int least, most;
     cudaCheck(cudaDeviceGetStreamPriorityRange(&least, &most));

@@ -319,6 +319,11 @@ static void engine_open(Engine *e, const Config *c, const ModelOptions *o, int e
                mem.arena[MEM_SCRATCH].peak) / 1048576, receivers);
         fflush(stdout);
     }
+    const double need = memory_planned() * (ON_GPU ? 1 : receivers), available = memory_free();
+    if (need > available) {
+        die(EXIT_FIT, "%s of memory are needed by receivers, %s are free HINT: more --gen-gpus, a "
+            "smaller -t", bytes_text(need), bytes_text(available));
+    }
     mem_open();
     engine_alloc(e);
     for (int k = 0; k < 2; k++) { rope_table(e->model.rope[k], own, k, o->max_tokens); }

@@ -85,8 +85,8 @@ static inline void inspect_adapter(const Adapters *model, const Config *c, const
         const int t = adapter_parse(B->name, NAMES_VLLM, &layer, &rest);
         require(strcmp(rest, ".lora_B") == 0);
         if (B->expert < 0 && comm_ep_rank() != 0) { continue; }
-        double norm = sqrt(sum_squares(a->p + B->at, (size_t)B->rows * (size_t)B->cols));
-        double other = sum_squares(a->p + A->at, (size_t)A->rows * (size_t)A->cols);
+        double norm = sqrt(sum_squares_host(a->p + B->at, (size_t)B->rows * (size_t)B->cols));
+        double other = sum_squares_host(a->p + A->at, (size_t)A->rows * (size_t)A->cols);
         sum[t][MATRICES]++;
         sum[t][IDLE] += norm == 0 || other == 0;
         sum[t][SUM] += norm;

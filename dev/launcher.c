@@ -63,6 +63,13 @@ typedef struct {
 
 static Comm comm = { .ranks = 1, .ep = 1, .all = 1 };
 
+// Has a rank waited too long? doing: "collective (phase)". Where files are read or written it may
+// take any time: they lie nearer to some ranks than to others.
+static inline int launcher_overdue(const char *doing, double waited) {
+    return comm.timeout_s > 0 && waited > comm.timeout_s && !strstr(doing, "(load") &&
+           !strstr(doing, "(save");
+}
+
 // -------------------------------------------------------------------------------------------------
 // Ranks of our own: launch and supervisor
 
@@ -290,23 +297,40 @@ static inline int launcher_tell_file(const Place *p, void *data, size_t bytes, c
     return 0;
 }
 
+// The file in folder through which ranks meet: of this job's step and start, since what an earlier
+// one left must not be read. Returns 0 if no launcher says which job this is.
+static inline int launcher_file(char *path, size_t size, const char *folder) {
+    static const char *const names[] = { "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT",
+                                         "PMIX_NAMESPACE" };
+    size_t used = (size_t)snprintf(path, size, "%s/ranks", folder), begun = used;
+    for (int i = 0; i < 4; i++) {
+        const char *value = getenv(names[i]);
+        if (value) { used += (size_t)snprintf(path + used, size - used, "-%.256s", value); }
+    }
+    return used > begun;
+}
+
+// Rank 0, when all have met.
+static inline void launcher_told(const char *folder) {
+    char path[4096];
+    if (getenv("MASTER_ADDR") && getenv("MASTER_PORT")) { return; }
+    if (launcher_file(path, sizeof path, folder)) { unlink(path); }
+}
+
 // data becomes rank 0's on all ranks. folder: that all of them see; timeout_s: 0: no limit.
 static inline void launcher_tell(const Place *p, void *data, size_t bytes, const char *folder,
                                  double timeout_s) {
     const char *host = getenv("MASTER_ADDR"), *port = getenv("MASTER_PORT");
-    const char *job = getenv("SLURM_JOB_ID"), *step = getenv("SLURM_STEP_ID");
     double deadline = clock_seconds() + (timeout_s > 0 ? timeout_s : 1e9);
     char where[4096], next[16];
-    if (job == NULL) { job = getenv("PMIX_NAMESPACE"); }
-    refuse_if(!job && !(host && port), "rank %d of %d: neither MASTER_ADDR and MASTER_PORT nor the "
-              "job's id is set, so ranks cannot find each other", p->rank, p->ranks);
-    int told;
+    int told, file = launcher_file(where, sizeof where, folder);
+    refuse_if(!file && !(host && port), "rank %d of %d: neither MASTER_ADDR and MASTER_PORT nor "
+              "the job's id is set, so ranks cannot find each other", p->rank, p->ranks);
     if (host && port) {
         snprintf(next, sizeof next, "%d", atoi(port) + 1);
         snprintf(where, sizeof where, "%s port %s", host, next);
         told = launcher_tell_tcp(p, data, bytes, host, next, deadline);
-    } else {                    // a name of this job's step: an earlier one's file must not be read
-        snprintf(where, sizeof where, "%s/ranks-%s-%s", folder, job, step ? step : "0");
+    } else {
         told = launcher_tell_file(p, data, bytes, where, deadline);
     }
     if (!told) {
@@ -327,7 +351,7 @@ static void *comm_watch(void *unused) {
         char text[256] = "", other[160] = "the other ranks";
         gpu_waiting(&waited, text, sizeof text);
         if (*text) { die(EXIT_COMM, "NCCL in %s: %s", desk[this_rank].doing, text); }
-        if (comm.timeout_s <= 0 || waited < comm.timeout_s) { continue; }
+        if (!launcher_overdue(desk[this_rank].doing, waited)) { continue; }
         for (int r = 0, least = this_rank; comm.forked && r < comm.all; r++) {
             if (desk[r].begun >= desk[least].begun) { continue; }
             least = r;

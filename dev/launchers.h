@@ -57,6 +57,7 @@ void swiglu_quantize_forward_gpu(uint8_t *codes, uint8_t *scales, const act *gv,
                                  float limit, float floor, int T, int F);
 void swiglu_quantize_backward_gpu(uint8_t *dcodes, uint8_t *dscales, real *dweight, const act *dh,
                                   const act *gv, const real *weight, float limit, int T, int F);
+// Packed experts (mxfp4.c)
 void recast_spread_gpu(int *blocks_h, const uint8_t *w, const uint8_t *scale, int E, int C, int O);
 void recast_fp4_gpu(uint8_t *codes, uint8_t *scales, const uint8_t *w, const uint8_t *scale,
                     int turned, int at, int rows, const int *offset, int E, int C, int O);
@@ -92,6 +93,7 @@ void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_t n, double
                       lr, double beta1, double beta2, double eps, double weight_decay, int step);
 void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_h, int n, double grad_scale,
                      double lr, double beta, double weight_decay, int restarts);
+// Routing, permutation, combine (moe.c)
 void route_forward_gpu(int *ids, real *weights, real *logits, const real *all, const float *bias,
                        const int *tid2eid, const int *tokens, Routing how, float scale, int norm,
                        int T, int E, int K);
@@ -137,6 +139,7 @@ void hc_deal_forward_gpu(act *Y, real *m, real *r, const act *o, const act *X, c
     const real *comb, const float *fn, float eps, int T, int C, int M);
 void hc_deal_backward_gpu(act *do_, real *dpost, real *dcomb, const act *dY, const act *o, const act
     *X, const real *post, int T, int C);
+// Compressors and indexer (train.c 5.2 and 5.3)
 void pool_forward_gpu(act *out, const real *K, const real *Z, const float *ape, AttentionShape a,
                       const int *entry_position, int D);
 void pool_backward_gpu(real *dK, real *dZ, const act *dout, const real *K, const real *Z, const
@@ -153,6 +156,7 @@ void attention_backward_query_gpu(act *dq, const act *dout, const real *delta, c
 void attention_backward_key_gpu(real *dkv, real *dentries, const act *dout, const real *delta, const
                                 real *lse, const act *q, const act *kv, const act *entries, const
                                 int *selected, AttentionShape a);
+// Head and cross-entropy (train.c part 7)
 void head_loss_gpu(real *loss, real *dinp, const act *inp, const bf16 *head, const int *target, int
                    T, int C, int V);
 #ifdef __cplusplus

@@ -58,6 +58,8 @@ static inline void option_set(Option *o, const char *text, int from, const char 
               o->name, text, o->arg);
     refuse_if(o->kind == FLAG && !is_word("0|1|no|yes|off|on|false|true", text),
               "%s--%s: '%s' is neither true nor false", where, o->name, text);
+    refuse_if(from >= FROM_FILE && *text == 0 && strstr(o->arg, "DIR"), "%s--%s: no folder is "
+              "named", where, o->name);
     char *copy = strdup(text);
     for (size_t n = strlen(copy); strstr(o->arg, "DIR") && n > 1 && copy[n - 1] == '/'; ) {
         copy[--n] = 0;          // so that the last part of a path is a name

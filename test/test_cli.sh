@@ -105,6 +105,9 @@ refused() {
 test_refused() {
     refused '--steps' --stesp 3
     refused '--lora-alpha' --lora-alhpa=3
+    refused 'lora-alpha' "${small[@]}" --lora-alpha 0
+    refused 'eps' "${small[@]}" --eps 0
+    refused 'muon takes --lora-r up to 64' "${small[@]}" --optimizer muon --lora-r 65
     refused 'steps' -x
     refused 'steps.*many' -x many
     refused 'lora-r' "${small[@]}" --lora-r 0
@@ -115,6 +118,8 @@ test_refused() {
     echo '{"messages": [{"role": "wizard", "content": "?"}]}' > chat.jsonl
     refused 'chat.jsonl:1.*wizard|libjsmn-dev' "${small[@]}" -i chat.jsonl
     refused 'nothing|libjsmn-dev' "${small[@]}" -o nothing --resume
+    RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 run 0 "${small[@]}" --ranks 2 --dry-run
+    check "a launcher of one process overrides --ranks" grep -q '2 ranks x' log
     run 0 --help
     check "--help does not name --lora-targets" grep -q -- --lora-targets log
     run 0 --version
@@ -314,6 +319,33 @@ test_resume() {
         run 0 "${options[@]}" -o $out --resume
         equal_runs "resumed in $out" whole $out
     done
+}
+
+# A run may go on in another folder, where it begins logs of its own and leaves an earlier run's
+# alone; what a user has copied stays; --eval looks with the run's settings.
+test_resume_elsewhere() {
+    local options=("${small[@]}" -n 2 -x 6) lines
+    run 0 "${options[@]}" --keep 2 -o here
+    run 0 "${small[@]}" -x 3 -o other
+    cp -r here/checkpoint-000004 here/checkpoint-000004.best
+    cp -r here/checkpoint-000004 here/checkpoint-000004-good
+    run 0 "${options[@]}" --resume here/checkpoint-000004 -o new/place
+    check "in a new folder: not steps 5 and 6" same "$(value step new/place)" "5 6"
+    check "in a new folder: other adapter" cmp {here,new/place}/adapter/adapter_model.safetensors
+    lines=$(md5sum < other/training.jsonl)
+    run 0 "${options[@]}" --resume here/checkpoint-000004 -o other
+    check "an earlier run's log changed" same "$lines" "$(md5sum < other/previous-1/training.jsonl)"
+    echo checkpoint-000004 > here/latest
+    run 0 "${options[@]}" --resume -o here --keep 1
+    check "logs were not gone on with" same "$(value step here)" "1 2 3 4 5 6"
+    check "kept: $(cd here && echo checkpoint*)" same "$(cd here && echo checkpoint*)" \
+        "checkpoint-000004-good checkpoint-000004.best checkpoint-000006"
+    refused 'resume.*no folder' "${small[@]}" --resume= -o here
+    refused 'init-adapter.*no folder' "${small[@]}" --init-adapter '' -o here
+    refused 'bench' --cpu --resume -o here --bench 3
+    run 0 "${given[@]}" --random-base --resume here --eval -t 64 -d 0
+    run 0 --cpu --resume here --eval -i text.txt
+    check "--eval forgets the run's -t" grep -qE '^\| seq +\| 32 ' log
 }
 
 # kill -9 while a checkpoint is being written: its temporary is still there, and harms no one.
@@ -578,6 +610,7 @@ test_killed_rank
 if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_check_adapter
     test_resume
+    test_resume_elsewhere
     test_killed_save
     test_resume_ranks
     test_resume_muon
