@@ -107,8 +107,8 @@ void adapter_open(Adapters *s, Config *c, const char *dir) {
 //
 // NeMo Automodel writes checkpoint leaves under transformers' path,
 //     base_model.model.model.layers.3.self_attn.wq_a.lora_A.weight
-// which neither vLLM nor PEFT finds in its model. Such a file is first copied with our names. Shared
-// experts are called there as transformers calls them, so the other names tell whose file it is.
+// which neither vLLM nor PEFT finds in its model. Such a file is first copied with our names. Its
+// shared experts have transformers' names, so the others tell whose file it is.
 
 // One name of Automodel's as ours, in out (160); any other name unchanged. Returns if it was one.
 // automodel: names that transformers has too are Automodel's.
@@ -585,7 +585,8 @@ int main(int argc, char **argv) {
         refuse("usage: merge names vllm|hf ADAPTER OUT, or merge bf16 CHECKPOINT ADAPTER OUT");
     }
     for (int i = names ? 3 : 2; i < 5; i++) {       // OUT/ has another temporary name than OUT
-        for (size_t n = strlen(argv[i]); n > 1 && argv[i][n - 1] == '/'; n--) { argv[i][n - 1] = 0; }
+        char *end = argv[i] + strlen(argv[i]);
+        while (end > argv[i] + 1 && end[-1] == '/') { *--end = 0; }
     }
     // Saving replaces what has the name, which may be the base that was named by mistake. rmdir
     // removes an empty folder and nothing else.
