@@ -261,7 +261,7 @@ static void put_checkpoint(const char *dir) {
     const char *texts[][2] = {
         {"model.safetensors.index.json", index}, {"tokenizer.json", "{\"x\": 1}"},
         {"config.json",
-         "{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
+         "\xEF\xBB\xBF{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
          " \"s\": \"x}, \\\"y\", \"expert_dtype\": \"fp4\", \"last\": {\"z\": {}}}\n"} };
     for (int k = 0; k < 3; k++) {
         FILE *f = fopen(path_make(path, dir, "/", texts[k][0]), "wb");

@@ -245,8 +245,8 @@ static int check_spans(const char *row, int newer, int number) {
         reminder |= id == control[CONTROL_REMINDER];
         open = id == control[CONTROL_EOS] ? 0 : open || header || task;
     }
-    check(reminder || !wrong, "case %d: %d labels are others than the spans\n  %.900s", number, wrong,
-          row);
+    check(reminder || !wrong, "case %d: %d labels are others than the spans\n  %.900s", number,
+          wrong, row);
     row_free(&r);
     return !reminder;
 }
@@ -351,8 +351,8 @@ static void test_rows(void) {
          "<|begin▁of▁sentence|>S<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
         {"{\"system\": \"S\", \"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": "
          "\"assistant\", \"content\": \"a\"}], \"response_format\": {\"t\": 1}}", "assistant",
-         "<|begin▁of▁sentence|>S\n\n## Response Format:\n\nYou MUST strictly adhere to the following "
-         "schema to reply:\n{\"t\": 1}<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
+         "<|begin▁of▁sentence|>S\n\n## Response Format:\n\nYou MUST strictly adhere to the "
+         "following schema to reply:\n{\"t\": 1}<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
         {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"S\"}", "assistant",
          "<|begin▁of▁sentence|>S<|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
         {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"\"}", "assistant",
@@ -373,7 +373,8 @@ static void test_rows(void) {
          "c<|end▁of▁sentence|>", 0},
         {"{\"messages\": [{\"role\": \"system\", \"content\": \"S\"}, {\"role\": \"assistant\", "
          "\"content\": \"a\"}, {\"role\": \"user\", \"content\": \"u\"}, {\"role\": "
-         "\"latest_reminder\", \"content\": \"r\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}",
+         "\"latest_reminder\", \"content\": \"r\"}, {\"role\": \"assistant\", "
+         "\"content\": \"b\"}]}",
          "assistant",
          "<|begin▁of▁sentence|>Sa<|end▁of▁sentence|><|User|>u<|Assistant|></think>"
          "<|latest_reminder|>r[b<|end▁of▁sentence|>]", 0},
