@@ -1,30 +1,12 @@
 // common.h: what every kernel ladder of dev/cuda needs. Error checks, random inputs, timing with
-// events, and the comparison with the oracle. Nothing here is part of the trainer. A ladder whose
-// last rung is kernels.cu's own code includes ../../kernels.cu before this file, and has the types,
-// the checks and the stream from there.
+// events, and the comparison with the oracle. Nothing here is part of the trainer. The last rung of
+// a ladder is kernels.cu's own code, and types, checks and the stream are from there.
 #ifndef COMMON_H
 #define COMMON_H
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../../kernels.cu"
 #include <algorithm>
 #include <vector>
 
-#ifndef KERNELS_CU
-typedef __nv_bfloat16 bf16;
-typedef __nv_bfloat16 act;      // activations as the trainer stores them
-typedef float real;             // what they are computed in
-
-static cudaStream_t stream;     // 0, the default stream, as in kernels.cu
-
-#define cudaCheck(call) do { cudaError_t e_ = (call); if (e_ != cudaSuccess) { \
-    fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(e_)); exit(4); } \
-    } while (0)
-#else
 // In the trainer this is the C half's (kernels.cu, 1.2).
 extern "C" void gpu_failed(const char *file, int line, int code, const char *what) {
     fprintf(stderr, "%s:%d: %s\n", file, line, what);
@@ -38,23 +20,16 @@ static inline void ladder_workspace(size_t bytes) {
     cudaCheck(cudaMalloc(&work.base, bytes));
     work.size = bytes;
 }
-#endif
 
 // Measured ceilings of an H200 (performance.md, section 0).
 #define CEILING_TFLOPS 802.0    // bf16 product 8192^3, random data
 #define CEILING_GBS 4277.0      // device copy, bytes read + written
 
-#define cublasCheck(call) do { int e_ = (int)(call); if (e_ != 0) { \
-    fprintf(stderr, "%s:%d: cuBLAS error %d\n", __FILE__, __LINE__, e_); exit(4); } } while (0)
-
 static inline size_t divide_up(size_t n, size_t size) { return (n + size - 1) / size; }
 
-// SplitMix64's output function: the same numbers on both sides, element by element.
+// The same numbers on both sides, element by element.
 __host__ __device__ static inline uint64_t hash64(uint64_t z) {
-    z += 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
+    return random_mix(z + 0x9E3779B97F4A7C15ull);
 }
 
 // Nearly normal with that standard deviation: four uniforms added.
@@ -185,5 +160,32 @@ static double relative_error(const std::vector<X> &x, const std::vector<Y> &y) {
         norm += b * b;
     }
     return norm > 0 ? sqrt(difference / norm) : sqrt(difference);
+}
+
+// Counts a check; says what is wrong if it failed.
+static int checks_done, checks_failed;
+static inline void check(bool good, const char *format, ...) {
+    checks_done++;
+    if (good) { return; }
+    checks_failed++;
+    va_list args;
+    va_start(args, format);
+    printf("FAIL ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+// Rows per expert: a mean of rows / E, skewed by up to 20 %.
+static inline std::vector<int> skewed_offsets(int E, int rows) {
+    std::vector<int> offset(E + 1, 0);
+    for (int e = 0; e < E; e++) {
+        double skew = (double)(hash64(e + 5) % 401) / 1000 - 0.2;
+        offset[e + 1] = offset[e] + (int)(rows / E * (1 + skew));
+    }
+    int rest = rows - offset[E];
+    for (int e = 0; e <= E; e++) { offset[e] += (int)((double)rest * e / E); }
+    offset[E] = rows;
+    return offset;
 }
 #endif // COMMON_H
