@@ -107,14 +107,19 @@ void adapter_open(Adapters *s, Config *c, const char *dir) {
 //
 // NeMo Automodel writes checkpoint leaves under transformers' path,
 //     base_model.model.model.layers.3.self_attn.wq_a.lora_A.weight
-// which neither vLLM nor PEFT finds in its model. Such a file is first copied with our names.
+// which neither vLLM nor PEFT finds in its model. Such a file is first copied with our names. Its
+// shared experts have transformers' names, so the others tell whose file it is.
 
 // One name of Automodel's as ours, in out (160); any other name unchanged. Returns if it was one.
-static inline int automodel_rename(char *out, const char *name) {
+// automodel: names that transformers has too are Automodel's.
+static inline int automodel_rename(char *out, const char *name, int automodel) {
     static const char prefix[] = "base_model.model.model.layers.";
     static const struct { const char *theirs, *ours; } parts[] = {
         {"self_attn.w", "attn.w"}, {"mlp.shared_experts.w", "ffn.shared_experts.w"},
-        {"mlp.experts.", "ffn.experts."} };
+        {"mlp.experts.", "ffn.experts."},
+        {"mlp.shared_experts.gate_proj.", "ffn.shared_experts.w1."},
+        {"mlp.shared_experts.up_proj.", "ffn.shared_experts.w3."},
+        {"mlp.shared_experts.down_proj.", "ffn.shared_experts.w2."} };
     const char *rest = name + sizeof prefix - 1;
     if (strlen(name) > 150) { refuse("%.60s...: a name of %zu characters", name, strlen(name)); }
     strcpy(out, name);
@@ -126,6 +131,7 @@ static inline int automodel_rename(char *out, const char *name) {
         if (rest[digits] != '.' || strncmp(module, parts[i].theirs, length)) { continue; }
         // transformers has mlp.experts too, as one fused tensor, without an expert's number
         if (i == 2 && !strchr("0123456789", module[length])) { continue; }
+        if (i > 2 && !automodel) { continue; }
         sprintf(out, "base_model.model.layers.%.*s.%s%s", (int)digits, rest, parts[i].ours,
                 module + length);
         return 1;
@@ -157,11 +163,20 @@ static inline int automodel_copy(Save *v, const char *dir) {
     Safetensors st;
     safetensors_open(&st, path_make(path, dir, "/", file_names[FILE_ADAPTER]), not_a_folder);
     char *text = (char *)host_calloc(400 * (st.n + 1)), *end = text;
-    int renamed = 0;
+    int renamed = 0, automodel = 0;
+    for (size_t i = 0; i < st.n; i++) { automodel |= automodel_rename(name, st.entry[i].name, 0); }
     for (size_t i = 0; i < st.n; i++) {
         const Entry *e = &st.entry[i];
-        renamed += automodel_rename(name, e->name);
-        if (e->ndim != 2) { refuse("%s: %s has %d dimensions, not 2", path, e->name, e->ndim); }
+        renamed += automodel_rename(name, e->name, automodel);
+        if (strstr(e->name, ".compressor.") || strstr(e->name, ".indexer.")) {
+            refuse("%s: %s: an adapter of a compressor or of the indexer has no place here HINT: "
+                   "train without; a pattern such as *wkv or *wq_b matches those too, "
+                   "*self_attn.wkv does not", path, e->name);
+        }
+        if (e->ndim != 2) {
+            refuse("%s: %s has %d dimensions: all experts in one tensor is read as PEFT writes it "
+                   "only (mlp.experts.lora_A, 2 dimensions)", path, e->name, e->ndim);
+        }
         end += sprintf(end, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%zu,%zu],"
                        "\"data_offsets\":[%zu,%zu]}", i ? "," : "{", name,
                        dtypes[e->dtype].name, e->dim[0], e->dim[1], e->begin, e->end);
@@ -356,6 +371,8 @@ typedef struct {
     Merged merged;
     FILE *index;
     int listed;
+    size_t done, total;         // bytes of the tensors that are read; scales aside
+    double start, last;
 } Merging;
 
 // The scales of a matrix, in whatever file they are; NULL if it has none.
@@ -455,6 +472,8 @@ static inline void merge_shard(Merging *g, Save *v, const Safetensors *st) {
         int adapted = e->type == DT_BF16 && factor_find(&g->factors, e->name, 'A');
         if (e->type == DT_FP8 || e->type == DT_FP4 || adapted) { merge_matrix(g, out, st, e); }
         else { copy_bytes(out, st->fd, e->end - e->begin, st->data + e->begin, st->path); }
+        g->done += e->end - e->begin;
+        progress("merge", g->done, g->total, g->start, &g->last);
     }
     save_close(v, out);
     save_check(v);
@@ -486,7 +505,8 @@ static inline void merge_config(Save *v, const char *dir) {
     json_free(&j);
 }
 
-// What else is in the folder, the tokenizer above all, is copied.
+// What else is in the folder, the tokenizer above all, is copied. Not hidden files, which
+// folder_remove leaves.
 static inline void merge_others(Save *v, const char *dir) {
     static const char index[] = "model.safetensors.index.json";
     char path[PATH_SIZE];
@@ -496,7 +516,7 @@ static inline void merge_others(Save *v, const char *dir) {
         const char *end = strrchr(e->d_name, '.');
         int ours = !strcmp(e->d_name, "config.json") || !strcmp(e->d_name, index);
         path_make(path, dir, "/", e->d_name);
-        if (ours || (end && strcmp(end, ".safetensors") == 0)) { continue; }
+        if (ours || e->d_name[0] == '.' || (end && strcmp(end, ".safetensors") == 0)) { continue; }
         if (stat(path, &info) != 0 || !S_ISREG(info.st_mode)) { continue; }
         size_t size;
         int from = file_open(path, &size, not_a_folder);
@@ -529,7 +549,9 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     }
     for (int k = 0; k < g.shards; k++) {        // an adapter for another model is not left out
         for (size_t i = 0; i < g.shard[k].n; i++) {
-            used += 2 * (factor_find(&g.factors, g.shard[k].entry[i].name, 'A') != NULL);
+            const Entry *e = &g.shard[k].entry[i];
+            used += 2 * (factor_find(&g.factors, e->name, 'A') != NULL);
+            g.total += e->type == DT_E8M0 ? 0 : e->end - e->begin;
         }
     }
     if (used != (size_t)s.n) {
@@ -539,11 +561,8 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
     g.index = save_open(&v, v.temporary, "model.safetensors.index.json", "wb");
     save_check(&v);
     fputs("{\"metadata\": {}, \"weight_map\": {\n", g.index);
-    double start = clock_seconds(), last = start;
-    for (int k = 0; k < g.shards; k++) {
-        merge_shard(&g, &v, &g.shard[k]);
-        progress("merge", (size_t)(k + 1), (size_t)g.shards, start, &last);
-    }
+    g.start = g.last = clock_seconds();
+    for (int k = 0; k < g.shards; k++) { merge_shard(&g, &v, &g.shard[k]); }
     fputs("\n}}\n", g.index);
     save_close(&v, g.index);
     merge_config(&v, base);
@@ -561,15 +580,23 @@ void merge_checkpoint(const char *base, const char *dir, const char *out) {
 #ifdef MERGE_MAIN
 int main(int argc, char **argv) {
     int hf = argc == 5 && strcmp(argv[2], "hf") == 0;
-    if (argc == 5 && strcmp(argv[1], "names") == 0 && (hf || strcmp(argv[2], "vllm") == 0)) {
-        adapter_rename(argv[3], argv[4], hf ? NAMES_HF : NAMES_VLLM);
-        return 0;
+    int names = argc == 5 && strcmp(argv[1], "names") == 0 && (hf || !strcmp(argv[2], "vllm"));
+    if (!names && (argc != 5 || strcmp(argv[1], "bf16") != 0)) {
+        refuse("usage: merge names vllm|hf ADAPTER OUT, or merge bf16 CHECKPOINT ADAPTER OUT");
     }
-    if (argc == 5 && strcmp(argv[1], "bf16") == 0) {
-        merge_checkpoint(argv[2], argv[3], argv[4]);
-        return 0;
+    for (int i = names ? 3 : 2; i < 5; i++) {       // OUT/ has another temporary name than OUT
+        char *end = argv[i] + strlen(argv[i]);
+        while (end > argv[i] + 1 && end[-1] == '/') { *--end = 0; }
     }
-    refuse("usage: merge names vllm|hf ADAPTER OUT, or merge bf16 CHECKPOINT ADAPTER OUT");
+    // Saving replaces what has the name, which may be the base that was named by mistake. rmdir
+    // removes an empty folder and nothing else.
+    if (rmdir(argv[4]) != 0 && errno != ENOENT) {
+        refuse("%s is there already: %s HINT: a new folder's name, or an empty folder", argv[4],
+               strerror(errno));
+    }
+    if (names) { adapter_rename(argv[3], argv[4], hf ? NAMES_HF : NAMES_VLLM); }
+    else { merge_checkpoint(argv[2], argv[3], argv[4]); }
+    return 0;
 }
 #endif
 #endif // MERGE_C

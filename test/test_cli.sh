@@ -556,6 +556,13 @@ test_tools() {
         '{"instruction": "Why?", "output": "Because."}' > rows.jsonl
     train=$build/prep run 0 "$root/dev/data/tiny" rows.jsonl rows.bin
     check "prep does not count" grep -q '^data   rows.bin: 2 documents, 27 tokens, 16 labels' log
+    train=$build/prep refused "'assistent'.*completion" "$root/dev/data/tiny" rows.jsonl no.bin \
+        assistent
+    printf '\xef\xbb\xbf%s\n' '{"prompt": "Hi", "completion": "Hello."}' '{"prompt": 1}' > bad.jsonl
+    train=$build/prep refused 'bad.jsonl:2: .*skip' "$root/dev/data/tiny" bad.jsonl no.bin all
+    check "prep has written a file" [ ! -e no.bin ]
+    train=$build/prep run 0 "$root/dev/data/tiny" bad.jsonl good.bin all skip
+    check "prep skips" grep -q '^data   good.bin: 1 document.* left out: 1 bad row' log
     run 0 "${given[@]}" -i rows.jsonl -x 3 -l 1e-2 -u 0 -o jsonl
     run 0 "${given[@]}" -i rows.bin -x 3 -l 1e-2 -u 0 -o bin
     equal_runs "rows and their .bin" jsonl bin
@@ -568,6 +575,7 @@ test_tools() {
     train=$build/merge run 0 bf16 "$root/dev/data/tiny" jsonl/adapter merged
     check "no warning" grep -q '^merge  WARNING' log
     check "no merged checkpoint" [ -f merged/model-00001-of-00001.safetensors ]
+    train=$build/merge refused 'merged is there already' names vllm jsonl/adapter merged/
     run 0 "${given[@]}" -l 0 -x 1 -o idle
     train=$build/merge refused 'adds nothing' bf16 "$root/dev/data/tiny" idle/adapter merged2
     train=$build/merge refused 'usage' names peft jsonl/adapter renamed2

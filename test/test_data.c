@@ -74,6 +74,15 @@ static size_t make_documents(int documents, int longest, uint64_t seed) {
     return n;
 }
 
+// Is a token in the data? Of a conversation the first t tokens are, if there is a label in them.
+static int is_kept(int t, int kind, size_t n, size_t token) {
+    size_t begin = (size_t)doc_begin[token], labels = 0;
+    for (size_t i = begin; i < n && i < begin + (size_t)t && doc_begin[i] == (int)begin; i++) {
+        labels += (tokens[i] & TOKEN_LABEL) != 0;
+    }
+    return kind == BIN_TEXT || (labels > 0 && token < begin + (size_t)t);
+}
+
 static Data make_data(int t, int pack, int shuffle, int seed, size_t n, int kind) {
     Data d = { .V = MOST, .t = t, .pack = pack, .shuffle = shuffle, .seed = (uint64_t)seed };
     data_add_tokens(&d, "test", tokens, n, kind);
@@ -113,7 +122,7 @@ static void check_epoch(Data *d, int epoch, size_t n, int kind) {
         wrong += used > d->t || (size_t)used != s.tokens || (!d->pack && s.first[1] != 1);
     }
     for (size_t i = 0; i < n; i++) {
-        int want = kind == BIN_TEXT || (int)i - doc_begin[i] < d->t;
+        int want = is_kept(d->t, kind, n, i);
         wrong += seen[i] != want;
         kept += want;
     }
@@ -131,9 +140,14 @@ static void test_packing(void) {
         int t = (int[]){ 2, 16, 59, 100 }[mode % 4], kind = mode / 4 ? BIN_CHAT : BIN_TEXT;
         for (int pack = 0; pack < 2; pack++) {
             Data d = make_data(t, pack, 1, 42, n, kind), still = make_data(t, pack, 0, 42, n, kind);
-            size_t long_ones = 0;
-            for (size_t i = 0; i < n; i++) { long_ones += i - doc_begin[i] == (size_t)t; }
-            check(d.documents == 100, "%zu documents", d.documents);
+            size_t long_ones = 0, kept = 0;
+            for (size_t i = 0; i < n; i++) {
+                int in = is_kept(t, kind, n, doc_begin[i]);
+                kept += in && (int)i == doc_begin[i];
+                long_ones += in && i - doc_begin[i] == (size_t)t;
+            }
+            check(d.documents == kept && d.unlabelled == 100 - kept && (kept < 100) == mode / 4,
+                  "%zu documents, %zu without labels", d.documents, d.unlabelled);
             check(d.truncated == (kind == BIN_CHAT ? long_ones : 0), "%zu truncated", d.truncated);
             for (int epoch = 0; epoch < 3; epoch++) { check_epoch(&d, epoch, n, kind); }
             check_epoch(&still, 1, n, kind);
@@ -328,6 +342,8 @@ static void test_text(void) {
     check(strcmp(all, "71 ") == 0, "a token without a tokenizer: '%s'", all);
 }
 
+static void child_word(void *word) { exit(loss_on_word(word)); }
+
 // Rows: counted, cut or truncated, left out where they teach nothing, refused with their line.
 static void test_jsonl(void) {
     static const char rows[] = "{\"text\": \"0123456789\"}\n"
@@ -344,6 +360,38 @@ static void test_jsonl(void) {
           d.documents, d.pieces, d.bad, d.unlabelled, d.truncated, d.spelled);
     check(d.tokens == 12 + 8 + 3 + 5 && d.labels == 7 + 3 + 5 + 1 + 4, "%zu tokens, %zu labels",
           d.tokens, d.labels);
+    // The same rows as tokens, longer than t or not: the same documents, rows and counts.
+    Data whole = { .V = 264, .t = INT_MAX, .tokenizer = &bytes_tokenizer }, back = { .V = 264,
+                  .t = 8, .pack = 1 };
+    static const char chat[] = "\xEF\xBB\xBF{\"prompt\": \"abcdefghi\", \"completion\": \"x\"}\n"
+        "{\"prompt\": \"abcdef\", \"completion\": \"xyz\"}\n"
+        "{\"prompt\": \"a\", \"completion\": \"\"}\n"
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"\"}]}\n"     // headed, not answered
+        "{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}]}\n";
+    write_file(in_folder("y.jsonl"), chat, sizeof chat - 1);
+    d = (Data){ .V = 264, .t = 8, .pack = 1, .tokenizer = &bytes_tokenizer };
+    data_add(&d, in_folder("y.jsonl"));
+    data_add(&whole, in_folder("y.jsonl"));
+    uint32_t file[256 + 64] = { BIN_MAGIC, BIN_VERSION, 264, (uint32_t)whole.tokens,
+                                [5] = BIN_CHAT };
+    size_t n = 256;
+    for (size_t i = 0; i < whole.pieces; i++) {
+        memcpy(file + n, whole.piece[i].token, 4 * (size_t)whole.piece[i].length);
+        n += (size_t)whole.piece[i].length;
+    }
+    write_file(in_folder("y.bin"), file, 4 * n);
+    data_add(&back, in_folder("y.bin"));
+    check(whole.documents == 3 && whole.unlabelled == 2 && d.documents == 2, "%zu and %zu "
+          "documents", whole.documents, d.documents);
+    check(back.documents == d.documents && back.tokens == d.tokens && back.labels == d.labels
+          && back.pieces == d.pieces && back.truncated == d.truncated
+          && back.unlabelled == d.unlabelled - 2, "as tokens: %zu documents, %zu tokens, %zu "
+          "truncated, %zu without labels; as rows: %zu, %zu, %zu, %zu", back.documents, back.tokens,
+          back.truncated, back.unlabelled, d.documents, d.tokens, d.truncated, d.unlabelled);
+    check(run_child(child_word, "assistent", text, sizeof text) == 1
+          && strstr(text, "'assistent'") && strstr(text, "assistant, last, completion, all"),
+          "a word that is none: '%s'", text);
+    check(run_child(child_word, "completion", text, sizeof text) == LOSS_COMPLETION, "'%s'", text);
     check(run_child(child_data, in_folder("x.jsonl"), text, sizeof text) == 1
           && strstr(text, "x.jsonl:6: not valid JSON") && strstr(text, "--skip-bad-rows"),
           "a bad row: '%s'", text);

@@ -1,7 +1,15 @@
 // Tests of dev/merge.c: an adapter is the same under either naming and as NeMo Automodel writes it;
 // a merged checkpoint holds, element by element, bf16(W + s B A) of the matrices as they were
-// written here; and a merge that changes nothing is refused.
+// written here; and a merge that changes nothing, or would overwrite something, is refused.
+#include "../refit.c"
+// What merging last said of its progress.
+static size_t progress_done, progress_total;
+#define progress(what, done, total, start, last) \
+    (progress_done = (done), progress_total = (total), (void)(start), (void)(last))
+#define MERGE_MAIN
+#define main merge_main
 #include "../dev/merge.c"
+#undef main
 #include "check.h"
 
 static char root[64];
@@ -45,6 +53,10 @@ static void make_adapter(unsigned targets, float b_size) {
             adapter_add(&s, TARGET_WQ_A, name, C, Q);
             snprintf(name, sizeof name, "layers.%d.attn.wkv", l);
             adapter_add(&s, TARGET_WKV, name, C, Q + l);        // layers may differ
+            for (int t = TARGET_SHARED_W1; t <= TARGET_SHARED_W3; t++) {
+                snprintf(name, sizeof name, "layers.%d.%s", l, adapter_modules[t].ours);
+                adapter_add(&s, t, name, C, F);
+            }
             snprintf(name, sizeof name, "layers.%d.ffn.experts", l);
             adapter_add_experts(&s, TARGET_EXPERTS_W1, name, "w1", 0, E, C, F);
             adapter_add_experts(&s, TARGET_EXPERTS_W2, name, "w2", 0, E, F, C);
@@ -61,11 +73,14 @@ static void make_adapter(unsigned targets, float b_size) {
     }
 }
 
+enum { SHARED = 1u << TARGET_SHARED_W1 | 1u << TARGET_SHARED_W2 | 1u << TARGET_SHARED_W3 };
+
 static void test_names(void) {
     static const unsigned sets[] = { 1u << TARGET_WQ_A | 1u << TARGET_WKV | GATE_UP | DOWN,
-                                     1u << TARGET_WKV | GATE_UP, DOWN, 1u << TARGET_WQ_A };
+                                     1u << TARGET_WKV | GATE_UP, DOWN, 1u << TARGET_WQ_A,
+                                     SHARED, 1u << TARGET_WKV | SHARED | DOWN };
     char vllm[PATH_SIZE], hf[PATH_SIZE], there[PATH_SIZE], back[PATH_SIZE], name[32];
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 6; k++) {
         char *const dirs[] = { vllm, hf, there, back };
         for (int d = 0; d < 4; d++) { sprintf(name, "names%d.%d", k, d); in_root(dirs[d], name); }
         make_adapter(sets[k], 1);
@@ -80,12 +95,16 @@ static void test_names(void) {
     }
 }
 
-// Automodel's file is ours with other names: written here by replacing text in the header.
+// Automodel's file is ours with other names: written here by replacing text in the header. Shared
+// experts have transformers' leaves in it, routed ones the checkpoint's.
 static void test_automodel(void) {
     char ours[PATH_SIZE], theirs[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], *text;
     size_t n, length;
-    static const char *const parts[][2] = { {"attn.", "self_attn."}, {"ffn.", "mlp."} };
-    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV | GATE_UP | DOWN, 1);
+    static const char *const parts[][2] = {
+        {"attn.", "self_attn."}, {"ffn.shared_experts.w1", "mlp.shared_experts.gate_proj"},
+        {"ffn.shared_experts.w2", "mlp.shared_experts.down_proj"},
+        {"ffn.shared_experts.w3", "mlp.shared_experts.up_proj"}, {"ffn.", "mlp."}, {"", ""} };
+    make_adapter(1u << TARGET_WQ_A | 1u << TARGET_WKV | SHARED | GATE_UP | DOWN, 1);
     adapter_save(in_root(ours, "ours"), &s, &config, NAMES_VLLM, "base");
     adapter_save(in_root(theirs, "theirs"), &s, &config, NAMES_VLLM, "base");
     text = read_text(theirs, file_names[FILE_ADAPTER], &n);
@@ -93,10 +112,11 @@ static void test_automodel(void) {
     char *header = (char *)calloc(2, n), *end = header;
     for (const char *c = text + 8; c < text + 8 + length; c++) {
         const char *from = "base_model.model.layers.", *part = c + 26;     // behind "0."
-        int hit = strncmp(c, from, 24) == 0, k = hit && strncmp(part, parts[1][0], 4) == 0;
-        end += hit ? sprintf(end, "base_model.model.model.layers.%.2s%s", c + 24, parts[k][1])
-                   : sprintf(end, "%c", *c);
-        c += hit ? 25 + (int)strlen(parts[k][0]) : 0;
+        int k = 0;
+        if (strncmp(c, from, 24) != 0) { *end++ = *c; continue; }
+        while (strncmp(part, parts[k][0], strlen(parts[k][0])) != 0) { k++; }
+        end += sprintf(end, "base_model.model.model.layers.%.2s%s", c + 24, parts[k][1]);
+        c += 25 + strlen(parts[k][0]);
     }
     FILE *f = fopen(path_make(path, theirs, "/", file_names[FILE_ADAPTER]), "wb");
     size_t changed = (size_t)(end - header);
@@ -112,14 +132,57 @@ static void test_automodel(void) {
     check(access(path_make(path, out, ".renamed.tmp", ""), F_OK) != 0, "nothing is left over");
     char name[160];
     check(automodel_rename(name,
-                           "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight") &&
+                           "base_model.model.model.layers.12.mlp.experts.7.w2.lora_A.weight", 0) &&
           strcmp(name, "base_model.model.layers.12.ffn.experts.7.w2.lora_A.weight") == 0,
           "experts");
     check(!automodel_rename(name,
-                            "base_model.model.model.layers.12.self_attn.q_a_proj.lora_A.weight"),
+                            "base_model.model.model.layers.12.self_attn.q_a_proj.lora_A.weight", 1),
           "transformers' names are not Automodel's");
-    check(!automodel_rename(name, "base_model.model.model.layers.1.mlp.experts.lora_A.weight"),
+    check(!automodel_rename(name, "base_model.model.model.layers.1.mlp.experts.lora_A.weight", 1),
           "nor is a fused tensor");
+}
+
+static struct { const char *argv[6]; } tool_case;
+static void run_tool(void *unused) {
+    (void)unused;
+    static char word[6][PATH_SIZE];
+    char *argv[6];
+    int argc = 0;
+    for (; argc < 6 && tool_case.argv[argc]; argc++) {
+        argv[argc] = strcpy(word[argc], tool_case.argv[argc]);
+    }
+    exit(merge_main(argc, argv));
+}
+
+// Runs the program with four arguments. Returns its exit code; its error is in tool_said.
+static char tool_said[2048];
+static int tool(const char *what, const char *a, const char *b, const char *c) {
+    tool_case = (__typeof__(tool_case)){ { "merge", what, a, b, c, NULL } };
+    return run_child(run_tool, NULL, tool_said, sizeof tool_said);
+}
+
+// What the wildcards of Automodel's recipes also hit, and experts in one tensor: refused by name.
+static void test_automodel_refused(void) {
+    static const struct { const char *name, *shape, *error; } cases[] = {
+        {"self_attn.compressor.wkv.lora_A.weight", "2,2", "no place here"},
+        {"self_attn.compressor.indexer.wq_b.lora_B.weight", "2,2", "no place here"},
+        {"self_attn.indexer.q_b_proj.lora_B.weight", "2,2", "no place here"},
+        {"mlp.experts.lora_gate_and_up_A", "1,2,2", "has 3 dimensions: all experts in one"} };
+    char dir[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], head[512];
+    make_adapter(1u << TARGET_WKV, 1);
+    adapter_save(in_root(dir, "refused.in"), &s, &config, NAMES_VLLM, "base");
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        snprintf(head, sizeof head, "{\"base_model.model.model.layers.2.%s\":{\"dtype\":\"F32\","
+                 "\"shape\":[%s],\"data_offsets\":[0,16]}", cases[i].name, cases[i].shape);
+        FILE *f = fopen(path_make(path, dir, "/", file_names[FILE_ADAPTER]), "wb");
+        header_write(f, head);
+        fwrite("0123456789abcdef", 1, 16, f);
+        fclose(f);
+        int code = tool("names", "vllm", dir, in_root(out, "refused.out"));
+        check(code == 1 && strstr(tool_said, cases[i].name) && strstr(tool_said, cases[i].error),
+              "%s: exit code %d, %s", cases[i].name, code, tool_said);
+        check(access(out, F_OK) != 0, "%s: something is written", cases[i].name);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -198,7 +261,7 @@ static void put_checkpoint(const char *dir) {
     const char *texts[][2] = {
         {"model.safetensors.index.json", index}, {"tokenizer.json", "{\"x\": 1}"},
         {"config.json",
-         "{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
+         "\xEF\xBB\xBF{\"a\": [1, {\"b\": 2}], \"quantization_config\": {\"fmt\": \"e4m3\"},\n"
          " \"s\": \"x}, \\\"y\", \"expert_dtype\": \"fp4\", \"last\": {\"z\": {}}}\n"} };
     for (int k = 0; k < 3; k++) {
         FILE *f = fopen(path_make(path, dir, "/", texts[k][0]), "wb");
@@ -317,6 +380,10 @@ static void test_checkpoint(void) {
     check(strcmp(text, "{\"x\": 1}") == 0, "the tokenizer is copied");
     free(text);
 
+    size_t read = L * (Q * C + E * F * C / 2) + 2 * (Q * C + C);       // without scales
+    check(progress_done == read && progress_total == read, "progress in bytes: %zu of %zu, not "
+          "%zu", progress_done, progress_total, read);
+
     char refused[PATH_SIZE];
     merge_case = (__typeof__(merge_case)){ base, adapter, in_root(refused, "refused") };
     make_small_adapter(0);
@@ -330,6 +397,47 @@ static void test_checkpoint(void) {
     check_refused("a matrix that is not in the checkpoint", "2 of the adapter's 4 tensors");
     unlink(path_make(path, base, "/", "model-0.safetensors"));
     check_refused("a missing file", "model-0.safetensors: No such file");
+}
+
+// What is at OUT is never touched, unless it is an empty folder; how its name ends does not matter.
+static void test_out(void) {
+    char base[PATH_SIZE], adapter[PATH_SIZE], out[PATH_SIZE], path[PATH_SIZE], slashes[PATH_SIZE];
+    char there[PATH_SIZE];
+    put_checkpoint(in_root(base, "base2"));
+    make_small_adapter(0.5f);
+    adapter_save(in_root(adapter, "small2"), &s, &config, NAMES_VLLM, "base");
+    fclose(fopen(path_make(path, base, "/", ".gitattributes"), "w"));
+    mkdir(in_root(there, "hidden"), 0777);
+    fclose(fopen(path_make(path, there, "/", ".keep"), "w"));
+    fclose(fopen(in_root(out, "file"), "w"));
+    const char *const full[] = { base, adapter, there, out };
+    for (int k = 0; k < 8; k++) {
+        int code = k / 4 ? tool("names", "vllm", adapter, full[k % 4])
+                         : tool("bf16", base, adapter, full[k]);
+        check(code == 1 && strstr(tool_said, full[k % 4]) && strstr(tool_said, "HINT: ")
+              && strchr(tool_said, '\n') == tool_said + strlen(tool_said) - 1,
+              "over %s: exit code %d, '%s'", full[k % 4], code, tool_said);
+    }
+    check(access(path_make(path, base, "/", "model-1.safetensors"), F_OK) == 0
+          && access(path_make(path, adapter, "/", "adapter_config.json"), F_OK) == 0
+          && access(path_make(path, there, "/", ".keep"), F_OK) == 0 && access(out, F_OK) == 0,
+          "something was removed");
+    for (int k = 0; k < 4; k++) {       // twice to a new name, twice to an empty folder
+        char name[16];
+        snprintf(name, sizeof name, "slashes%d", k);
+        in_root(out, name);
+        if (k > 1) { mkdir(out, 0777); }
+        path_make(slashes, out, "//", "");
+        int code = k % 2 ? tool("names", "vllm", path_make(path, adapter, "/", ""), slashes)
+                         : tool("bf16", path_make(path, base, "/", ""),
+                                path_make(there, adapter, "/", ""), slashes);
+        check(code == 0, "to %s: exit code %d, '%s'", slashes, code, tool_said);
+        check(access(path_make(path, out, "/", k % 2 ? "adapter_config.json" : "config.json"),
+                     F_OK) == 0, "nothing in %s", out);
+        check(access(path_make(path, out, "/", ".gitattributes"), F_OK) != 0, "a hidden file in "
+              "%s: its folder could not be removed", out);
+    }
+    check(tool("bf16", base, adapter, NULL) == 1 && strstr(tool_said, "usage"), "'%s'", tool_said);
 }
 
 // Adapters that lack something: no tensor, one factor of two, all experts but the last, a rank.
@@ -440,7 +548,9 @@ int main(void) {
 #endif
     test_names();
     test_automodel();
+    test_automodel_refused();
     test_checkpoint();
+    test_out();
     test_damaged();
     test_packed();
     char command[128];

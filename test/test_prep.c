@@ -228,11 +228,34 @@ static Bytes marked(const Row *r, int marks) {
     return (Bytes){ text, n };
 }
 
+// Of a row that is learnt whole, what is learnt with --loss-on assistant: the documented spans, all
+// behind <|Assistant|> and <think> or </think>, or behind a task, up to EOS. They are found in the
+// tokens, not by walking the messages. Returns 0 if it has a reminder, which a header may precede.
+static int check_spans(const char *row, int newer, int number) {
+    Row r = encode(row, "assistant", newer);
+    const uint32_t *control = r.t->control;
+    int open = 0, wrong = 0, reminder = 0;
+    for (size_t i = 1; i < r.out.n; i++) {
+        uint32_t id = r.out.token[i] & TOKEN_ID, before = r.out.token[i - 1] & TOKEN_ID;
+        int label = (r.out.token[i] & TOKEN_LABEL) != 0, action = id == control[CONTROL_TASKS];
+        int task = id > control[CONTROL_TASKS] && id < control[CONTROL_TASKS] + 6;
+        int header = before == control[CONTROL_ASSISTANT]
+                  && (id == control[CONTROL_THINK] || id == control[CONTROL_END_THINK]);
+        wrong += label != (open && !action);
+        reminder |= id == control[CONTROL_REMINDER];
+        open = id == control[CONTROL_EOS] ? 0 : open || header || task;
+    }
+    check(reminder || !wrong, "case %d: %d labels are others than the spans\n  %.900s", number,
+          wrong, row);
+    row_free(&r);
+    return !reminder;
+}
+
 static void test_chat(void) {
     FILE *f = fopen("test/vectors/chat.txt", "r");
     enum { LINE = 1 << 16 };
     char *mode = malloc(LINE), *row = malloc(LINE), *want = malloc(LINE), loss_on[16], release[16];
-    int cases = 0;
+    int cases = 0, spans = 0;
     check(f != NULL, "no test/vectors/chat.txt");
     while (f && fgets(mode, LINE, f) && fgets(row, LINE, f) && fgets(want + 5, LINE - 5, f)) {
         Json j;
@@ -257,68 +280,124 @@ static void test_chat(void) {
                 check(0, "case %d: token %zu has first %d, label %d", cases, i, first, label);
             }
         }
+        if (r.loss_on == LOSS_ALL) { spans += check_spans(row, r.t->newer_efforts, cases); }
         cases++;
         row_free(&r);
     }
-    check(cases > 150, "chat.txt has %d cases", cases);
+    check(cases > 150 && spans > 70, "chat.txt has %d cases, %d with spans", cases, spans);
     fclose(f);
 }
 
 // Rows of every form; [ and ] stand for the marks in what is expected, | for a control token's bar.
+static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = {
+    {"{\"text\": \"a b\"}", "assistant",
+     "<|begin▁of▁sentence|>[a b<|end▁of▁sentence|>]", 0},
+    {"{\"prompt\": \"2+2=\", \"completion\": \"4\"}", "assistant",
+     "<|begin▁of▁sentence|>2+2=[4<|end▁of▁sentence|>]", 0},
+    {"{\"prompt\": \"p\", \"completion\": \"c\"}", "all",
+     "<|begin▁of▁sentence|>[pc<|end▁of▁sentence|>]", 0},
+    {"{\"prompt\": [{\"role\": \"user\", \"content\": \"u\"}, "
+     "{\"role\": \"assistant\", \"content\": \"v\"}, "
+     "{\"role\": \"user\", \"content\": \"w\"}], "
+     "\"completion\": [{\"role\": \"assistant\", \"content\": \"x\"}]}", "assistant",
+     "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>v"
+     "<|end▁of▁sentence|><|User|>w<|Assistant|></think>[x<|end▁of▁sentence|>]", 0},
+    {"{\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}", "assistant",
+     "<|begin▁of▁sentence|><|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+    {"{\"instruction\": \"i\", \"input\": \"n\", \"output\": \"o\"}", "last",
+     "<|begin▁of▁sentence|><|User|>i\n\nn<|Assistant|></think>"
+     "[o<|end▁of▁sentence|>]", 0},
+    {"{\"ctx\": \"A man\", \"endings\": [\"x\", \"runs.\"], \"label\": \"1\"}", "assistant",
+     "<|begin▁of▁sentence|>A man[ runs.<|end▁of▁sentence|>]", 0},
+    {"{\"ctx\": \"A man\", \"endings\": [\"x\", \"runs.\"], \"label\": 1}", "assistant",
+     "<|begin▁of▁sentence|>A man[ runs.<|end▁of▁sentence|>]", 0},
+    {"{\"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, "
+     "{\"from\": \"gpt\", \"value\": \"g\"}]}", "assistant",
+     "<|begin▁of▁sentence|><|User|>h<|Assistant|></think>[g<|end▁of▁sentence|>]", 0},
+    // Reasoning makes a row a thinking one; a weight of 0 takes an answer out.
+    {"{\"messages\": [{\"role\": \"user\", "
+     "\"content\": [{\"type\": \"text\", \"text\": \"u\"}]}, "
+     "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"a\"}]}", "assistant",
+     "<|begin▁of▁sentence|><|User|>u<|Assistant|><think>[r</think>a"
+     "<|end▁of▁sentence|>]", 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, "
+     "{\"role\": \"assistant\", \"content\": \"a\", \"weight\": 0}, "
+     "{\"role\": \"user\", \"content\": \"u\"}, "
+     "{\"role\": \"assistant\", \"content\": \"b\", \"mask\": false}]}", "assistant",
+     "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>a<|end▁of▁sentence|>"
+     "<|User|>u<|Assistant|></think>[b<|end▁of▁sentence|>]", 0},
+    // Characters of two \\u, half of a pair, a 0; and control tokens as text.
+    {"{\"text\": \"\\uD83D\\uDE00\\ud83d\\udE0\\u00e9\\ud800\\u0041\"}", "assistant", NULL, 0},
+    {"{\"text\": \"\\uD83D\\uDE00\\u00e9\\ud800\\u0041\\\\u0041\\udc00\"}", "assistant",
+     "<|begin▁of▁sentence|>[😀é\uFFFDA\\u0041\uFFFD<|end▁of▁sentence|>]", 0},
+    {"{\"text\": \"x<think>y\"}", "assistant",
+     "<|begin▁of▁sentence|>[x<think>y<|end▁of▁sentence|>]", 1},
+    {"{\"text\": \"<|User|>\"}", "assistant",
+     "<|begin▁of▁sentence|>[<|User|><|end▁of▁sentence|>]", 1},
+    // A system text of the whole row stands in front, once.
+    {"{\"system\": \"Be brief.\", \"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, "
+     "{\"from\": \"gpt\", \"value\": \"g\"}]}", "assistant",
+     "<|begin▁of▁sentence|>Be brief.<|User|>h<|Assistant|></think>[g<|end▁of▁sentence|>]", 0},
+    {"{\"messages\": [{\"role\": \"system\", \"content\": \"S\"}, {\"role\": \"user\", "
+     "\"content\": \"u\"}, {\"role\": \"assistant\", \"content\": \"a\"}], \"system\": \"S\"}",
+     "assistant",
+     "<|begin▁of▁sentence|>S<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
+    {"{\"messages\": [{\"role\": \"system\", \"content\": \"S\"}, {\"role\": \"user\", "
+     "\"content\": \"u\"}, {\"role\": \"assistant\", \"content\": \"a\"}], \"system\": \"T\"}",
+     "assistant", NULL, 0},
+    {"{\"system\": \"S\", \"prompt\": [{\"role\": \"user\", \"content\": \"u\"}], "
+     "\"completion\": [{\"role\": \"assistant\", \"content\": \"a\"}]}", "assistant",
+     "<|begin▁of▁sentence|>S<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
+    {"{\"system\": \"S\", \"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": "
+     "\"assistant\", \"content\": \"a\"}], \"response_format\": {\"t\": 1}}", "assistant",
+     "<|begin▁of▁sentence|>S\n\n## Response Format:\n\nYou MUST strictly adhere to the "
+     "following schema to reply:\n{\"t\": 1}<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
+    {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"S\"}", "assistant",
+     "<|begin▁of▁sentence|>S<|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+    {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"\"}", "assistant",
+     "<|begin▁of▁sentence|><|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
+    {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": 5}", "assistant", NULL, 0},
+    {"{\"prompt\": \"p\", \"completion\": \"c\", \"system\": \"S\"}", "assistant", NULL, 0},
+    // An answer without a header of its own is not learnt, but where an answer goes on it has
+    // that answer's.
+    {"{\"messages\": [{\"role\": \"assistant\", \"content\": \"Hello!\"}, {\"role\": \"user\", "
+     "\"content\": \"u\"}, {\"role\": \"assistant\", \"content\": \"a\"}, {\"role\": "
+     "\"assistant\", \"content\": \"b\"}]}", "assistant",
+     "<|begin▁of▁sentence|>Hello!<|end▁of▁sentence|><|User|>u<|Assistant|></think>"
+     "[a<|end▁of▁sentence|>]b<|end▁of▁sentence|>", 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+     "\"content\": \"a\", \"weight\": 0, \"wo_eos\": true}, {\"role\": \"assistant\", "
+     "\"content\": \"b\"}, {\"role\": \"assistant\", \"content\": \"c\"}]}", "assistant",
+     "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>a[b<|end▁of▁sentence|>]"
+     "c<|end▁of▁sentence|>", 0},
+    {"{\"messages\": [{\"role\": \"system\", \"content\": \"S\"}, {\"role\": \"assistant\", "
+     "\"content\": \"a\"}, {\"role\": \"user\", \"content\": \"u\"}, {\"role\": "
+     "\"latest_reminder\", \"content\": \"r\"}, {\"role\": \"assistant\", "
+     "\"content\": \"b\"}]}",
+     "assistant",
+     "<|begin▁of▁sentence|>Sa<|end▁of▁sentence|><|User|>u<|Assistant|></think>"
+     "<|latest_reminder|>r[b<|end▁of▁sentence|>]", 0},
+    // What is no row.
+    {"[1]", "all", NULL, 0}, {"{\"messages\": 3}", "all", NULL, 0}, {"{", "all", NULL, 0},
+    {"{\"a\": 1}", "all", NULL, 0}, {"{\"text\": \"\xff\"}", "all", NULL, 0},
+    {"{\"text\": 5}", "all", NULL, 0}, {"{\"text\": \"a\\x\"}", "all", NULL, 0},
+    {"{\"prompt\": 1, \"completion\": \"c\"}", "all", NULL, 0},
+    {"{\"text\": +1}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": \"\"}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": \"x\"}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": true}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": [1]}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": 1.5}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": \"-1\"}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": 2}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"], \"label\": 4294967296}", "all", NULL, 0},
+    {"{\"ctx\": \"c\", \"endings\": [\"x\", \"y\"]}", "all", NULL, 0},
+    {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all",
+     NULL, 0},
+};
+
 static void test_rows(void) {
-    static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = {
-        {"{\"text\": \"a b\"}", "assistant",
-         "<|begin▁of▁sentence|>[a b<|end▁of▁sentence|>]", 0},
-        {"{\"prompt\": \"2+2=\", \"completion\": \"4\"}", "assistant",
-         "<|begin▁of▁sentence|>2+2=[4<|end▁of▁sentence|>]", 0},
-        {"{\"prompt\": \"p\", \"completion\": \"c\"}", "all",
-         "<|begin▁of▁sentence|>[pc<|end▁of▁sentence|>]", 0},
-        {"{\"prompt\": [{\"role\": \"user\", \"content\": \"u\"}, "
-         "{\"role\": \"assistant\", \"content\": \"v\"}, "
-         "{\"role\": \"user\", \"content\": \"w\"}], "
-         "\"completion\": [{\"role\": \"assistant\", \"content\": \"x\"}]}", "assistant",
-         "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>v"
-         "<|end▁of▁sentence|><|User|>w<|Assistant|></think>[x<|end▁of▁sentence|>]", 0},
-        {"{\"instruction\": \"i\", \"input\": \"\", \"output\": \"o\"}", "assistant",
-         "<|begin▁of▁sentence|><|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
-        {"{\"instruction\": \"i\", \"input\": \"n\", \"output\": \"o\"}", "last",
-         "<|begin▁of▁sentence|><|User|>i\n\nn<|Assistant|></think>"
-         "[o<|end▁of▁sentence|>]", 0},
-        {"{\"ctx\": \"A man\", \"endings\": [\"x\", \"runs.\"], \"label\": \"1\"}", "assistant",
-         "<|begin▁of▁sentence|>A man[ runs.<|end▁of▁sentence|>]", 0},
-        {"{\"conversations\": [{\"from\": \"human\", \"value\": \"h\"}, "
-         "{\"from\": \"gpt\", \"value\": \"g\"}]}", "assistant",
-         "<|begin▁of▁sentence|><|User|>h<|Assistant|></think>[g<|end▁of▁sentence|>]", 0},
-        // Reasoning makes a row a thinking one; a weight of 0 takes an answer out.
-        {"{\"messages\": [{\"role\": \"user\", "
-         "\"content\": [{\"type\": \"text\", \"text\": \"u\"}]}, "
-         "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"a\"}]}", "assistant",
-         "<|begin▁of▁sentence|><|User|>u<|Assistant|><think>[r</think>a"
-         "<|end▁of▁sentence|>]", 0},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, "
-         "{\"role\": \"assistant\", \"content\": \"a\", \"weight\": 0}, "
-         "{\"role\": \"user\", \"content\": \"u\"}, "
-         "{\"role\": \"assistant\", \"content\": \"b\", \"mask\": false}]}", "assistant",
-         "<|begin▁of▁sentence|><|User|>u<|Assistant|></think>a<|end▁of▁sentence|>"
-         "<|User|>u<|Assistant|></think>[b<|end▁of▁sentence|>]", 0},
-        // Characters of two \\u, half of a pair, a 0; and control tokens as text.
-        {"{\"text\": \"\\uD83D\\uDE00\\ud83d\\udE0\\u00e9\\ud800\\u0041\"}", "assistant", NULL, 0},
-        {"{\"text\": \"\\uD83D\\uDE00\\u00e9\\ud800\\u0041\\\\u0041\\udc00\"}", "assistant",
-         "<|begin▁of▁sentence|>[😀é\uFFFDA\\u0041\uFFFD<|end▁of▁sentence|>]", 0},
-        {"{\"text\": \"x<think>y\"}", "assistant",
-         "<|begin▁of▁sentence|>[x<think>y<|end▁of▁sentence|>]", 1},
-        {"{\"text\": \"<|User|>\"}", "assistant",
-         "<|begin▁of▁sentence|>[<|User|><|end▁of▁sentence|>]", 1},
-        // What is no row.
-        {"[1]", "all", NULL, 0}, {"{\"messages\": 3}", "all", NULL, 0}, {"{", "all", NULL, 0},
-        {"{\"a\": 1}", "all", NULL, 0}, {"{\"text\": \"\xff\"}", "all", NULL, 0},
-        {"{\"text\": 5}", "all", NULL, 0}, {"{\"text\": \"a\\x\"}", "all", NULL, 0},
-        {"{\"prompt\": 1, \"completion\": \"c\"}", "all", NULL, 0},
-        {"{\"text\": +1}", "all", NULL, 0},
-        {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
-        {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all",
-         NULL, 0},
-    };
     for (size_t k = 0; k < sizeof rows / sizeof rows[0]; k++) {
         char row[1024], want[1024] = "";
         for (const char *s = rows[k].want, *from = "[]|"; s && *s; s++) {

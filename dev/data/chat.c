@@ -9,13 +9,16 @@
 // Consecutive messages of the user and of tools are one turn. The reasoning of earlier turns is
 // left out (and so are earlier developer messages), because at inference the model does not see it
 // either; but where tools are in play it stays. What the model would generate is learnt: what
-// follows <think> or </think> of a turn, up to and including EOS.
+// follows <think> or </think> of a turn, up to and including EOS. An answer that stands first, or
+// behind another one's EOS, has no such beginning; the model is never asked for one, so none is
+// learnt.
 //
 // A row is one line of JSON: {"messages"}, {"conversations"}, {"prompt", "completion"},
 // {"instruction", "input", "output"}, {"ctx", "endings", "label"} or {"text"}. With messages there
 // may be "tools", "response_format", "thinking_mode" ("chat" or "thinking"; without it, thinking if
-// some answer has reasoning), "drop_thinking" and "reasoning_effort". A message may have "weight" 0
-// or "mask" true: it is read, not learnt.
+// some answer has reasoning), "drop_thinking" and "reasoning_effort"; with messages or an
+// instruction a "system" text, which stands in front. A message may have "weight" 0 or "mask" true:
+// it is read, not learnt.
 //
 // Text of a message is text: control tokens spelled out in it are encoded as the characters they
 // are, and such rows are counted, because whoever wrote them may have meant something else.
@@ -39,7 +42,7 @@ enum { ROLE_SYSTEM, ROLE_DEVELOPER, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_R
 typedef struct { char *s; int n; } Bytes;
 
 typedef struct {
-    int role, at;               // at: its JSON object
+    int role, at;               // at: its JSON object; -1: the row's own system text
     int learnt;                 // an answer that the loss counts
 } Message;
 
@@ -53,6 +56,7 @@ typedef struct {                // a row on its way into tokens
     size_t n, capacity;
     int loss_on, label;         // label: what is written now is learnt
     int thinking, drop, spelled;            // spelled: some text has a control token in it
+    int headed;                 // an answer has begun, and no EOS has come since
     const char *effort;
     int tools, format;          // of the whole row: a JSON value, or -1
     Message *message;
@@ -391,7 +395,7 @@ static const char format_before[] =
 // A message's content: a string, or a list of parts of which only text can be encoded.
 static inline void put_content(Row *r, int at, int is_tool) {
     const Json *j = &r->j;
-    int content = member(j, at, "content");
+    int content = at < 0 ? member(j, 0, "system") : member(j, at, "content");
     if (content < 0) { content = member(j, at, "value"); }
     int kind = content < 0 ? 'n' : json_kind(j, content);
     if (kind == '"') { put_user(r, string_at(j, content)); }
@@ -522,7 +526,7 @@ static inline void put_answer(Row *r, int i, int last) {
     const Message *m = &r->message[r->turn[i].first];
     const Json *j = &r->j;
     int after_task = i > 0 && task_of(r, &r->turn[i - 1]) >= 0;
-    set_label(r, m->learnt);
+    set_label(r, m->learnt && r->headed);
     if (r->thinking && !after_task && (!r->drop || i > last)) {
         int reasoning = member(j, m->at, "reasoning_content");
         put_user(r, string_at(j, reasoning >= 0 ? reasoning : member(j, m->at, "reasoning")));
@@ -530,7 +534,10 @@ static inline void put_answer(Row *r, int i, int last) {
     }
     put_content(r, m->at, 0);
     put_calls(r, member(j, m->at, "tool_calls"));
-    if (!is_set(j, member(j, m->at, "wo_eos"))) { put_control(r, CONTROL_EOS); }
+    if (!is_set(j, member(j, m->at, "wo_eos"))) {
+        put_control(r, CONTROL_EOS);
+        r->headed = 0;
+    }
     set_label(r, 0);
 }
 
@@ -551,7 +558,9 @@ static inline void put_transition(Row *r, int i, int last) {
             put_control(r, r->thinking ? CONTROL_THINK : CONTROL_END_THINK);
         }
         put_control(r, CONTROL_TASKS + which);
+        r->headed = 1;
     } else if (role == ROLE_USER || role == ROLE_DEVELOPER) {
+        r->headed = 1;
         put_control(r, CONTROL_ASSISTANT);
         put_control(r, r->thinking && (!r->drop || i >= last) ? CONTROL_THINK : CONTROL_END_THINK);
     }
@@ -594,7 +603,8 @@ static inline void put_conversation(Row *r) {
 static inline void read_options(Row *r) {
     const Json *j = &r->j;
     int mode = member(j, 0, "thinking_mode"), drop = member(j, 0, "drop_thinking"), any_tools = 0;
-    int effort = member(j, 0, "reasoning_effort");
+    int effort = member(j, 0, "reasoning_effort"), system = member(j, 0, "system");
+    int has_system = r->messages > 0 && r->message[0].role == ROLE_SYSTEM;
     r->tools = member(j, 0, "tools");
     r->format = member(j, 0, "response_format");
     r->thinking = 0;
@@ -622,9 +632,15 @@ static inline void read_options(Row *r) {
         if (!max && !high && strcmp(text, "low") != 0) { row_wrong(r, "reasoning_effort is none of "
                                                                   "low, high, max"); }
     }
-    if ((is_set(j, r->tools) || is_set(j, r->format))
-        && (r->messages == 0 || r->message[0].role != ROLE_SYSTEM)) {
-        messages_grow(r);               // an empty system message that carries them
+    if (has_system && is_set(j, system)) {
+        Bytes own = string_of(j, r->message[0].at, "content"), b = string_at(j, system);
+        if (own.n == 0) { own = string_of(j, r->message[0].at, "value"); }
+        if (own.n != b.n || memcmp(own.s, b.s, (size_t)b.n) != 0) {
+            row_wrong(r, "its system text is another one than that of its first message");
+        }
+    }
+    if (!has_system && (is_set(j, r->tools) || is_set(j, r->format) || is_set(j, system))) {
+        messages_grow(r);               // one with the row's system text, or an empty one
         memmove(r->message + 1, r->message, (size_t)r->messages++ * sizeof *r->message);
         r->message[0] = (Message){ ROLE_SYSTEM, -1, 0 };
     }
@@ -632,6 +648,7 @@ static inline void read_options(Row *r) {
 
 // {"instruction", "input", "output"} and {"ctx", "endings", "label"}: a question and its answer.
 static inline void put_question(Row *r, int question, int more, int answer) {
+    put_content(r, -1, 0);              // the row's system text, if it has one
     put_control(r, CONTROL_USER);
     put_value(r, question, "instruction");
     if (is_set(&r->j, more)) { put_text(r, "\n\n"); put_value(r, more, "input"); }
@@ -641,12 +658,20 @@ static inline void put_question(Row *r, int question, int more, int answer) {
     put_value(r, answer, "output");
 }
 
-// The right one of the endings of a HellaSwag row, or -1.
-static inline int right_ending(const Row *r, int endings) {
-    int label = member(&r->j, 0, "label"), list = endings >= 0 && json_kind(&r->j, endings) == '[';
-    int which = label < 0 || !list ? -1 : atoi(json_text(&r->j, label)), i = endings + 1;
-    if (which < 0 || which >= (list ? r->j.tok[endings].size : 0)) { return -1; }
-    while (which-- > 0) { i = json_next(&r->j, i); }
+// The right one of the endings of a HellaSwag row. Its label is a number, or digits in a string:
+// where the answers are withheld it is "".
+static inline int right_ending(Row *r, int endings) {
+    const Json *j = &r->j;
+    int label = member(j, 0, "label"), i = endings + 1;
+    int length = label < 0 ? 0 : j->tok[label].end - j->tok[label].start;
+    const char *s = label < 0 ? "" : json_text(j, label);
+    int good = length > 0 && length < 10 && (int)strspn(s, "0123456789") >= length;
+    int which = good && json_kind(j, endings) == '[' ? atoi(s) : -1;
+    if (which < 0 || which >= j->tok[endings].size) {
+        row_wrong(r, "its label is not the number of one of its endings, from 0");
+        return -1;
+    }
+    while (which-- > 0) { i = json_next(j, i); }
     return i;
 }
 
@@ -656,7 +681,7 @@ static inline int put_row(Row *r) {
     int messages = member(j, 0, "messages"), text = member(j, 0, "text");
     int prompt = member(j, 0, "prompt"), completion = member(j, 0, "completion");
     int instruction = member(j, 0, "instruction"), output = member(j, 0, "output");
-    int ctx = member(j, 0, "ctx"), ending = right_ending(r, member(j, 0, "endings"));
+    int ctx = member(j, 0, "ctx"), endings = member(j, 0, "endings");
     if (messages < 0) { messages = member(j, 0, "conversations"); }
     int lists = prompt >= 0 && completion >= 0 && json_kind(j, prompt) == '[';
     if (messages >= 0 || lists) {
@@ -665,16 +690,19 @@ static inline int put_row(Row *r) {
         read_options(r);
         put_conversation(r);
     } else if (prompt >= 0 && completion >= 0) {
+        if (is_set(j, member(j, 0, "system"))) {
+            row_wrong(r, "a system text has no place in front of a prompt that is a plain text");
+        }
         put_value(r, prompt, "prompt");
         set_label(r, 1);
         put_value(r, completion, "completion");
     } else if (instruction >= 0 && output >= 0) {
         put_question(r, instruction, member(j, 0, "input"), output);
-    } else if (ctx >= 0 && ending >= 0) {
+    } else if (ctx >= 0 && endings >= 0) {
         put_value(r, ctx, "ctx");
         set_label(r, 1);
         put_text(r, " ");
-        put_value(r, ending, "ending");
+        put_value(r, right_ending(r, endings), "ending");
     } else if (text >= 0) {
         set_label(r, 1);
         put_value(r, text, "text");
@@ -697,7 +725,7 @@ static inline int row_encode(Row *r, const char *line, size_t n) {
     memcpy(copy, line, n);
     copy[n] = 0;
     r->out.n = r->n = 0;
-    r->messages = r->turns = r->spelled = r->label = 0;
+    r->messages = r->turns = r->spelled = r->label = r->headed = 0;
     r->wrong[0] = 0;
     if (!row_parse(&r->j, copy, n, &why)) { row_wrong(r, "%s", why); return BIN_CHAT; }
     tokens_add(&r->out, r->t->control[CONTROL_BOS] | TOKEN_FIRST);

@@ -66,14 +66,22 @@ static inline int file_open(const char *path, size_t *size, const char *hint) {
     return fd;
 }
 
-// The whole file, with a 0 behind it. The caller frees it.
+// Bytes of the mark that some editors put in front of UTF-8. It is no part of the text.
+static inline size_t mark_size(const char *text, size_t n) {
+    return n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
+}
+
+// The whole text of a file, with a 0 behind it. The caller frees it.
 static inline char *file_read(const char *path, size_t *size, const char *hint) {
     int fd = file_open(path, size, hint), error = *size > TEXT_MOST ? EFBIG : 0;
     char *text = (char *)host_alloc(error ? 0 : *size + 1);
     error = error ? error : file_pread(fd, text, *size, 0);
     if (error) { refuse("cannot read %s: %s", path, strerror(error)); }
-    text[*size] = 0;
     close(fd);
+    size_t mark = mark_size(text, *size);
+    *size -= mark;
+    memmove(text, text + mark, *size);
+    text[*size] = 0;
     return text;
 }
 

@@ -5,7 +5,9 @@
 // which writes the same documents to a token file:
 //
 //     cc -O2 -DPREP_MAIN -I.deps/usr/include dev/data/prep.c -o prep -lm
-//     ./prep DIR chat.jsonl chat.bin [assistant|last|completion|all]     (DIR: the model's folder)
+//     ./prep DIR chat.jsonl chat.bin [assistant|last|completion|all] [skip]
+//
+// DIR is the model's folder; skip leaves bad rows out, as --skip-bad-rows does.
 //
 // Contents
 //   1 files into documents      2 packing      3 the order of rows      4 the tool
@@ -52,9 +54,12 @@ typedef struct {                // rows of one step in global order: the same on
 
 // Cuts one document into pieces. Text goes on in the next piece, whose first token is then known
 // but not predicted. Of a conversation that is too long the rest is dropped, and counted: without
-// its beginning it would teach nonsense.
-static inline void data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
-    size_t t = (size_t)d->t;
+// its beginning it would teach nonsense. One that has no label within t is left out, and counted.
+// Returns whether the document is in.
+static inline int data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
+    size_t t = (size_t)d->t, labels = 0;
+    for (size_t i = 1; i < length && i < t; i++) { labels += (token[i] & TOKEN_LABEL) != 0; }
+    if (kind == BIN_CHAT && labels == 0) { d->unlabelled++; return 0; }
     d->documents++;
     d->texts += kind == BIN_TEXT;
     if (kind == BIN_CHAT && length > t) {
@@ -75,6 +80,7 @@ static inline void data_add_document(Data *d, const uint32_t *token, size_t leng
         }
         d->piece[d->pieces++] = p;
     }
+    return 1;
 }
 
 // Adds the documents of one file's tokens, which stay where they are. Every id is checked here,
@@ -157,31 +163,27 @@ static inline uint32_t *text_tokens(const char *path, Tokenizer *t, size_t *n) {
 }
 
 // Adds the documents of a file of JSON, one per line. A row that cannot be used ends the process,
-// or is left out and counted; a row that teaches nothing within t tokens is left out always.
+// or is left out and counted.
 static inline void data_add_jsonl(Data *d, const char *path) {
     size_t size, number = 1;
     char *text = data_read(path, &size);
     Row r = { .t = d->tokenizer, .loss_on = d->loss_on };
     double start = clock_seconds(), told = start;
-    for (size_t at = 0, next; at < size; at = next + 1, number++) {
+    for (size_t at = mark_size(text, size), next; at < size; at = next + 1, number++) {
         char *end = (char *)memchr(text + at, '\n', size - at);
         next = end ? (size_t)(end - text) : size;
         if (strspn(text + at, " \t\r") >= next - at) { continue; }
         int kind = row_encode(&r, text + at, next - at);
         refuse_if(r.wrong[0] && !d->skip_bad_rows, "%s:%zu: %s HINT: --skip-bad-rows leaves such "
-                  "rows out", path, number, r.wrong);
+                  "rows out (of prep: skip, as the last word)", path, number, r.wrong);
         if (r.wrong[0]) { d->bad++; continue; }
         if (r.spelled && d->spelled++ == 0 && this_rank == 0) {
             printf("data   %s:%zu has a control token in its text: such text is taken as it is "
                    "written\n", path, number);
         }
-        size_t labels = 0, most = r.out.n;
-        if (kind == BIN_CHAT && most > (size_t)d->t) { most = (size_t)d->t; }
-        for (size_t i = 1; i < most; i++) { labels += (r.out.token[i] & TOKEN_LABEL) != 0; }
-        if (labels == 0) { d->unlabelled++; continue; }
         uint32_t *token = (uint32_t *)host_alloc(r.out.n * sizeof *token);
         memcpy(token, r.out.token, r.out.n * sizeof *token);
-        data_add_document(d, token, r.out.n, kind);
+        if (!data_add_document(d, token, r.out.n, kind)) { free(token); }
         progress("data", next, size, start, &told);
     }
     row_free(&r);
@@ -191,9 +193,10 @@ static inline void data_add_jsonl(Data *d, const char *path) {
 // --loss-on as a number.
 static inline int loss_on_word(const char *word) {
     static const char *const words[] = { "assistant", "last", "completion", "all" };
-    int i = 0;
-    while (i < LOSS_ALL && strcmp(word, words[i]) != 0) { i++; }
-    return i;
+    for (int i = 0; i <= LOSS_ALL; i++) {
+        if (strcmp(word, words[i]) == 0) { return i; }
+    }
+    die(EXIT_USAGE, "'%s' is none of assistant, last, completion, all", word);
 }
 
 // Writes BOS and a prompt's tokens. Returns how many: at most one more than the prompt has bytes.
@@ -390,19 +393,21 @@ static void write_bin(const Data *d, const char *path, int kind) {
 int main(int argc, char **argv) {
     static Config c;
     Tokenizer t;
-    Data d = { .tokenizer = &t, .t = INT_MAX, .skip_bad_rows = 1 };
-    refuse_if(argc < 4, "usage: prep DIR INPUT OUTPUT.bin [assistant|last|completion|all]");
+    Data d = { .tokenizer = &t, .t = INT_MAX };
+    if (argc > 4 && strcmp(argv[argc - 1], "skip") == 0) { d.skip_bad_rows = 1; argc--; }
+    refuse_if(argc < 4 || argc > 5, "usage: prep DIR INPUT OUTPUT.bin "
+              "[assistant|last|completion|all] [skip]");
+    d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     config_load(&c, argv[1]);
     tokenizer_open(&t, &c, argv[1]);
     d.V = c.V;
-    d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     data_add(&d, argv[2]);
     refuse_if(d.texts > 0 && d.texts < d.documents,
               "%s: %zu documents are text, %zu are not, but a token file holds one kind "
               "HINT: two files", argv[2], d.texts, d.documents - d.texts);
     write_bin(&d, argv[3], d.texts ? BIN_TEXT : BIN_CHAT);
-    printf("data   %s: %zu documents, %zu tokens, %zu labels, %zu bad, %zu without labels\n",
-           argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
+    printf("data   %s: %zu documents, %zu tokens, %zu labels; left out: %zu bad rows, %zu without "
+           "labels\n", argv[3], d.documents, d.tokens, d.labels, d.bad, d.unlabelled);
     return 0;
 }
 #endif
