@@ -553,20 +553,17 @@ size_t training_bytes(const Adapters *s) {
     return n * (s->muon ? 2 : 3) * 4 + (size_t)s->n * (size_t)comm_ep() * 600 + 65536;
 }
 
-// What follows the number in a checkpoint's name; NULL: no such name.
+// What follows the number in a checkpoint's name; "?": it is no such name.
 static inline const char *training_suffix(const char *name) {
     const size_t digits = strncmp(name, "checkpoint-", 11) ? 0 : strspn(name + 11, "0123456789");
-    return digits ? name + 11 + digits : NULL;
+    return digits ? name + 11 + digits : "?";
 }
 
 // How many whole checkpoints there are in out.
 int training_count(const char *out) {
     struct dirent **list = NULL;
     int n = scandir(out, &list, NULL, NULL), whole = 0;
-    for (int i = 0; i < n; free(list[i++])) {
-        const char *suffix = training_suffix(list[i]->d_name);
-        whole += suffix && *suffix == 0;
-    }
+    for (int i = 0; i < n; free(list[i++])) { whole += !*training_suffix(list[i]->d_name); }
     free(list);
     return whole;
 }
@@ -579,8 +576,8 @@ static inline void training_prune(const char *out, const char *newest, int keep)
     int n = scandir(out, &list, NULL, alphasort), whole = 0;
     for (int i = n - 1; i >= 0; free(list[i--])) {
         const char *suffix = training_suffix(list[i]->d_name);
-        int leftover = suffix && (strcmp(suffix, ".tmp") == 0 || strcmp(suffix, ".old") == 0);
-        if (suffix == NULL || (*suffix && !leftover)) { continue; }
+        int leftover = strcmp(suffix, ".tmp") == 0 || strcmp(suffix, ".old") == 0;
+        if (*suffix && !leftover) { continue; }
         path_make(path, out, "/", list[i]->d_name);
         if (!leftover && ++whole > keep && keep > 0 && strcmp(list[i]->d_name, newest) != 0) {
             leftover = rename(path, path_make(trash, path, ".tmp", "")) == 0;   // half is not whole

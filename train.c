@@ -2999,6 +2999,9 @@ static inline void load_data(Trainer *r) {
                                 .pack = strcmp(opt.pack, "exact") == 0,
                                 .tokenizer = &r->tokenizer, .loss_on = loss_on_word(opt.loss_on),
                                 .skip_bad_rows = opt.skip_bad_rows };
+    const char *end = strrchr(opt.train, '.');
+    refuse_if(end && strcmp(end, ".bin") == 0 && is_given(&opt.loss_on), "--loss-on %s, but %s was "
+              "marked when it was made HINT: leave it out", opt.loss_on, opt.train);
     r->train.shuffle = !opt.no_shuffle && !opt.eval;
     if (*opt.train) { data_add(&r->train, opt.train); }
     else if (!*opt.model) { data_add_own_text(&r->train, &r->val); }

@@ -107,6 +107,7 @@ test_refused() {
     refused '--lora-alpha' --lora-alhpa=3
     refused 'lora-alpha' "${small[@]}" --lora-alpha 0
     refused 'eps' "${small[@]}" --eps 0
+    refused 'loss-on.*marked' "${small[@]}" -i tokens.bin --loss-on all
     refused 'muon takes --lora-r up to 64' "${small[@]}" --optimizer muon --lora-r 65
     refused 'steps' -x
     refused 'steps.*many' -x many
