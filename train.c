@@ -3186,11 +3186,12 @@ static inline int train(Trainer *r, const char *checkpoint) {
     Adapters host = adapters_host(&r->model.adapters);
     adapter_save(out_path("adapter"), &host, &r->config, adapter_naming(), base_name());
     adapters_host_end(&host, &r->model.adapters, 0);
-    char val[64] = "";
+    char loss[64] = "", val[64] = "";
     int seconds = (int)(clock_seconds() - began);
+    if (!isnan(r->loss)) { snprintf(loss, sizeof loss, " | loss %.4f", r->loss); }
     if (!isnan(r->val_loss)) { snprintf(val, sizeof val, " | val %.4f", r->val_loss); }
-    say("done   %d steps%s | %dm %02ds | loss %.4f%s | adapter %s (r=%d alpha=%g, names=%s)\n",
-        r->step, report.stop ? ", interrupted" : "", seconds / 60, seconds % 60, r->loss, val,
+    say("done   %d steps%s | %dm %02ds%s%s | adapter %s (r=%d alpha=%g, names=%s)\n",
+        r->step, report.stop ? ", interrupted" : "", seconds / 60, seconds % 60, loss, val,
         out_path("adapter"), opt.r, opt.alpha, opt.names);
     return report.stop ? EXIT_INTERRUPTED : EXIT_OK;
 }
