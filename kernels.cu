@@ -2256,10 +2256,17 @@ static void lora_down(float *u, const bf16 *x, const float *w, float s, const in
 }
 
 template <int KIND>
-static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, const Groups &g, int E,
+static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, const Groups &all, int E,
                        int N, int R) {
-    const int most = longest_group(g, E), columns = blocks_for(N, WGRAD_COLUMNS);
+    const int most = longest_group(all, E), columns = blocks_for(N, WGRAD_COLUMNS);
+    int first = 0;
     if (most == 0) { return; }
+    // A round brings the rows of a few neighbouring experts: they share the card among themselves.
+    while (all.at[first + 1] == all.at[0]) { first++; }
+    while (all.at[E - 1] == all.at[E]) { E--; }
+    Groups g = {};
+    for (int e = first; e <= E; e++) { g.at[e - first] = all.at[e]; }
+    E -= first, grad += (size_t)first * R * N;
     // Enough blocks for the card, but not fewer than 64 rows each.
     int splits = min(blocks_for(most, WGRAD_ROWS), max(1, blocks_for(1056, columns * E)));
     const size_t mark = workspace_mark(), n = (size_t)E * R * N;
