@@ -1393,6 +1393,17 @@ static void test_fp8(void) {
     layer_free(&l);
 }
 
+// A rank may wait for another one's files as long as these take, for nothing else beyond the limit.
+static void test_overdue(void) {
+    comm = (Comm){ .ranks = 1, .ep = 1, .timeout_s = 3 };
+    check(launcher_overdue("sum_real (gradients)", 4), "a late gradient is not overdue");
+    check(!launcher_overdue("sum_real (gradients)", 2), "overdue before the limit");
+    check(!launcher_overdue("barrier (load)", 4), "loading has a limit");
+    check(!launcher_overdue("gather_int (save: errors)", 4), "saving has a limit");
+    comm.timeout_s = 0;
+    check(!launcher_overdue("sum_real (gradients)", 1e9), "--timeout 0 is a limit");
+}
+
 // Scratch that is used in turn: each use has its room, whatever the sizes say. A layer in bf16 has
 // half the rows.
 static void test_scratch(void) {
@@ -1535,6 +1546,7 @@ int main(void) {
     test_forward(0, 1, 63);
     test_repeats();
     test_fp8();
+    test_overdue();
     test_scratch();
     test_wide();
 #if REAL_IS_DOUBLE
