@@ -305,7 +305,8 @@ static inline int launcher_file(char *path, size_t size, const char *folder) {
     size_t used = (size_t)snprintf(path, size, "%s/ranks", folder), begun = used;
     for (int i = 0; i < 4; i++) {
         const char *value = getenv(names[i]);
-        if (value) { used += (size_t)snprintf(path + used, size - used, "-%.256s", value); }
+        if (value == NULL || used >= size) { continue; }
+        used += (size_t)snprintf(path + used, size - used, "-%.256s", value);
     }
     return used > begun;
 }
