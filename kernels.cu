@@ -2256,8 +2256,8 @@ static void lora_down(float *u, const bf16 *x, const float *w, float s, const in
 }
 
 template <int KIND>
-static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, const Groups &all, int E,
-                       int N, int R) {
+static void lora_wgrad(float *grad, const float *u, const bf16 *x, float s, const Groups &all,
+                       int E, int N, int R) {
     const int most = longest_group(all, E), columns = blocks_for(N, WGRAD_COLUMNS);
     int first = 0;
     if (most == 0) { return; }
@@ -4496,8 +4496,8 @@ static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
-// What versions 3 and 4 share (1 is the plain kernel above, 2 was left behind in the ladder). 3 takes
-// tokens whose entries the indexer chose, 4 those that attend to all they see.
+// What versions 3 and 4 share (1 is the plain kernel above, 2 was left behind in the ladder). 3
+// takes tokens whose entries the indexer chose, 4 those that attend to all they see.
 //
 // A tile is 64 rows of 512 dims: the heads of one token, or 64 consecutive keys of its list. In
 // shared memory it is 8 blocks of 64 columns; a block's row is 128 bytes, its 16-byte chunk c lies
@@ -4931,10 +4931,10 @@ static void attention_forward_v3(act *out, real *lse, const act *q, const act *k
 // Version 4: the copy engine, and less waiting
 //
 // What lies together (the queries, whole window tiles, entries) comes through the copy engine, in
-// boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of them. Only tiles on the border
-// between window and entries are gathered by cp.async. Q comes and goes in halves, its next rows
-// between the halves of the first keys. P1 is handed over before the products with P0 are complete,
-// and the products of both tiles follow each other without a wait, unless the outputs must be
+// boxes of 32 rows x 64 columns; a tile of up to 32 keys takes half of them. Only tiles on the
+// border between window and entries are gathered by cp.async. Q comes and goes in halves, its next
+// rows between the halves of the first keys. P1 is handed over before the products with P0 are
+// complete, and the products of both tiles follow each other without a wait, unless outputs must be
 // rescaled in between.
 
 // Version 4's shared memory is version 3's, with two barriers, for the halves of Q, where that has

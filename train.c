@@ -67,7 +67,8 @@ typedef struct {
     HyperConnection hc_attn, hc_ffn;
     const bf16 *attn_norm, *ffn_norm;           // (C)
     const float *sink;                          // (H)
-    const uint8_t *wq_a, *wq_b, *wkv, *wo_a, *wo_b;     // fp8 codes: (Q,C) (H*D,Q) (D,C) (G*O,H*D/G) (C,G*O)
+    const uint8_t *wq_a, *wq_b, *wkv;           // fp8 codes: (Q,C) (H*D,Q) (D,C)
+    const uint8_t *wo_a, *wo_b;                 // (G*O,H*D/G) (C,G*O)
     const uint8_t *sq_a, *sq_b, *skv, *so_a, *so_b;     // and their e8m0 scales
     const bf16 *q_norm, *kv_norm;               // (Q), (D)
     Compressor pool;                            // of the keys, where ratio > 0
@@ -109,7 +110,7 @@ static const TensorKind tensor_kinds[] = {
     {"norm.weight",        DT_BF16, GLOBAL, {D_C},             1, 0.2f, 0, AT_GLOBAL(norm)},
     {"hc_head_fn",         DT_F32,  GLOBAL, {D_HC, D_STREAMS}, 0, 1, 1,    AT_GLOBAL(hc_head.fn)},
     {"hc_head_base",       DT_F32,  GLOBAL, {D_HC},            0, 0.7f, 0, AT_GLOBAL(hc_head.base)},
-    {"hc_head_scale",      DT_F32,  GLOBAL, {D_1},             1, 0.3f, 0, AT_GLOBAL(hc_head.scale)},
+    {"hc_head_scale",      DT_F32,  GLOBAL, {D_1},            1, 0.3f, 0, AT_GLOBAL(hc_head.scale)},
     {"hc_attn_fn",         DT_F32,  EVERY,  {D_MIX, D_STREAMS}, 0, 1, 1,   AT(hc_attn.fn)},
     {"hc_attn_base",       DT_F32,  EVERY,  {D_MIX},           0, 0.7f, 0, AT(hc_attn.base)},
     {"hc_attn_scale",      DT_F32,  EVERY,  {D_3},             1, 0.3f, 0, AT(hc_attn.scale)},
@@ -126,14 +127,16 @@ static const TensorKind tensor_kinds[] = {
     {"attn.kv_norm.weight", DT_BF16, EVERY, {D_D},             1, 0.2f, 0, AT(kv_norm)},
     {"attn.wo_a.weight",   DT_FP8,  EVERY,  {D_GO, D_GC},      0, 1, 1,    AT2(wo_a, so_a)},
     {"attn.wo_b.weight",   DT_FP8,  EVERY,  {D_C, D_GO},       0, 1, 1,    AT2(wo_b, so_b)},
-    {"attn.compressor.ape",           DT_F32,  POOLED, {D_RATIO, D_POOL}, 0, 0.7f, 0, AT(pool.ape)},
-    {"attn.compressor.wkv.weight",    DT_BF16, POOLED, {D_POOL, D_C},     0, 1, 1,    AT(pool.wkv)},
-    {"attn.compressor.wgate.weight",  DT_BF16, POOLED, {D_POOL, D_C},     0, 1, 1,    AT(pool.wgate)},
-    {"attn.compressor.norm.weight",   DT_BF16, POOLED, {D_D},             1, 0.2f, 0, AT(pool.norm)},
-    {"attn.indexer.wq_b.weight",      DT_FP8,  CSA, {D_IHEADS, D_Q},  0, 1, 1, AT2(index_wq, index_sq)},
-    {"attn.indexer.weights_proj.weight", DT_BF16, CSA, {D_IH, D_C},   0, 1, 1, AT(index_weights)},
-    {"attn.indexer.compressor.ape",   DT_F32,  CSA, {D_RATIO, D_IPOOL}, 0, 0.7f, 0, AT(index_pool.ape)},
-    {"attn.indexer.compressor.wkv.weight",   DT_BF16, CSA, {D_IPOOL, D_C}, 0, 1, 1, AT(index_pool.wkv)},
+    {"attn.compressor.ape",           DT_F32, POOLED, {D_RATIO, D_POOL}, 0, 0.7f, 0, AT(pool.ape)},
+    {"attn.compressor.wkv.weight",    DT_BF16, POOLED, {D_POOL, D_C},   0, 1, 1,    AT(pool.wkv)},
+    {"attn.compressor.wgate.weight",  DT_BF16, POOLED, {D_POOL, D_C},   0, 1, 1,    AT(pool.wgate)},
+    {"attn.compressor.norm.weight",   DT_BF16, POOLED, {D_D},           1, 0.2f, 0, AT(pool.norm)},
+    {"attn.indexer.wq_b.weight",    DT_FP8, CSA, {D_IHEADS, D_Q}, 0, 1, 1, AT2(index_wq, index_sq)},
+    {"attn.indexer.weights_proj.weight", DT_BF16, CSA, {D_IH, D_C}, 0, 1, 1, AT(index_weights)},
+    {"attn.indexer.compressor.ape", DT_F32, CSA, {D_RATIO, D_IPOOL}, 0, 0.7f, 0,
+     AT(index_pool.ape)},
+    {"attn.indexer.compressor.wkv.weight",   DT_BF16, CSA, {D_IPOOL, D_C}, 0, 1, 1,
+     AT(index_pool.wkv)},
     {"attn.indexer.compressor.wgate.weight", DT_BF16, CSA, {D_IPOOL, D_C}, 0, 1, 1,
      AT(index_pool.wgate)},
     {"attn.indexer.compressor.norm.weight",  DT_BF16, CSA, {D_ID}, 1, 0.2f, 0, AT(index_pool.norm)},
@@ -243,7 +246,8 @@ static void tensor_draw(const Tensor *t, uint64_t seed) {
     uint64_t key = random_key(seed, t->name);
     size_t n = 1;
     for (int d = 0; d < t->ndim; d++) { n *= t->dim[d]; }
-    int shift = t->type == DT_FP8 ? floor_log2(t->std) - 6 : t->type == DT_FP4 ? floor_log2(t->std) : 0;
+    int fp8 = t->type == DT_FP8, scaled = fp8 || t->type == DT_FP4;
+    int shift = scaled ? floor_log2(t->std) - (fp8 ? 6 : 0) : 0;
     double unit = (double)(float)(ldexp((double)t->std, -shift) / RANDOM_STD);
     if (t->type == DT_I64) {        // K distinct experts per token: a shuffle stopped after K cards
         int K = (int)t->dim[1], E = (int)t->std, *card = host_alloc(sizeof(int) * (size_t)E);
@@ -251,8 +255,8 @@ static void tensor_draw(const Tensor *t, uint64_t seed) {
         for (size_t row = 0; row < t->dim[0]; row++) {
             for (int e = 0; e < E; e++) { card[e] = e; }
             for (int k = 0; k < K; k++) {
-                int j = k + (int)(random_bits(key, row * (size_t)K + (size_t)k) % (uint64_t)(E - k));
-                int drawn = card[j];
+                uint64_t drawn_bits = random_bits(key, row * (size_t)K + (size_t)k);
+                int j = k + (int)(drawn_bits % (uint64_t)(E - k)), drawn = card[j];
                 card[j] = card[k];
                 card[k] = drawn;
                 table[row * (size_t)K + (size_t)k] = drawn;
@@ -439,8 +443,8 @@ void norm_rope_forward(act *out, real *rstd, const act *inp, const bf16 *w, cons
 }
 TWIN(norm_rope_forward)
 
-// dinp (T,H,D) from dout (T,H,D) of the queries and the forward's out; dinp may be dout. The forward
-// may work in place: with no weight its output tells all that the backward needs of its input.
+// dinp (T,H,D) from dout (T,H,D) of the queries and the forward's out; dinp may be dout. The
+// forward may work in place: with no weight its output tells all that is needed of its input.
 void norm_rope_backward(act *dinp, const act *dout, const act *out, const real *rstd,
                         const real *table, const int *position, int T, int H, int D, int rope) {
     GPU(norm_rope_backward_gpu(dinp, dout, out, rstd, table, position, T, H, D, rope))
@@ -776,7 +780,8 @@ static inline int entries_of(int ratio) { return ratio == 128; }
 // Room for T tokens: on the host, where documents_set fills it, or in the arena, where operations
 // read it.
 static void documents_alloc(Documents *d, int T, int on_host) {
-    #define INTS(n) (on_host ? (int *)host_alloc(sizeof(int) * (size_t)(n)) : MEM(int, MEM_SCRATCH, n))
+    #define INTS(n) (on_host ? (int *)host_alloc(sizeof(int) * (size_t)(n)) \
+                             : MEM(int, MEM_SCRATCH, n))
     d->position = INTS(T);
     d->end = INTS(T);
     for (int k = 0; k < 2; k++) {
@@ -1006,7 +1011,9 @@ TWIN(indexer_select)
 // -------------------------------------------------------------------------------------------------
 // 5.4 The core: one softmax over window, entries and sink
 //
-//     l_k = <q, key_k> / sqrt(D),   p_k = exp(l_k) / (sum_k exp(l_k) + exp(sink)),   o = sum_k p_k key_k
+//     l_k = <q, key_k> / sqrt(D)
+//     p_k = exp(l_k) / (sum_k exp(l_k) + exp(sink))
+//     o   = sum_k p_k key_k
 
 // The i-th entry that token t attends to; -1 past the last.
 static inline int attended_entry(const AttentionShape *a, const int *selected, int t, int i) {
@@ -1094,8 +1101,8 @@ void attention_backward_query(act *dq, const act *dout, const real *delta, const
             load_rows(do_h, dout + row * a.D, (size_t)a.D);
             memset(dq_h, 0, sizeof dq_h);
             for (int k = 0; k < n; k++) {
-                // forward: l = scale <q, key>, p = exp(l - lse), o = sum_k p key. So dp = <do, key>,
-                // and the softmax makes dl = p (dp - sum_k p dp) = p (dp - <do, o>).
+                // forward: l = scale <q, key>, p = exp(l - lse), o = sum_k p key. So dp is
+                // <do, key>, and the softmax makes dl = p (dp - sum_k p dp) = p (dp - <do, o>).
                 real p = exp(scale * dot_act(q_h, key[k], a.D) - lse[row]);
                 real dl = p * (dot_act(do_h, key[k], a.D) - delta[row]);
                 for (int d = 0; d < a.D; d++) { dq_h[d] += scale * dl * ld(key[k] + d); }
@@ -1466,6 +1473,12 @@ static inline LayerActs *layer_acts(Model *m, int i) {
     return a;
 }
 
+// Whether the experts' input is kept as codes only (moe.c, x8). The shared expert's backward reads
+// it in full: it is made once more, from streams that are kept anyway, in one place for all layers.
+static inline int experts_input_again(const Model *m) {
+    return m->moe.fp8 && m->options.recompute != RECOMPUTE_FULL;
+}
+
 // layer_output(i) (T,HC,C) from saved[i].X and its m; and the m of the next layer, or of the head.
 static void layer_forward(Model *m, int i, const int *token) {
     const Config *c = &m->config;
@@ -1551,6 +1564,11 @@ static void layer_backward(Model *m, int i) {
     int T = m->documents.T;
     phases.pass = PASS_AGAIN;
     if (m->options.recompute == RECOMPUTE_FULL) { layer_first_half(m, i, a, 1); }
+    if (experts_input_again(m)) {
+        phase(PHASE_STREAMS);
+        hc_enter_forward(a->ffn.x, a->ffn.rstd, a->X_mid, a->ffn.pre, l->ffn_norm, c->norm_eps, T,
+                         c->C);
+    }
 
     phase_in(PHASE_STREAMS, PASS_BACKWARD);
     hc_deal_backward(g->dout, g->dpost, g->dcomb, g->dX, s->f, a->X_mid, a->ffn.post, T, c->C);
@@ -1582,7 +1600,8 @@ void head_loss(real *loss, real *dinp, const act *inp, const bf16 *head, const i
     for (int first = 0; first < T; first += tile) {
         int n = 0, end = first + tile < T ? first + tile : T;
         int *token = host_alloc(sizeof(int) * (size_t)tile);    // those of the tile with a target
-        real *x = host_alloc(sizeof(real) * (size_t)tile * C), *dx = host_alloc(sizeof(real) * (size_t)tile * C);
+        real *x = host_alloc(sizeof(real) * (size_t)tile * C);
+        real *dx = host_alloc(sizeof(real) * (size_t)tile * C);
         real *logit = host_alloc(sizeof(real) * (size_t)tile * V);
         for (int t = first; t < end; t++) {
             loss[t] = 0;
@@ -1733,7 +1752,8 @@ static void adapters_place(Model *m, int i) {
     int first = m->moe.first, local = m->moe.local;
     char name[96], experts[64];
     #define ADD(target, module, in, out) \
-        (snprintf(name, sizeof name, "layers.%d.%s", i, module), adapter_add(s, target, name, in, out))
+        (snprintf(name, sizeof name, "layers.%d.%s", i, module), \
+         adapter_add(s, target, name, in, out))
     l->lq_a = ADD(TARGET_WQ_A, "attn.wq_a", c->C, c->Q);
     l->lq_b = ADD(TARGET_WQ_B, "attn.wq_b", c->Q, c->H * c->D);
     l->lkv = ADD(TARGET_WKV, "attn.wkv", c->C, c->D);
@@ -1748,20 +1768,21 @@ static void adapters_place(Model *m, int i) {
     l->moe.e3 = adapter_add_experts(s, TARGET_EXPERTS_W3, experts, "w3", first, local, c->C, c->F);
 }
 
-static void site_alloc(Site *s, int class_, size_t T, int C) {
+static void site_alloc(Site *s, int class_, size_t T, int C, int own_x) {
     s->pre = MEM(real, class_, T * HC);
     s->post = MEM(real, class_, T * HC);
     s->comb = MEM(real, class_, T * HC * HC);
-    s->x = MEM(act, class_, T * C);
+    if (own_x) { s->x = MEM(act, class_, T * C); }
     s->rstd = MEM(real, class_, T);
 }
 
 // Room for one layer's activations. ratio 4 has the most of everything. keep: until the backward.
-static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R, int keep) {
+// own_x: the experts' input too, else it is the caller's to place.
+static void acts_alloc(LayerActs *a, const Config *c, size_t T, int R, int keep, int own_x) {
     int class_ = MEM_ACTIVATIONS;
     size_t N = (size_t)c->H * c->D, P = T / 4;
-    site_alloc(&a->attn, class_, T, c->C);
-    site_alloc(&a->ffn, class_, T, c->C);
+    site_alloc(&a->attn, class_, T, c->C, 1);
+    site_alloc(&a->ffn, class_, T, c->C, own_x);
     a->ffn.m = MEM(real, class_, T * HC_MIX);
     a->ffn.r = MEM(real, class_, T);
     a->cq_raw = MEM(act, class_, T * c->Q);
@@ -1896,9 +1917,12 @@ static void activations_alloc(Model *m) {
     saved_alloc(m, T);
     int full = m->options.recompute == RECOMPUTE_FULL;
     size_t mark = mem_mark(MEM_ACTIVATIONS);
-    for (int i = 0; i < (full ? 1 : c->layers); i++) { acts_alloc(&m->acts[i], c, T, o->R, !full); }
+    for (int i = 0; i < (full ? 1 : c->layers); i++) {
+        acts_alloc(&m->acts[i], c, T, o->R, !full, i == 0 || !experts_input_again(m));
+        if (i > 0 && experts_input_again(m)) { m->acts[i].ffn.x = m->acts[0].ffn.x; }
+    }
     if (full) { mem_release(MEM_ACTIVATIONS, mark); }   // the head comes after them, and before
-    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C);
+    site_alloc(&m->head, MEM_ACTIVATIONS, T, c->C, 1);
     if (o->training) { gradients_alloc(&m->grad, c, T); }
 #ifdef USE_CUDA
     if (on_gpu) {
@@ -2056,7 +2080,7 @@ static void model_run(Model *m, const Batch *b, int train) {
 }
 
 // The sum of -log p over the labels of this rank's micro-batch, in nats. train: keeps what
-// model_backward needs. Ranks call it the same number of times: the experts' exchange waits for all.
+// model_backward needs. Ranks call it equally often: the experts' exchange waits for all.
 double model_forward(Model *m, const Batch *b, int train) {
     const Config *c = &m->config;
     double sum = 0;
@@ -2170,7 +2194,7 @@ static inline void batch_fill(Batch *x, const Rows *s, int micro, int b, int ran
 // What the user asked for. Names, defaults and meaning stand in the table of part 12.
 static struct {
     const char *model, *train, *val, *out, *config, *schedule, *optimizer, *targets, *names, *init,
-               *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
+        *ns, *routing, *pack, *loss_on, *prompt, *resume, *recompute, *precision, *check_adapter;
     int batch, seq, per_step, steps, warmup, r, shuffle_seed, show_data, val_every, val_steps,
         sample_every, sample_len, save_every, keep, bench, offload, gpus, ranks, ep, seed,
         gen_gpus, refit_every;
@@ -2416,47 +2440,7 @@ static inline const char *bytes_text(double bytes) {
     return out;
 }
 
-// A GPU's memory beside the arenas: CUDA's context and other programs, known when the plan is made,
-// and the kernels, which load when they are first used (measured; the first step says if it holds).
-#define GPU_KERNELS (0.3 * 1073741824)
-static double memory_beside;
-
-// Bytes of the arenas; and what the card says is in use by everyone, where there is one.
-static inline double memory_planned(void) {
-    double bytes = 0;
-    for (int c = 0; c < MEM_CLASSES; c++) { bytes += (double)mem.arena[c].peak; }
-    return bytes;
-}
-static inline double memory_used(void) {
-#ifdef USE_CUDA
-    size_t used, total;
-    if (on_gpu) {
-        gpu_memory(&used, &total);
-        return (double)used;
-    }
-#endif
-    return memory_planned();
-}
-
-// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
-// GPUs what the fullest of them has left, so that all ranks decide alike.
-static inline double memory_free(void) {
-#ifdef USE_CUDA
-    size_t used, total;
-    if (on_gpu) {
-        gpu_memory(&used, &total);
-        double least = -(double)(total - used);
-        comm_max_double(COMM_WORLD, &least, 1, "free memory");
-        return -least;
-    }
-#endif
-    char line[256];
-    double kib = INFINITY;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
-    if (file) { fclose(file); }
-    return 1024 * kib;
-}
+#include "dev/plan.c"       // defines: plan_memory, plan_disk, memory_used, is_of_out
 
 // OUT/name in one of a few buffers.
 static inline const char *out_path(const char *name) {
@@ -2562,7 +2546,7 @@ static Option option_table[] = {
     // What is trained, on what, and where results go.
     {"model", 'm', TEXT, &opt.model, "", "DIR", MODEL, .help = "checkpoint; else a built-in model"},
     {"random-base", 0, FLAG, &opt.random_base, "0", "", MODEL, .help = "-m needs config.json only"},
-    {"routing", 0, TEXT, &opt.routing, "", "LIST", MODEL, .help = "config.json's keys, key=value,.."},
+    {"routing", 0, TEXT, &opt.routing, "", "LIST", MODEL, .help = "config.json's, key=value,.."},
     {"train", 'i', TEXT, &opt.train, "", "F", KEPT, .help = "training data; tiny: its source"},
     {"val", 'j', TEXT, &opt.val, "", "F", KEPT, .help = "validation data; tiny: the held-out tail"},
     {"out", 'o', TEXT, &opt.out, "out", "DIR", NOT_KEPT, .help = "logs, checkpoints, adapter"},
@@ -2827,16 +2811,19 @@ static inline void options_derive(const Config *c) {
 // this process has not touched CUDA when it forks ranks.
 static inline void device_choose(void) {
 #ifdef USE_CUDA
+    enum { OTHERS = 255 };      // there are GPUs, but this program has no kernels for them
     int status = 0;
     fflush(NULL);
     pid_t child = opt.cpu ? -1 : fork();
     if (child == 0) {
-        gpu_count(&gpus);
-        _exit(gpus > 255 ? 255 : gpus);
+        int there;
+        gpu_count(&gpus, &there);
+        _exit(there && gpus == 0 ? OTHERS : gpus < OTHERS ? gpus : OTHERS - 1);
     }
     if (child > 0) { waitpid(child, &status, 0); }
     gpus = child > 0 && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    why_cpu = "no GPU found";
+    why_cpu = gpus == OTHERS ? "a GPU here is no Hopper" : "no GPU found";
+    if (gpus == OTHERS) { gpus = 0; }
 #endif
     if (opt.cpu) { why_cpu = "--cpu"; }
     refuse_if(is_given(&opt.gpus) && opt.gpus > gpus, "--gpus %d, but this program can use %d here "
@@ -2887,91 +2874,6 @@ static inline void print_settings(const Config *c) {
     printf("plan   routing     %d experts, %d per token, %d shared, %d hash-routed layers (%s)\n",
            c->E, c->K, c->n_shared, c->hash_layers, *opt.model ? "config.json" : "built in");
     fflush(stdout);
-}
-
-// Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
-static inline ModelOptions plan_memory(Trainer *r) {
-    int rows = opt.batch * opt.seq, sample = opt.sample_every ? opt.sample_len + 1 : 0;
-    if (sample) { sample += (int)strlen(opt.prompt); }
-    ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
-                       .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
-                       .training = !opt.eval && !*opt.check_adapter };
-    o.offload = o.training ? opt.offload : 0;
-    o.fp8 = *opt.precision == 'f';
-    const Config *c = &r->config;
-    refuse_if(o.fp8 && (c->C % FP8_BLOCK || c->F % FP8_BLOCK), "--precision fp8 needs experts of "
-              "whole blocks of 128 x 128, not of %d x %d", c->F, c->C);
-    refuse_if(ON_GPU && (c->K > 16 || c->V % 4 || c->E / comm_ep() > 256 ||
-                         (c->D != 128 && c->D != 512) || (c->index_dim != 128 && c->index_dim != 512)),
-              "no kernels for this model: on a GPU num_experts_per_tok is at most 16, vocab_size a "
-              "multiple of 4, head_dim and index_head_dim are 128 or 512, and a rank has at most 256 "
-              "experts HINT: --cpu");
-    if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
-    double need = 0, available = memory_free(), sharing = gpus ? 1 : opt.ranks;
-    // As little is computed again as there is room for, with a tenth to spare.
-    static const char *const recompute[] = { "none", "moe", "full" };
-    int fits = strcmp(opt.recompute, "fits") == 0;
-    while (!fits && strcmp(opt.recompute, recompute[o.recompute])) { o.recompute++; }
-    for (; ; o.recompute++) {
-        mem_count();
-        model_alloc(&r->model, &r->config, &o);
-        need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
-        if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
-    }
-    if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
-    if (o.offload) {
-        say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
-            bytes_text((double)o.offload * o.max_tokens * HC * c->C * sizeof(act)), o.offload);
-    }
-    for (int k = 0; k < MEM_CLASSES; k++) {
-        say("plan   %-11s %s\n", mem_names[k], bytes_text((double)mem.arena[k].peak));
-    }
-    if (ON_GPU) {
-        memory_beside = memory_used() + GPU_KERNELS;
-        say("plan   %-11s %s in use already, %s for kernels that load when first used\n", "context",
-            bytes_text(memory_used()), bytes_text(GPU_KERNELS));
-    }
-    say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
-        bytes_text(memory_planned() + memory_beside), bytes_text(need * (gpus ? opt.ranks : 1)),
-        opt.ranks, plural(opt.ranks), bytes_text(available), gpus > 1 ? " on each GPU" : "",
-        recompute[o.recompute], need > available ? "too much" : "OK");
-    if (need > available) {
-        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
-            "--offload, or more GPUs", bytes_text(need), bytes_text(available),
-            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ");
-    }
-    return o;
-}
-
-// Is the checkpoint that is gone on with one of OUT? Then its logs are there too.
-static inline int is_of_out(const char *checkpoint) {
-    struct stat here, out;
-    char path[PATH_SIZE];
-    return *checkpoint && stat(path_make(path, checkpoint, "/..", ""), &here) == 0 &&
-           stat(opt.out, &out) == 0 && here.st_dev == out.st_dev && here.st_ino == out.st_ino;
-}
-
-// What the run will write, against the space there is: --keep checkpoints and one that is being
-// written, each with its moments, and the final adapter. Those of a run that is gone on with make
-// room for the new ones. Without --save-every only an interruption saves.
-static inline void plan_disk(const Adapters *a, const char *checkpoint) {
-    double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
-    int there = is_of_out(checkpoint) ? training_count(opt.out) : 0;
-    int more = opt.save_every ? opt.keep - (there < opt.keep ? there : opt.keep) : 0;
-    double need = one * (more + 1) + adapter;
-    char folder[PATH_SIZE];
-    path_make(folder, opt.out, "", "");
-    while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
-        char *slash = strrchr(folder, '/');
-        if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
-    }
-    double available = (double)disk_free(folder);
-    say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
-        bytes_text(need), more, bytes_text(adapter), bytes_text(available), folder);
-    if (need > available) {
-        die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
-            bytes_text(need), opt.out, bytes_text(available));
-    }
 }
 
 // Rows are those of the first epoch; with shuffling, another one may have a few more or less.

@@ -17,11 +17,12 @@
 
 int on_gpu;                         // 1: the program's operations jump to their kernels
 
-// GPUs that this program can use: Hoppers, since it is built for sm_90a, and without NCCL one. With
-// others among them, none: a rank's number says which it takes.
-extern "C" void gpu_count(int *n_h) {
-    if (cudaGetDeviceCount(n_h) != cudaSuccess) { *n_h = 0; }
-    for (int i = 0, major; i < *n_h; i++) {
+// The GPUs that there are, and how many of them this program can use: Hoppers, since it is built for
+// sm_90a, and without NCCL one. With others among them, none: a rank's number says which it takes.
+extern "C" void gpu_count(int *n_h, int *there_h) {
+    if (cudaGetDeviceCount(there_h) != cudaSuccess) { *there_h = 0; }
+    *n_h = *there_h;
+    for (int i = 0, major; i < *there_h; i++) {
         cudaCheck(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
         if (major != 9) { *n_h = 0; }
     }

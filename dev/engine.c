@@ -51,8 +51,36 @@ typedef struct {
 
 static Engine engine;
 
+// Bytes that a move of r takes on this rank while it lasts (refit.c, staging_begin): two layers'
+// transfers, of which every other one goes to the same place, and all that is sent whole by one
+// rank, in the first of the two.
+static double engine_staging(const Refit *r) {
+    size_t most[2] = { 0, 0 }, bytes = 0;
+    for (size_t i = 0, at = 1; i < r->n_transfers && r->transfer[i].param < r->bulk; i++) {
+        const Transfer *t = &r->transfer[i];
+        const int layer = r->param[t->param].layer / r->stage_layers;
+        if (i == 0 || layer != r->param[t[-1].param].layer / r->stage_layers) {
+            at = !at;
+            bytes = 0;
+        }
+        const int mine = t->from == this_rank || t->to == this_rank;
+        if (mine && t->from != t->to) { bytes += staged_bytes(&t->box); }
+        if (bytes > most[at]) { most[at] = bytes; }
+    }
+    for (int root = 0; root < comm_size(COMM_ALL); root++) {
+        Region box;
+        bytes = 0;
+        for (int i = r->bulk; i < r->n; i++) {
+            if (root_region(&box, r, &r->param[i], root)) { bytes += staged_bytes(&box); }
+        }
+        if (bytes > most[0]) { most[0] = bytes; }
+    }
+    return (double)(most[0] + most[1]);
+}
+
 // Collective over all ranks. m: the model or, on a receiver, its lists. ep: of the trainers.
-static void engine_plan(Engine *e, const Model *m, int ep) {
+// Returns what a refit takes in passing, on the rank of this kind that needs most.
+static double engine_plan(Engine *e, const Model *m, int ep) {
     const int receivers = comm_receivers(), trainers = comm_size(COMM_ALL) - receivers;
     Refit *const both[2] = { &e->base, &e->adapters };
     for (int k = 0; k < 2; k++) {
@@ -72,6 +100,9 @@ static void engine_plan(Engine *e, const Model *m, int ep) {
             refuse("%s for %d receivers: %s HINT: fewer --gen-gpus", p->name, receivers, p->misc);
         }
     }
+    double staging = fmax(engine_staging(&e->base), engine_staging(&e->adapters));
+    comm_max_double(COMM_WORLD, &staging, 1, "refit: plan");
+    return staging;
 }
 
 // The place of tensor "layers.<layer>.<module><end>" in memory, NULL if it is not of the plan.
@@ -302,7 +333,7 @@ static void engine_open(Engine *e, const Config *c, const ModelOptions *o, int e
     Config *own = &e->model.config;
     mem_count();
     model_alloc(&e->model, c, o);       // the lists only: names and shapes
-    engine_plan(e, &e->model, ep);
+    const double staging = engine_plan(e, &e->model, ep);
     own->H /= receivers;
     own->G /= receivers;
     e->F = c->F / receivers;
@@ -313,13 +344,15 @@ static void engine_open(Engine *e, const Config *c, const ModelOptions *o, int e
     mem_count();
     engine_alloc(e);
     if (comm_rank() == 0) {
-        printf("plan   %-11s %.1f MiB of weights, %.1f MiB twice of adapters, %.1f MiB to work, on "
-               "each of %d\n", "receivers", (double)e->base.bytes / 1048576,
-               (double)e->adapters.bytes / 1048576, (double)(mem.arena[MEM_ACTIVATIONS].peak +
-               mem.arena[MEM_SCRATCH].peak) / 1048576, receivers);
+        printf("plan   %-11s %s of weights, %s twice of adapters, %s to work, %s while weights "
+               "travel, on each of %d\n", "receivers", bytes_text((double)e->base.bytes),
+               bytes_text((double)e->adapters.bytes), bytes_text((double)
+               (mem.arena[MEM_ACTIVATIONS].peak + mem.arena[MEM_SCRATCH].peak)),
+               bytes_text(staging), receivers);
         fflush(stdout);
     }
-    const double need = memory_planned() * (ON_GPU ? 1 : receivers), available = memory_free();
+    const double need = (memory_planned() + staging) * (ON_GPU ? 1 : receivers);
+    const double available = memory_free();
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed by receivers, %s are free HINT: more --gen-gpus, a "
             "smaller -t", bytes_text(need), bytes_text(available));
@@ -408,7 +441,12 @@ static void engine_exchange(Engine *e, Trainer *r) {
 // Trainers, once the model is loaded: plans, and sends the base. Collective with engine_receive.
 static void engine_begin(Trainer *r) {
     if (comm_receivers() == 0) { return; }
-    engine_plan(&engine, &r->model, comm_ep());
+    const double staging = engine_plan(&engine, &r->model, comm_ep()), available = memory_free();
+    say("plan   %-11s %s more per rank while weights travel\n", "refit", bytes_text(staging));
+    if (staging > available) {
+        die(EXIT_FIT, "%s of memory are needed while weights travel, %s are free HINT: a smaller -b "
+            "or -t, --recompute full, --offload", bytes_text(staging), bytes_text(available));
+    }
     engine_alloc_losses(&engine);
     refit_move(&engine.base, NULL, REFIT_POINTS);
 }

@@ -5,7 +5,7 @@
 extern "C" {
 #endif
 // The device: start, memory, copies
-void gpu_count(int *n_h);
+void gpu_count(int *n_h, int *there_h);
 void gpu_start(int device, char *name_h, size_t size);
 void gpu_alloc(void **p, size_t bytes);
 void gpu_free(void *p);

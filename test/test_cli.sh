@@ -278,13 +278,19 @@ within() {
 # Experts in fp8, on the base that has read English: close to bf16, and not the same; the same bytes
 # whatever is computed again; with ranks; with a rank that no tile divides; with a forward alone.
 test_fp8() {
-    local options=("${given[@]}" -i text.txt -d 64 -x 3) how
+    local options=("${given[@]}" -i text.txt -d 64 -x 3) how kept
+    local big=("${given[@]}" -i text.txt -b 64 -d 4096 -x 3 --dry-run)
     run 0 "${options[@]}" -o bf16
     for how in full moe none; do
         run 0 "${options[@]}" --precision fp8 --recompute $how -o fp8-$how
         check "--precision fp8 does not say what its experts are like" grep -qE \
             '^fp8 .*: [0-9]+, more: 0 \| 0 of 5 layers stay in bf16' log
         equal_runs "fp8, --recompute $how" fp8-full fp8-$how
+        run 0 "${big[@]}" --recompute $how --precision fp8
+        kept=$(awk '/^plan +activations/ { print $3 }' log)
+        run 0 "${big[@]}" --recompute $how
+        check "fp8 keeps $kept MiB, --recompute $how" awk -v kept="$kept" '
+            /^plan +activations/ { n++; fits = kept <= $3 } END { exit !(n == 1 && fits) }' log
     done
     check "losses in fp8 and bf16: $(value loss fp8-full) | $(value loss bf16)" \
         within 0.01 "$(value loss fp8-full)" "$(value loss bf16)"

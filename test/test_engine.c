@@ -28,9 +28,9 @@ static int cards;           // GPUs that ranks may take; 0: the CPU
 
 static void count_cards(void) {
 #ifdef USE_CUDA
-    int status = 0;
+    int status = 0, there;
     pid_t child = fork();           // CUDA does not survive the forks that follow
-    if (child == 0) { gpu_count(&cards); _exit(cards); }
+    if (child == 0) { gpu_count(&cards, &there); _exit(cards); }
     waitpid(child, &status, 0);
     cards = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 #endif
@@ -149,6 +149,13 @@ static void crew_config(Config *config) {
     fclose(f);
 }
 
+// What a move took in passing (16 bytes of slack per place) is what the plan says it would.
+static void check_staging(const Refit *r) {
+    const double took = (double)r->room[0] + (double)r->room[1];
+    const int places = (r->room[0] > 0) + (r->room[1] > 0);
+    fail_on(engine_staging(r) + 16 * places != took, "staging is not as planned", took);
+}
+
 // What every rank of the crew does first: the model, the plans, the base.
 static void crew_begin(Engine *e, Model *m) {
     Config c;
@@ -168,6 +175,7 @@ static void crew_begin(Engine *e, Model *m) {
         engine_plan(e, m, crew.ep);
     }
     refit_move(&e->base, e->weights, REFIT_POINTS);
+    check_staging(&e->base);
     if (comm_is_receiver()) { engine_bind(e); }
     mem.closed = 1;
 }
@@ -201,6 +209,7 @@ static void crew_ranks(void *unused) {
     double first = measure(e, &m), last = 0;
     fail_on(!(first < close_kl), "the packed base and adapters", first);
     if (crew.die && this_rank == crew.die - 1) { raise(SIGKILL); }
+    check_staging(&e->adapters);
     scale_reals(m.adapters.p, 1.5, n);          // training goes on
     double stale = measure(e, &m);
     fail_on(receiver && !(stale > close_kl && stale > 100 * first), "old adapters pass", stale);

@@ -164,10 +164,10 @@ static void run_collectives(void *arg) {
 
 // An argument: only shapes of so many GPUs, for instance to try NCCL's settings.
 int main(int argc, char **argv) {
-    int status = 0, gpus = 0, only = argc > 1 ? atoi(argv[1]) : 0;
+    int status = 0, gpus = 0, there, only = argc > 1 ? atoi(argv[1]) : 0;
     pid_t child = fork();
     if (child == 0) {
-        gpu_count(&gpus);
+        gpu_count(&gpus, &there);
         _exit(gpus);
     }
     waitpid(child, &status, 0);

@@ -827,9 +827,9 @@ static void test_boxes(int boxes) {
 }
 
 int main(void) {
-    int gpus = 0;
+    int gpus = 0, there;
     char name[128];
-    gpu_count(&gpus);
+    gpu_count(&gpus, &there);
     if (gpus == 0) {
         skip("no GPU on this machine");
         return finish("test_kernels");

@@ -1,0 +1,143 @@
+// plan.c: what a run will take, said before anything is allocated: memory by class, and disk. The
+// model is allocated twice by the same code, the first time only to be counted, so the plan cannot
+// forget anything; what it cannot count (CUDA's context, kernels) is measured, and the first step
+// says how far the plan was off. A run that does not fit ends here, with what would make it fit.
+#ifndef TRAIN_C
+#include "../train.c"       // compiled alone, this is train.c, which includes it where it is used
+#elif !defined(PLAN_C)
+#define PLAN_C
+
+// A GPU's memory beside the arenas: CUDA's context and other programs, known when the plan is made,
+// and the kernels, which load when they are first used (measured; the first step says if it holds).
+#define GPU_KERNELS (0.3 * 1073741824)
+static double memory_beside;
+
+// Bytes of the arenas; and what the card says is in use by everyone, where there is one.
+static inline double memory_planned(void) {
+    double bytes = 0;
+    for (int c = 0; c < MEM_CLASSES; c++) { bytes += (double)mem.arena[c].peak; }
+    return bytes;
+}
+static inline double memory_used(void) {
+#ifdef USE_CUDA
+    size_t used, total;
+    if (on_gpu) {
+        gpu_memory(&used, &total);
+        return (double)used;
+    }
+#endif
+    return memory_planned();
+}
+
+// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
+// GPUs what the fullest of them has left, so that all ranks decide alike.
+static inline double memory_free(void) {
+#ifdef USE_CUDA
+    size_t used, total;
+    if (on_gpu) {
+        gpu_memory(&used, &total);
+        double least = -(double)(total - used);
+        comm_max_double(COMM_WORLD, &least, 1, "free memory");
+        return -least;
+    }
+#endif
+    char line[256];
+    double kib = INFINITY;
+    FILE *file = fopen("/proc/meminfo", "r");
+    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
+    if (file) { fclose(file); }
+    return 1024 * kib;
+}
+
+// What the model is asked for, but for what is recomputed. Refuses what there are no kernels for.
+static inline ModelOptions plan_options(const Config *c) {
+    int rows = opt.batch * opt.seq, sample = opt.sample_every ? opt.sample_len + 1 : 0;
+    if (sample) { sample += (int)strlen(opt.prompt); }
+    ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
+                       .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
+                       .training = !opt.eval && !*opt.check_adapter };
+    o.offload = o.training ? opt.offload : 0;
+    o.fp8 = *opt.precision == 'f';
+    if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
+    refuse_if(o.fp8 && (c->C % FP8_BLOCK || c->F % FP8_BLOCK), "--precision fp8 needs experts of "
+              "whole blocks of 128 x 128, not of %d x %d", c->F, c->C);
+    refuse_if(ON_GPU && (c->K > 16 || c->V % 4 || c->E / comm_ep() > 256 ||
+                         (c->D != 128 && c->D != 512) ||
+                         (c->index_dim != 128 && c->index_dim != 512)),
+              "no kernels for this model: on a GPU num_experts_per_tok is at most 16, vocab_size a "
+              "multiple of 4, head_dim and index_head_dim are 128 or 512, and a rank has at most "
+              "256 experts HINT: --cpu");
+    return o;
+}
+
+// Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
+static inline ModelOptions plan_memory(Trainer *r) {
+    const Config *c = &r->config;
+    ModelOptions o = plan_options(c);
+    double need = 0, available = memory_free(), sharing = ON_GPU ? 1 : opt.ranks;
+    // As little is computed again as there is room for, with a tenth to spare.
+    static const char *const recompute[] = { "none", "moe", "full" };
+    int fits = strcmp(opt.recompute, "fits") == 0;
+    while (!fits && strcmp(opt.recompute, recompute[o.recompute])) { o.recompute++; }
+    for (; ; o.recompute++) {
+        mem_count();
+        model_alloc(&r->model, &r->config, &o);
+        need = (memory_planned() + GPU_KERNELS * ON_GPU) * sharing;
+        if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
+    }
+    if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
+    if (o.offload) {
+        say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
+            bytes_text((double)o.offload * o.max_tokens * HC * c->C * sizeof(act)), o.offload);
+    }
+    for (int k = 0; k < MEM_CLASSES; k++) {
+        say("plan   %-11s %s\n", mem_names[k], bytes_text((double)mem.arena[k].peak));
+    }
+    if (ON_GPU) {
+        memory_beside = memory_used() + GPU_KERNELS;
+        say("plan   %-11s %s in use already, %s for kernels that load when first used\n", "context",
+            bytes_text(memory_used()), bytes_text(GPU_KERNELS));
+    }
+    say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
+        bytes_text(memory_planned() + memory_beside), bytes_text(need * (ON_GPU ? opt.ranks : 1)),
+        opt.ranks, plural(opt.ranks), bytes_text(available),
+        ON_GPU && opt.ranks > 1 ? " on each GPU" : "", recompute[o.recompute], need > available ? "too much" : "OK");
+    if (need > available) {
+        die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
+            "--offload, or more GPUs", bytes_text(need), bytes_text(available),
+            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ");
+    }
+    return o;
+}
+
+// Is the checkpoint that is gone on with one of OUT? Then its logs are there too.
+static inline int is_of_out(const char *checkpoint) {
+    struct stat here, out;
+    char path[PATH_SIZE];
+    return *checkpoint && stat(path_make(path, checkpoint, "/..", ""), &here) == 0 &&
+           stat(opt.out, &out) == 0 && here.st_dev == out.st_dev && here.st_ino == out.st_ino;
+}
+
+// What the run will write, against the space there is: --keep checkpoints and one that is being
+// written, each with its moments, and the final adapter. Those of a run that is gone on with make
+// room for the new ones. Without --save-every only an interruption saves.
+static inline void plan_disk(const Adapters *a, const char *checkpoint) {
+    double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
+    int there = is_of_out(checkpoint) ? training_count(opt.out) : 0;
+    int more = opt.save_every ? opt.keep - (there < opt.keep ? there : opt.keep) : 0;
+    double need = one * (more + 1) + adapter;
+    char folder[PATH_SIZE];
+    path_make(folder, opt.out, "", "");
+    while (access(folder, F_OK) != 0) {         // OUT may not exist yet: its nearest ancestor does
+        char *slash = strrchr(folder, '/');
+        if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
+    }
+    double available = (double)disk_free(folder);
+    say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
+        bytes_text(need), more, bytes_text(adapter), bytes_text(available), folder);
+    if (need > available) {
+        die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
+            bytes_text(need), opt.out, bytes_text(available));
+    }
+}
+#endif // PLAN_C
