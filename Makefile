@@ -66,8 +66,8 @@ NCCL_LINK = $(NCCL:%=-L%/lib -Xlinker -rpath=%/lib) -l:libnccl.so.2
 ifneq ($(NEEDS_CC),)
   CUDA ?= $(if $(ACT)$(REAL)$(filter 1,$(SAN)),0,$(if $(filter yes,$(NVCC_WORKS)),1,0))
   CUDA := $(CUDA)
-  HAS_NCCL := $(if $(filter 1,$(CUDA)),$(call probe,'$(HASH)include <nccl.h>' 'int n(void) { \
-      return ncclGroupEnd(); }',$(NCCL:%=-I%/include) $(CUDA_HOME:%=-I%/include -L%/lib64) $(NCCL_LINK)))
+  HAS_NCCL := $(if $(CUDA:0=),$(call probe,'$(HASH)include <nccl.h>' 'int n(void) { return \
+      ncclGroupEnd(); }',$(NCCL:%=-I%/include) $(CUDA_HOME:%=-I%/include -L%/lib64) $(NCCL_LINK)))
   # The recorded flags are rewritten, and so everything is rebuilt, only when they differ.
   SIGNATURE := $(strip $(CC) $(BASE) $(FLAVOUR) $(LIBS) $(NVCC) $(CUDA_ARCH) cuda=$(CUDA) \
       jsmn=$(JSMN) stb=$(STB) nccl=$(HAS_NCCL)$(NCCL))
@@ -88,7 +88,7 @@ train: $(MODULES) kernels.cu build/flags $(if $(filter 1,$(CUDA)),build/kernels.
 	    "$(if $(OPENMP),✓ OpenMP found,✗ OpenMP not found -> one thread; clang needs libomp-dev)" \
 	    "$(if $(JSMN),✓ jsmn.h found,✗ jsmn.h not found -> no -m and no --resume; make deps)" \
 	    "$(if $(STB),✓ stb headers found,✗ stb headers not found -> no loss.png; make deps)" \
-	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc, or ACT or SAN -> CPU only)" \
+	    "$(if $(filter 1,$(CUDA)),✓ nvcc found: kernels included,✗ no nvcc, ACT or SAN -> CPU only)" \
 	    "$(if $(HAS_NCCL),✓ NCCL found,✗ NCCL not found -> at most one GPU; libnccl-dev or NCCL=DIR)"
 	@rm -f $@
 ifeq ($(CUDA),1)
@@ -165,7 +165,8 @@ build/%_gpu: test/%.c build/kernels.o build/flags
 	@echo "cc $(@F)"; rm -f $@
 	@$(CC) $(BASE) $(FLAVOUR) -DUSE_CUDA -MMD -MP -MF $@.d -MT $@ -c $< -o $@.o
 	@$(NVCC_LINK) $@.o build/kernels.o -o $@ $(CUDA_LIBS)
-test-gpu: GPU_TESTS = $(if $(CUDA:0=),$(patsubst %,build/test_%_gpu,kernels gpus engine) test/test_ranks.sh)
+test-gpu: GPU_TESTS = $(if $(CUDA:0=),$(patsubst %,build/test_%_gpu,kernels gpus engine) \
+    test/test_ranks.sh)
 test-gpu: test
 
 # --------------------------------------------------------------------------------------------------
@@ -188,11 +189,10 @@ twins:
 check: $(CHECKS) twins cuda-check
 	@echo "✓ each alone, -Wall -Wextra -Werror, as bf16, float, double, without OpenMP: $(MODULES)"
 
-clean:
-	rm -rf build train
+clean: ; rm -rf build train
 
 help:
-	@echo "make              ./train; ACT=float, SAN=1; CC, CFLAGS, CPPFLAGS, NVCC, CUDA_ARCH, NCCL=DIR"
+	@echo "make              ./train; ACT=float, SAN=1; CC, CFLAGS, CPPFLAGS, NVCC, CUDA_ARCH, NCCL"
 	@echo "make deps         jsmn.h and stb into .deps (Debian, no root): -m, --resume, loss.png"
 	@echo "make test         every test that needs no GPU; logs in build/*.log"
 	@echo "make test-gpu     the same, and every kernel against its C text"

@@ -9,7 +9,7 @@
 // That product is exact in a float, so a frozen matrix stays as it was stored, and a row of it is
 // widened inside the product that needs it. Frozen means: a forward y = W x, a backward
 // dx = W^T dy, and never a dW. Every linear of the trainer, whatever it is stored as, is these two
-// products over a tile of rows; mxfp4.c and lora.c bring their own ways to widen, and add to them.
+// products over a tile of rows; mxfp4.c brings one more way to widen, lora.c adds to the products.
 //
 // What it refuses to do: wide copies of frozen weights, gradients of frozen weights, sums whose
 // bits depend on how many rows or threads there are.
@@ -341,7 +341,8 @@ void linear_fp8_forward(act *out, const act *inp, const uint8_t *w, const uint8_
 }
 TWIN(linear_fp8_forward)
 
-// dinp (T,C) = dout (T,O) times w. Overwrites dinp.
+// dinp (T,C) = dout (T,O) times w. Overwrites dinp. The trainer's is lora_linear_backward: all fp8
+// matrices that pass a gradient may have an adapter, but wo_a (train.c, 5.5).
 void linear_fp8_backward(act *dinp, const act *dout, const uint8_t *w, const uint8_t *scale, int T,
                          int C, int O) {
     CPU_ONLY();
@@ -513,6 +514,28 @@ void quantize_blocks_fp8(uint8_t *codes, uint8_t *scales, const float *w, int O,
 
 static inline real sigmoid(real x) { return 1 / (1 + exp(-x)); }
 
+// h of one gate and value.
+static inline real swiglu(real gate, real value, real w, float limit) {
+    gate = gate > limit ? limit : gate;
+    value = value > limit ? limit : value < -limit ? -limit : value;
+    return w * (gate * sigmoid(gate)) * value;
+}
+
+// Its slopes times dh: *dgate and *dvalue; *dw += that by w.
+static inline void swiglu_slopes(real *dgate, real *dvalue, real *dw, real dh, real gate,
+                                 real value, real w, float limit) {
+    // forward: g' = min(g, limit), v' = clamp(v, -limit, limit)
+    int gate_passes = !(gate > limit), value_passes = !(value > limit || value < -limit);
+    gate = gate_passes ? gate : limit;
+    value = value_passes ? value : value > 0 ? limit : -limit;
+    // forward: h = w silu(g') v'
+    real s = sigmoid(gate), silu = gate * s;
+    *dw += dh * silu * value;
+    *dvalue = value_passes ? w * dh * silu : 0;
+    // forward: silu(x) = x s(x), so its slope is s + x s (1 - s)
+    *dgate = gate_passes ? w * dh * value * (s * (1 + gate * (1 - s))) : 0;
+}
+
 // h (T,F) from g (T,F), v (T,F) and weight (T), or NULL for all ones. limit may be INFINITY.
 void swiglu_forward(act *h, const act *g, const act *v, const real *weight, float limit, int T,
                     int F) {
@@ -521,10 +544,7 @@ void swiglu_forward(act *h, const act *g, const act *v, const real *weight, floa
     for (int t = 0; t < T; t++) {
         real w = weight ? weight[t] : 1;
         for (size_t i = (size_t)t * F; i < (size_t)(t + 1) * F; i++) {
-            real gate = ld(g + i), value = ld(v + i);
-            gate = gate > limit ? limit : gate;
-            value = value > limit ? limit : value < -limit ? -limit : value;
-            st(h + i, w * (gate * sigmoid(gate)) * value);
+            st(h + i, swiglu(ld(g + i), ld(v + i), w, limit));
         }
     }
 }
@@ -536,19 +556,11 @@ void swiglu_backward(act *dg, act *dv, real *dweight, const real *dh, const act 
     GPU(swiglu_backward_gpu(dg, dv, dweight, dh, g, v, weight, limit, T, F))
     #pragma omp parallel for
     for (int t = 0; t < T; t++) {
-        real w = weight ? weight[t] : 1, dw = 0;
+        real w = weight ? weight[t] : 1, dw = 0, dgate, dvalue;
         for (size_t i = (size_t)t * F; i < (size_t)(t + 1) * F; i++) {
-            // forward: g' = min(g, limit), v' = clamp(v, -limit, limit)
-            real gate = ld(g + i), value = ld(v + i);
-            int gate_passes = !(gate > limit), value_passes = !(value > limit || value < -limit);
-            gate = gate_passes ? gate : limit;
-            value = value_passes ? value : value > 0 ? limit : -limit;
-            // forward: h = w silu(g') v'
-            real s = sigmoid(gate), silu = gate * s;
-            dw += dh[i] * silu * value;
-            st(dv + i, value_passes ? w * dh[i] * silu : 0);
-            // forward: silu(x) = x s(x), so its slope is s + x s (1 - s)
-            st(dg + i, gate_passes ? w * dh[i] * value * (s * (1 + gate * (1 - s))) : 0);
+            swiglu_slopes(&dgate, &dvalue, &dw, dh[i], ld(g + i), ld(v + i), w, limit);
+            st(dg + i, dgate);
+            st(dv + i, dvalue);
         }
         if (dweight) { dweight[t] = dw; }
     }
@@ -573,10 +585,7 @@ void swiglu_quantize_forward(uint8_t *codes, uint8_t *scales, const act *gv, con
         for (int c = 0; c < F; c += FP8_BLOCK) {
             const act *g = gv + (size_t)t * 2 * F + c, *v = g + F;
             for (int i = 0; i < FP8_BLOCK; i++) {
-                real gate = ld(g + i), value = ld(v + i);
-                gate = gate > limit ? limit : gate;
-                value = value > limit ? limit : value < -limit ? -limit : value;
-                h[i] = w * (gate * sigmoid(gate)) * value;
+                h[i] = swiglu(ld(g + i), ld(v + i), w, limit);
             }
             size_t group = ((size_t)t * F + c) / FP8_BLOCK;
             scales[group] = quantize_group(codes + group * FP8_BLOCK, h, floor, FP8_BLOCK);
@@ -597,18 +606,7 @@ void swiglu_quantize_backward(uint8_t *dcodes, uint8_t *dscales, real *dweight, 
         for (int c = 0; c < F; c += FP8_BLOCK) {
             const act *g = gv + (size_t)t * 2 * F + c, *v = g + F, *d = dh + (size_t)t * F + c;
             for (int i = 0; i < FP8_BLOCK; i++) {
-                // forward: g' = min(g, limit), v' = clamp(v, -limit, limit)
-                real gate = ld(g + i), value = ld(v + i);
-                int gate_passes = !(gate > limit);
-                int value_passes = !(value > limit || value < -limit);
-                gate = gate_passes ? gate : limit;
-                value = value_passes ? value : value > 0 ? limit : -limit;
-                // forward: h = w silu(g') v'
-                real s = sigmoid(gate), silu = gate * s;
-                dw += ld(d + i) * silu * value;
-                dv[i] = value_passes ? w * ld(d + i) * silu : 0;
-                // forward: silu(x) = x s(x), so its slope is s + x s (1 - s)
-                dg[i] = gate_passes ? w * ld(d + i) * value * (s * (1 + gate * (1 - s))) : 0;
+                swiglu_slopes(&dg[i], &dv[i], &dw, ld(d + i), ld(g + i), ld(v + i), w, limit);
             }
             size_t group = ((size_t)t * 2 * F + c) / FP8_BLOCK, half = F / FP8_BLOCK;
             uint8_t *to = dcodes + group * FP8_BLOCK;
@@ -630,7 +628,10 @@ TWIN(swiglu_quantize_backward)
 // Quantising anew would round twice. But scales are powers of two: to give a code another scale is
 // to shift it, and exact unless the code runs out of exponents. So a tile of 128 x 128 is brought
 // to the largest scale of its rows, and turned. The result has the form of a frozen matrix.
-// Source: fp8-flow-moe.md, 2.4 and 2.5.
+//
+// The trainer needs little of this: widen_rows_fp8, since adapters' gradients are made in bf16 and
+// a frozen matrix is turned when it is recast (mxfp4.c). From e4m3_shifted on this is the published
+// flow, kept to be read and tested. Source: fp8-flow-moe.md, 2.4 and 2.5.
 
 // Rows of codes and, behind them, their scales: n C + n ceil(C/128) bytes.
 typedef struct { uint8_t *codes, *scales; } Fp8Rows;

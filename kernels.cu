@@ -39,7 +39,7 @@
 // bf16 and float in the trainer, float and float to compare with PyTorch (make ACT=float), double
 // and double to check gradients against central differences. st() is the only place where a value
 // loses bits, so a reader can find every rounding of the model by looking for it. With wide types
-// ld and st are the identity, and so are the quantisers of fp8.c.
+// ld and st are the identity; what is quantised to codes (fp8.c) stays so.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -113,13 +113,15 @@ enum {
     DT_F16, DT_I32,                                     // DT_F16: adapters only
 };
 
-// Model facts that the code is built around; all else comes from config.json.
+// Numbers that the code is built around; all others come from config.json.
 enum {
     HC = 4,                             // residual streams of the hyper-connections
     HC_MIX = 2 * HC + HC * HC,          // mixing numbers per token and site: 4 pre, 4 post, 16 comb
     FP8_BLOCK = 128,                    // one e8m0 scale per 128 x 128 codes of a dense matrix
     FP4_BLOCK = 32,                     // one e8m0 scale per 32 columns of an expert's row
-    PLACES = 3,                         // layers' inputs on the device, if they wait on the host
+    RECAST_LIFT = 6, RECAST_SPREAD = 14,    // fp4 codes as e4m3: mxfp4.c, section 4
+    MUON_R = 64,                        // longest short side of a matrix that Muon's kernel takes
+    PLACES = 3,                         // room on the device for layers' inputs kept on the host
 };
 
 // How a router chooses (moe.c, section 5); zero is DeepSeek-V4's way.
@@ -152,7 +154,7 @@ typedef struct { int n, count[RUNS_MAX], from[RUNS_MAX], to[RUNS_MAX]; } Runs;
 typedef struct { uint8_t *to; const uint8_t *from; size_t to_step[2], from_step[2], n[3]; }
 BoxCopy;
 
-// The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: NCCL's first word.
+// The ranks that a collective joins, and how many there may be. GPU_ID_BYTES: of NCCL's unique id.
 enum { COMM_WORLD, COMM_EP, COMM_REPLICA, COMM_ALL, COMMS };
 enum { COMM_RANKS_MAX = 64, GPU_ID_BYTES = 128 };
 // Work beside the main stream: begins, ends, has to be done from here on.
@@ -311,9 +313,9 @@ static inline void zero(void *p, size_t bytes) {
     if (bytes) { memset(p, 0, bytes); }
 }
 
-// Host memory that a GPU copies to and from beside its kernels. place: of PLACES; copies are done
-// in order, and what follows copy_end(place) comes after that place's last one.
-static inline void *host_place(size_t bytes) {
+// Host memory, pinned: a GPU copies to and from it beside its kernels. place: 0 .. PLACES-1. Copies
+// are done in order, and what follows copy_end(place) comes after that place's last one.
+static inline void *pinned_alloc(size_t bytes) {
     void *p = NULL;
 #ifdef USE_CUDA
     if (on_gpu) { gpu_host_alloc(&p, bytes); }
@@ -322,7 +324,7 @@ static inline void *host_place(size_t bytes) {
     if (p == NULL) { die(EXIT_FIT, "no %zu bytes on the host HINT: a smaller --offload", bytes); }
     return p;
 }
-static inline void host_place_end(void *p) {
+static inline void pinned_free(void *p) {
     GPU(gpu_host_free(p))
     free(p);
 }
@@ -673,7 +675,7 @@ static void product_transposed(void *dx, cudaDataType type, const bf16 *dy, cons
 // A barrier of shared memory (mbarrier) counts arrivals and bytes; when both are complete its phase
 // flips, and waiters ask for the parity of the phase they wait for. The copy engine (TMA) counts
 // bytes on it.
-//
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
                  :: "r"(barrier), "r"(arrivals) : "memory");
@@ -927,7 +929,8 @@ extern "C" void draw_elements_gpu(void *data, int type, uint64_t key, float mean
 // product that needs them: 3 bytes moved per weight, against 2 T operations. At T = 4,096 that is
 // a few per cent of the product's time, and no matrix is ever resident in wider form.
 
-// e4m3 bits -> float: exact. As in fp8.c, the exponent is rebased by a multiplication.
+// e4m3 bits -> float: exact. In a float's places the bits are 2^120 too small, subnormals as well
+// (fp8.c adds to the exponent instead).
 __device__ inline float e4m3_value(unsigned code) {
     const float v = __uint_as_float((code & 0x7F) << 20) * 0x1p120f;
     const unsigned nan = (code & 0x7F) == 0x7F ? 0x7FC00000 : 0;
@@ -1313,7 +1316,7 @@ __device__ __forceinline__ __nv_bfloat162 scale_pair(uint32_t b) {
     return *(__nv_bfloat162 *)&bits;
 }
 
-// 32 bytes of global memory that are read once or twice, with the rest of their 128 in L2.
+// 16 bytes of global memory that are read once or twice; the 128 around them come into L2.
 __device__ __forceinline__ uint4 load_once(const uint8_t *p) {
     uint4 v;
     asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -1348,8 +1351,8 @@ __device__ __forceinline__ void store_chunk(uint32_t to, uint4 v) {
 // So tiles are 256 x 128 then, not 128 x 256, and two producer warpgroups take turns: one of them
 // alone waits more than it works.
 //
-// K blocks past K come from U and V. A border of rank 16 costs its loads (mostly zero fill) and a
-// quarter of a block's arithmetic. The sums are rounded once, at the end.
+// An adapter is a border of X and W: K blocks past K come from U and V (section 5). At rank 16 that
+// costs its loads (mostly zero fill) and a quarter of a block's arithmetic. Sums are rounded once.
 
 enum {
     PRODUCT_ROWS = 128, PRODUCT_K = 64,     // rows of a box of X; k of a stage: 128 bytes
@@ -1603,7 +1606,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
                 if (threadIdx.x % 128 == 0) { load(of, at, in); }
                 if (at < border) {
                     product_widen<BN>(base + M::W + in * M::W_STAGE, codes);
-                    proxy_fence();                // the tensor cores read through the same door
+                    proxy_fence();                // before the tensor cores read what was stored
                     __syncwarp();
                 }
                 if (lane == 0) { barrier_arrive(base + M::FULL + 8 * in); }
@@ -1793,7 +1796,7 @@ static const int *device_offsets(const int *offset, int E) {
 // One layer's packed matrices become e4m3 codes in scratch, turned for the backward, and the fp8
 // tensor cores multiply them. The ladder is dev/cuda/fp8_matmul.cu.
 
-enum { RECAST_LIFT = 6, RECAST_SPREAD = 14, RECAST_TABLES = 20 };   // from d = 19 on all are 0
+enum { RECAST_TABLES = 20 };    // of d = 0 .. 19; from d = 19 on all codes are 0
 
 // Nibbles 0 .. 3 and 4 .. 7 of w, looked up in a table of eight magnitudes. prmt's fourth selector
 // bit repeats a byte's sign: of bytes 0x80 it makes 0xFF where a code is negative.
@@ -2214,9 +2217,10 @@ __global__ void narrow_factor_kernel(bf16 *out, const float *x, float s, int R, 
     out[i] = __float2bfloat16(r < R ? s * x[(i / inner / RP * R + r) * inner + i % inner] : 0);
 }
 
-// s times a factor as the tensor cores read it, in the workspace: its ranks, the middle of (outer,
-// R, inner), are filled up to a multiple of 8.
 static int whole_ranks(int R) { return (R + 7) / 8 * 8; }
+
+// s times a factor as the tensor cores read it, in the workspace: its ranks, the middle of (outer,
+// R, inner), are filled up with zeros to whole_ranks(R).
 static const bf16 *narrow_factor(const float *x, float s, size_t outer, int R, size_t inner) {
     const size_t n = outer * whole_ranks(R) * inner;
     bf16 *out = (bf16 *)workspace(sizeof(bf16) * n);
@@ -2342,8 +2346,7 @@ extern "C" void lora_linear_backward_gpu(real *dinp, real *da, real *db, const a
     const size_t mark = workspace_mark();
     if (T == 0) { return; }
     lora_backward(dinp, da, db, dout, inp, u, { widened_fp8(w, scale, C, O), NULL, NULL }, a, b, s,
-                  one_group(T),
-                  NULL, 1, C, O, R);
+                  one_group(T), NULL, 1, C, O, R);
     workspace_release(mark);
 }
 
@@ -2496,7 +2499,7 @@ extern "C" void sum_squares_gpu(double *sum_h, const real *x, size_t n) {
 
 // AdamW over all adapters in one launch; constants are made in double and rounded once, as in the C
 // text.
-//   bytes: 28 per element; 247 M elements per rank at r 8: 6.9 GB, 1.6 ms.
+//   bytes: 28 per element; 228 M elements per rank at r 8: 6.4 GB, 1.49 ms; measured 1.72.
 __global__ void adamw_kernel(float *p, float *m, float *v, const float *g, size_t n, float scale,
                              float keep, float new1, float old2, float new2, float rate, float root,
                              float eps) {
@@ -2903,9 +2906,10 @@ template <int N, bool SHARED> static void launch(const Step &s, int slices, int 
     cudaCheck(cudaLaunchKernelEx(&config, kernel, s, blocks));
 }
 
-// Slices of one size, with m columns. most: bytes of X that a block may have.
-template <int N> static void launch_size(Step s, size_t m, int slices, bool vector) {
-    const size_t most = 64 << 10, column = sizeof(float) * s.n;
+// Slices of one size, with m columns. most: bytes of X that a block may have, 0: none.
+template <int N>
+static void launch_size(Step s, size_t m, int slices, bool vector, size_t most) {
+    const size_t column = sizeof(float) * s.n;
     size_t count = m;
     int blocks = 1;
     while (blocks < BLOCKS_MAX && count * column > most) {
@@ -2938,11 +2942,11 @@ extern "C" void muon_update_gpu(real *p, real *m, real *g, const size_t *slices_
             if (min(l.rows, l.cols) != low || max(l.rows, l.cols) != high) { break; }
             vector = vector && l.at % 4 == 0;
         }
-        gpuRequire(low <= 64);                                  // lora.c: MUON_R
+        gpuRequire(low <= MUON_R);
         auto launch = low <= 8 ? muon::launch_size<8> : low <= 16 ? muon::launch_size<16>
                     : low <= 32 ? muon::launch_size<32> : muon::launch_size<64>;
         s.slices = slices + first, s.n = (int)low;
-        launch(s, high, last - first, vector);
+        launch(s, high, last - first, vector, 64 << 10);
     }
     workspace_release(mark);
 }
@@ -3545,10 +3549,8 @@ extern "C" void key_norm_rope_backward_gpu(act *dinp, const real *dout, const ac
 // share. What multiplies with fn keeps a slice of it, 128 or 256 channels of all four streams, in
 // shared memory and lets the tokens pass by; so a token is worked on by several blocks, which leave
 // partial sums. A warp takes 16 tokens and 32 channels at a time, held as the operands of the
-// tensor cores lie: lane 4 g + q has the channels 8 q .. 8 q + 7 of tokens g and g + 8.
-
-// It asks for them some rounds ahead, each lane for what it will use itself, so nobody waits for
-// another.
+// tensor cores lie: lane 4 g + q has the channels 8 q .. 8 q + 7 of tokens g and g + 8. They are
+// asked for some rounds ahead, by each lane what it will use itself, so no lane waits for another.
 
 enum { HC_TILE = 16, HC_GROUP = 32, HC_THREADS = 256, HC_WARPS = HC_THREADS / 32 };
 
@@ -3806,7 +3808,7 @@ __device__ inline float sinkhorn(float c, float *sums, int stride, int iters, fl
     return c;
 }
 
-// 16 lanes per token. bytes: 196 per token; what it costs is 39 dependent half-steps.
+// 16 lanes per token. bytes: 192 per token; what it costs is 39 dependent half-steps.
 __global__ void hc_weights_forward_kernel(real *pre, real *post, real *comb, const real *m,
                                           const float *base, const float *scale, float eps, int T,
                                           int M, int iters) {
@@ -4401,7 +4403,7 @@ extern "C" void indexer_select_gpu(int *selected, const act *q, const act *k, co
 // sharing the dims; every dot product is a shuffle tree. They serve the tiny model. The real one's
 // 64 heads of 512 dims have kernels on the tensor cores, whose ladders are in dev/cuda: 9.1, 9.2.
 
-// The i-th key row that token t attends to, of n = attended_count: window rows, then entries.
+// How many keys token t attends to: so many rows of its window, then entries.
 __device__ inline int attended_count(const AttentionShape &a, const int *selected, int t,
                                      int *window) {
     *window = min(a.position[t] + 1, a.W);
@@ -4409,6 +4411,7 @@ __device__ inline int attended_count(const AttentionShape &a, const int *selecte
     return *window + (selected ? min(visible, a.topk) : visible);
 }
 
+// The i-th of them.
 __device__ inline const act *attended_key(const AttentionShape &a, const act *kv,
                                           const act *entries, const int *selected, int t,
                                           int window, int i) {
@@ -4449,9 +4452,9 @@ __global__ void attention_forward_kernel(act *out, real *lse, const act *q, cons
     if (lane == 0) { lse[row] = max + logf(sum); }
 }
 
-static void attention_forward_naive(act *out, real *lse, const act *q, const act *kv,
-                                      const act *entries, const float *sink, const int *selected,
-                                      AttentionShape a) {
+static void attention_forward_plain(act *out, real *lse, const act *q, const act *kv,
+                                    const act *entries, const float *sink, const int *selected,
+                                    AttentionShape a) {
     if (a.T == 0) { return; }
     const int grid = blocks_for((size_t)a.T * a.H, 8);
     if (a.D == 512) {
@@ -4491,8 +4494,8 @@ static CUtensorMap rows_map(const act *p, int rows, int box_rows) {
 // 9.1 Attention forward on tensor cores: 64 heads of 512 dims (dev/cuda/attention_forward.cu)
 //
 // A block takes one token at a time: its 64 heads are the rows of a product with 64 keys after the
-// other, which all heads share, so a key is read once per token. Of a receiver's 8, 16 or 32 heads
-// it makes 64 too, with the next tokens', and forgets those again: bits are the same.
+// other, which all heads share, so a key is read once per token. A receiver has fewer heads: the
+// other rows are zeros (version 3) or the next tokens' heads (4), and are not stored.
 
 namespace forward {        // its helpers' names are common ones
 // -------------------------------------------------------------------------------------------------
@@ -4738,8 +4741,8 @@ __device__ inline void softmax(uint32_t (&p)[16], float (&s)[32], Softmax &x, un
     }
 }
 
-// The reference of a row moved from `before` to `now`: outputs and sums are scaled by what that
-// means. Products with o may still be on their way: they are waited for only if o must change.
+// The reference of a row moved from `before` to `now`: the outputs follow (the sum is scaled where
+// it moved). Products with o may still be on their way: they are waited for only if o must change.
 __device__ inline void move_reference(float (&o)[128], const float *before, const float *now) {
     if (__any_sync(~0u, before[0] != now[0] || before[1] != now[1])) {
         const float k0 = power2(before[0] - now[0]), k1 = power2(before[1] - now[1]);
@@ -5191,7 +5194,7 @@ extern "C" void attention_forward_gpu(act *out, real *lse, const act *q, const a
                                       AttentionShape a) {
     if (a.T == 0) { return; }
     if (a.D != forward::ATT_D || a.H > forward::ATT_H || a.H % 8) {
-        attention_forward_naive(out, lse, q, kv, entries, sink, selected, a);
+        attention_forward_plain(out, lse, q, kv, entries, sink, selected, a);
     } else if (selected) {
         forward::attention_forward_v3(out, lse, q, kv, entries, sink, selected, a);
     } else {
@@ -5867,7 +5870,6 @@ attention_backward_query_wgmma_kernel(act *dq, const __grid_constant__ CUtensorM
     }
 }
 
-// A bf16 matrix of rows of 512, as the bulk copy engine sees it: boxes of box_rows x 64 dims.
 } // namespace attention_backward
 
 extern "C" void attention_backward_query_gpu(act *dq, const act *dout, const real *delta,

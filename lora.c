@@ -298,8 +298,8 @@ void lora_experts_backward(real *dinp, real *da, real *db, const act *dout, cons
 }
 TWIN(lora_experts_backward)
 
-// The adapters' share alone, for a product that is not made of real numbers (moe.c, 7.1):
-// u (T,R) = A x, of inp (T,C), and, for the backward,
+// The adapters' share alone: u (T,R) = A x, of inp (T,C), where the product W x is made of codes
+// (moe.c, 7.1) or is not needed again (moe.c, 7).
 void lora_experts_down(real *u, const act *inp, const int *offset, const real *a, int E, int C,
                        int R) {
     GPU(lora_experts_down_gpu(u, inp, offset, a, E, C, R))
@@ -318,8 +318,8 @@ void lora_experts_down(real *u, const act *inp, const int *offset, const real *a
 }
 TWIN(lora_experts_down)
 
-// du (T,R) = s B^T dy, overwritten; da (E,R,C) += du x^T, db (E,O,R) += s dy u^T. A^T du, what the
-// input gets, is left to the caller.
+// And of its backward: du (T,R) = s B^T dy, overwritten; da (E,R,C) += du x^T, db (E,O,R) +=
+// s dy u^T. A^T du, what the input gets, is left to the caller.
 void lora_experts_gradients(real *du, real *da, real *db, const act *dout, const act *inp,
                             const real *u, const int *offset, const real *b, float s, int E, int C,
                             int O, int R) {
@@ -341,8 +341,8 @@ void lora_experts_gradients(real *du, real *da, real *db, const act *dout, const
 TWIN(lora_experts_gradients)
 
 // w1 above w3 is one matrix (2F,C), and their adapters are one of rank 2R: A = [A1; A3], and
-// B = [B1 0; 0 B3]. Number i of (E,2R,C) and, behind it, (E,2F,2R): where it is in theirs, which
-// are (E,R,C) and (E,F,R). NULL: in none of them.
+// B = [B1 0; 0 B3]. The stack is A (E,2R,C) and, behind it, B (E,2F,2R). Returns where element i of
+// it comes from in a1, a3 (E,R,C), b1, b3 (E,F,R); NULL: from none of them, it is zero.
 static inline real *lora_stacked(size_t i, real *a1, real *b1, real *a3, real *b3, int E, int C,
                                  int F, int R) {
     const size_t n_a = (size_t)E * 2 * R * C;
@@ -356,7 +356,8 @@ static inline real *lora_stacked(size_t i, real *a1, real *b1, real *a3, real *b
     return b && (r < (size_t)R) == (f < (size_t)F) ? b + (e * F + f % F) * R + r % R : NULL;
 }
 
-// stack = those numbers, or, add, what they belong to += stack. Either adapter may be absent.
+// add 0: fills the stack from there. add 1: adds the stack, which holds gradients then, to there.
+// Either adapter may be absent.
 void lora_stack(real *stack, real *a1, real *b1, real *a3, real *b3, int add, int E, int C, int F,
                 int R) {
     GPU(lora_stack_gpu(stack, a1, b1, a3, b3, add, E, C, F, R))
@@ -699,7 +700,7 @@ TWIN(adamw_update)
 // range, and a polynomial in X X^T does to each singular value what f does to a number. So with
 // X = U / |U|, turned if need be so that it has no more rows than columns, five times:
 //
-//     R = X X^T       Z = b R + c R^2       X <- a X + Z X
+//     R = X X^T       Z = b R + c R^2       X <- a X + Z X        (here R is no adapter's rank)
 //
 // Gram Newton-Schulz leaves X alone and works on R: all of R, Z and Q are polynomials in the first
 // R, so they commute, and with P = a R + Z R the next round's R is a P + Z P:
@@ -776,8 +777,6 @@ static inline void ns_identity(real *q, size_t n) {
 }
 
 static inline void ns_swap(real **a, real **b) { real *keep = *a; *a = *b; *b = keep; }
-
-enum { MUON_R = 64 };           // the longest short side that the kernel has room for
 
 // u (rows,cols) <- NS(u), in place. restarts: NS_GRAM or NS_STANDARD.
 static inline void newton_schulz(real *u, size_t rows, size_t cols, int restarts) {

@@ -99,6 +99,7 @@ static inline Box *comm_open(int which) {
 static inline void comm_note(const char *collective, const char *phase) {
     Desk *mine = &comm.page->desk[this_rank];
     snprintf(mine->doing, sizeof mine->doing, "%s (%s)", collective, phase);
+    mine->noted = clock_seconds();
     atomic_fetch_add_explicit(&mine->begun, 1, memory_order_relaxed);
 }
 
@@ -295,8 +296,8 @@ void comm_broadcast(int which, void *data_h, size_t bytes, int root, const char 
 }
 
 #ifdef USE_CUDA
-// Connects the GPUs of all ranks; each has taken its own. NCCL's ranks need a first word: forked
-// ones find it in the page, others hear it from rank 0 (dev/launcher.c; folder: that all see).
+// Connects the GPUs of all ranks; each has taken its own. NCCL's ranks need rank 0's unique id:
+// forked ones get it through the page, others as dev/launcher.c says (folder: one that all see).
 void comm_connect(const char *folder) {
     enum { INTS = GPU_ID_BYTES / sizeof(int) };
     int id[INTS] = {0}, all[COMM_RANKS_MAX * INTS];
@@ -370,7 +371,7 @@ typedef struct {
     double fullest, mean;       // rows of the fullest rank, and per rank, of all calls so far
     int *offset;                // (local+1), host: expert e has rows offset[e] .. offset[e+1]-1
     // Rows at home, in travelling order: a round's are sent from here, all come back to here.
-    act *home_x, *home_y;       // (capacity,C) with one rank, else x leaves from home_y; (T*K,C)
+    act *home_x, *home_y;       // (capacity,C), one rank only: else x leaves from y's; (T*K,C)
     real *home_w, *home_dw;     // (T*K)
     // The same rows at their experts, grouped by expert. With one rank they stay at home: NULL.
     act *rows_x, *rows_y;       // (capacity,C)
@@ -902,10 +903,10 @@ static inline void experts_forward(act *y, MoeHidden *k, MoeScratch *x, const vo
     }
 }
 
-// The same for the shared expert: every token of inp (T,C), no weight.
 static inline MoeHidden *shared_place(MoeSaved *s, MoeScratch *x) {
     return s->shared.g ? &s->shared : &x->hidden;
 }
+// x->h of the shared expert: every token of inp (T,C), no weight. Its w2 is the caller's.
 static inline void shared_hidden(MoeHidden *k, MoeScratch *x, const act *inp, const MoeWeights *w,
                                  const MoeDims *d, int T, int again) {
     if (!again || k == &x->hidden) {
@@ -955,7 +956,8 @@ static inline void experts_backward(void *dy, real *dweight, const void *rows, c
 // Whether the experts of this layer work in fp8; all ranks say the same.
 static inline int moe_fp8(const MoeWeights *w, const MoeDims *d) { return d->fp8 && !w->wide; }
 
-// x->codes = w1 above w3 (E,2F,C), or w2 (E,C,F); turned. Returns them with their scales.
+// x->codes = w1 above w3 (E,2F,C) or, if second, w2 (E,C,F); if turned, their transposes. Returns
+// codes and scales.
 static inline Fp8Rows recast_layer(MoeScratch *x, const MoeWeights *w, const MoeDims *d, int second,
                                    int turned) {
     const int E = d->local, C = d->C, F = d->F;

@@ -104,7 +104,8 @@ void quantize_fp4(uint8_t *packed, uint8_t *scales, const float *w, int O, int C
 //
 // Work is dealt to threads in tiles that never cross from one expert to the next, because a tile
 // has one matrix. Tiles differ in size, so a thread takes the next one when it is done; the result
-// does not show which thread that was.
+// does not show which thread that was. The trainer's products are lora_experts_forward and its
+// backward (lora.c), which add an adapter before y is rounded; these are the same without one.
 
 typedef struct { int expert, row, n; } ExpertTile;      // rows row .. row+n-1, all of one expert
 
@@ -174,16 +175,15 @@ void experts_fp4_backward(real *dinp, const act *dout, const int *offset, const 
 //
 //     e2m1 * 2^e = (e2m1 * 2^(6-d)) * 2^(m-6),    d = m - e,    6 * 2^6 = 384 <= 448.
 //
-// That is exact while d <= 14: 0.5 * 2^(6-14) is the smallest subnormal e4m3 number. So it is a
-// change of form, not a quantisation; a block with a wider spread stays with the bf16 product.
+// The 6 is RECAST_LIFT. That is exact while d <= 14, RECAST_SPREAD: 0.5 * 2^(6-14) is the smallest
+// subnormal e4m3 number. So it is a change of form, not a quantisation; a block with a wider spread
+// stays with the bf16 product.
 //
 // The block's one scale also makes the backward possible: the transpose of the codes, with the
 // transposed grid of scales, is the transpose of the matrix, and dx = dy W is a forward product
 // with it. One layer at a time is recast, into scratch. Source: fp8-flow-moe.md, 2.10 and 3.
 
-enum { RECAST_LIFT = 6, RECAST_SPREAD = 14 };   // the largest d that loses nothing
-
-// The largest scale byte of block b = (o/128, c/128) of a matrix with scale (O,C/32).
+// The largest scale byte of the 128 x 128 block at (o0, c0) of a matrix with scale (O,C/32).
 static inline int recast_largest(const uint8_t *scale, int o0, int c0, int C) {
     int largest = RECAST_LIFT;          // of a block of zeros, say: the scale byte must not wrap
     for (int o = o0; o < o0 + FP8_BLOCK; o++) {
@@ -251,8 +251,9 @@ TWIN(recast_fp4)
 // expert's matrix: w (E,O,C) e4m3 codes, scale (E,O/128,C/128), as recast_fp4 leaves them. Sums of
 // 128 terms are scaled and added in fp32. With a turned matrix this is the backward.
 //
-// An adapter is a border of the matrix: out also gets s u v^T, u (T,R), before it is rounded. In
-// the forward v is B (E,O,R), in the backward A (E,R,O), v_by_k. Without one u is NULL or R 0.
+// An adapter is R more terms of each sum, a border of the matrix: out also gets s u v^T, u (T,R),
+// before it is rounded. In the forward v is B (E,O,R); in the backward it is A (E,R,O), which
+// v_by_k = 1 says. No adapter: u is NULL or R 0.
 void experts_fp8_product(act *out, const uint8_t *inp, const uint8_t *inp_scale, const int *offset,
                          const uint8_t *w, const uint8_t *scale, const real *u, const real *v,
                          int v_by_k, float s, int E, int C, int O, int R) {

@@ -357,8 +357,9 @@ static inline void roster_write(Save *v, const Roster *f) {
         save_close(v, out);
     }
     save_check(v);
-    Stream s = { .f = save_open(v, v->temporary, name, "r+b"), .writing = 1, .type = DT_F32,
-                 .base = 8 + padded, .at = NOWHERE, .error = v->error };
+    out = comm_rank() < comm_ep() ? save_open(v, v->temporary, name, "r+b") : NULL;
+    Stream s = { .f = out, .writing = 1, .type = DT_F32, .base = 8 + padded, .at = NOWHERE,
+                 .error = v->error };        // replicas write nothing, and may have another disk
     for (size_t i = 0; i < tensors; i++) {
         Item it = roster_item(f, i);
         if (roster_mine(f, &it, 1)) { roster_move(&s, f, &it); }
@@ -878,7 +879,7 @@ static inline int param_order(const void *a, const void *b) {
 // Decides how each tensor is cut and which way it goes. Only what has a rule is resharded.
 static inline void plan_classify(Refit *r) {
     const char **misc = (const char **)host_calloc(sizeof *misc * (size_t)r->layers * ENGINE_RULES);
-    int *records = (int *)host_calloc(sizeof(int) * (size_t)r->layers * ENGINE_RULES);
+    int *offered = (int *)host_calloc(sizeof(int) * (size_t)r->layers * ENGINE_RULES);
     for (int pass = 0; pass < 2; pass++) {      // the second: a tensor goes the way of its partner
         for (int i = 0; i < r->n; i++) {
             Param *p = &r->param[i];
@@ -899,7 +900,7 @@ static inline void plan_classify(Refit *r) {
             why = slice(&box, r, p, ENGINE, 0);
             const int place = p->layer * ENGINE_RULES + k;
             misc[place] = why ? why : misc[place];
-            records[place] += pass;
+            offered[place] += pass;
             if (pass && misc[place]) {
                 p->misc = misc[place];
                 for (int a = 0; a < 3; a++) { p->cut[ENGINE][a] = REPEAT; }
@@ -911,13 +912,13 @@ static inline void plan_classify(Refit *r) {
         }
     }
     for (int i = 0; i < r->layers * ENGINE_RULES; i++) {        // codes and scales, or A and B
-        if ((r->needed >> i % ENGINE_RULES & 1) && records[i] != 2) {
+        if ((r->needed >> i % ENGINE_RULES & 1) && offered[i] != 2) {
             refuse("layers.%d.%s: %d of 2 tensors are offered, the engine would keep old values",
-                   i / ENGINE_RULES, engine_rules[i % ENGINE_RULES].ours, records[i]);
+                   i / ENGINE_RULES, engine_rules[i % ENGINE_RULES].ours, offered[i]);
         }
     }
     free(misc);
-    free(records);
+    free(offered);
 }
 
 // Places p in the engine's memory: beside its other half, or in a tensor of its own.
@@ -1065,7 +1066,7 @@ static inline void plan_agree(const Refit *r) {
     comm_barrier(COMM_ALL, "refit: all ranks agree");
 }
 
-// Collective. Makes and proves the plan of all that was offered. engine: bytes it takes on a rank.
+// Collective. Makes and proves the plan of all that was offered. Sets r->bytes, an engine rank's.
 void refit_plan(Refit *r) {
     size_t total[2] = {0, 0};
     plan_classify(r);
@@ -1327,8 +1328,8 @@ static inline void move_broadcast(Refit *r, uint8_t *memory, int first, int end)
     }
 }
 
-// Collective. Says what has moved, and how fast: GB/s of the rank that sent or got most. The time
-// on the wire is the least of those that moved as much: others' has a wait for the last to come.
+// Collective. Says what has moved, and how fast: GB/s of the rank that sent or got most. Its wire
+// time is the least of those that moved half as much or more: the rest is waiting for the last.
 static inline void move_report(Refit *r, double start) {
     const double moved = fmax(r->sent, r->received);
     double most[3] = { (double)r->room[0] + (double)r->room[1], clock_seconds() - start, moved };

@@ -897,24 +897,30 @@ static inline void pool_weights(real *weight, const AttentionShape *a, const int
     }
 }
 
+// Entry p: weight (slots, D), as above, and y (D) = sum_s weight_s K_s.
+static inline void pool_entry(real *y, real *weight, const AttentionShape *a,
+                              const int *entry_position, const real *K, const real *Z,
+                              const float *ape, int p, int D) {
+    int n = halves(a->ratio), channel;
+    memset(y, 0, sizeof *y * (size_t)D);
+    pool_weights(weight, a, entry_position, Z, ape, p, D);
+    for (int s = 0; s < n * a->ratio; s++) {
+        int row = pool_slot(a, entry_position, p, s, &channel, D);
+        for (int d = 0; row >= 0 && d < D; d++) {
+            y[d] += weight[(size_t)s * D + d] * K[(size_t)row * n * D + channel + d];
+        }
+    }
+}
+
 // out (P,D) from K, Z (T,halves*D) and ape (ratio,halves*D).
 void pool_forward(act *out, const real *K, const real *Z, const float *ape, AttentionShape a,
                   const int *entry_position, int D) {
     GPU(pool_forward_gpu(out, K, Z, ape, a, entry_position, D))
-    int n = halves(a.ratio), slots = n * a.ratio;
+    int slots = halves(a.ratio) * a.ratio;
     #pragma omp parallel for
     for (int p = 0; p < a.P; p++) {
         real *weight = host_alloc(sizeof(real) * (size_t)slots * D), y[D];
-        int channel;
-        memset(y, 0, sizeof y);
-        pool_weights(weight, &a, entry_position, Z, ape, p, D);
-        for (int s = 0; s < slots; s++) {
-            int row = pool_slot(&a, entry_position, p, s, &channel, D);
-            if (row < 0) { continue; }
-            for (int d = 0; d < D; d++) {
-                y[d] += weight[(size_t)s * D + d] * K[(size_t)row * n * D + channel + d];
-            }
-        }
+        pool_entry(y, weight, &a, entry_position, K, Z, ape, p, D);
         store_rows(out + (size_t)p * D, y, (size_t)D);
         free(weight);
     }
@@ -933,21 +939,14 @@ void pool_backward(real *dK, real *dZ, const act *dout, const real *K, const rea
     for (int p = 0; p < a.P; p++) {
         real *weight = host_alloc(sizeof(real) * (size_t)slots * D), y[D], dy[D];
         int channel;
-        memset(y, 0, sizeof y);
         load_rows(dy, dout + (size_t)p * D, (size_t)D);
-        pool_weights(weight, &a, entry_position, Z, ape, p, D);
+        pool_entry(y, weight, &a, entry_position, K, Z, ape, p, D);
         for (int s = 0; s < slots; s++) {
             int row = pool_slot(&a, entry_position, p, s, &channel, D);
             if (row < 0) { continue; }
             for (int d = 0; d < D; d++) {
-                y[d] += weight[(size_t)s * D + d] * K[(size_t)row * n * D + channel + d];
-            }
-        }
-        for (int s = 0; s < slots; s++) {
-            int row = pool_slot(&a, entry_position, p, s, &channel, D);
-            if (row < 0) { continue; }
-            for (int d = 0; d < D; d++) {
-                // forward: y = sum_s w_s K_s, w = softmax_s(Z_s + ape_s)
+                // forward: y = sum_s w_s K_s, w = softmax_s(Z_s + ape_s), so dK_s = w_s dy and
+                // dZ_s = w_s (dy K_s - sum_r w_r dy K_r) = dK_s (K_s - y)
                 size_t at = (size_t)row * n * D + channel + d;
                 dK[at] = weight[(size_t)s * D + d] * dy[d];
                 dZ[at] = dK[at] * (K[at] - y[d]);
@@ -989,8 +988,8 @@ void indexer_select(int *selected, const act *q, const act *k, const real *w, At
                 if (s > 0) { score[p] += w[(size_t)t * heads + h] * s; }
             }
         }
-        // Drop the lowest until topk are left would be slow; take the highest one by one instead,
-        // marking what is taken. A kernel does better, this is the definition.
+        // The highest are taken one by one, and marked. The kernel is quicker about it, this is the
+        // definition.
         unsigned char *taken = host_calloc((size_t)visible);
         for (int i = 0; i < a.topk; i++) {
             int best = -1;
@@ -1867,13 +1866,13 @@ static void saved_alloc(Model *m, size_t T) {
     }
     m->X_out = MEM(act, MEM_ACTIVATIONS, T * HC * c->C);
     for (int i = 0; i < offload && !mem.counting && m->X_host[i] == NULL; i++) {
-        m->X_host[i] = host_place(sizeof(act) * T * HC * c->C);
+        m->X_host[i] = pinned_alloc(sizeof(act) * T * HC * c->C);
     }
     m->head.m = MEM(real, MEM_ACTIVATIONS, T * HC);
     m->head.r = MEM(real, MEM_ACTIVATIONS, T);
 }
 
-// The same for the adapters (R) of E matrices of up to N rows or columns, in products of `rows`
+// Workspace for the adapters (R) of E matrices of up to N rows or columns, in products of `rows`
 // rows: factors narrowed, u and du, and the partial sums of a gradient, of which there are as many
 // as give 1,056 blocks of 1,024 columns something to do (kernels.cu, lora_wgrad).
 static size_t workspace_adapters(size_t E, size_t N, size_t rows, size_t R) {
@@ -1996,7 +1995,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
 void model_free(Model *m) {
     if (m->layer == NULL) { return; }
     documents_free_host(&m->documents_h);
-    for (int i = 0; i < m->options.offload; i++) { host_place_end(m->X_host[i]); }
+    for (int i = 0; i < m->options.offload; i++) { pinned_free(m->X_host[i]); }
     free(m->X_host);
     free(m->loss_h);
     free(m->layer);
@@ -2238,10 +2237,14 @@ static inline void say(const char *format, ...) {
 
 static volatile sig_atomic_t stop_signals;
 
-// The first Ctrl-C or SIGTERM ends the step, the second one the process.
+// The first Ctrl-C or SIGTERM ends the step, the second one the process. One that comes within a
+// second is the first again: a scheduler sends it to every process, and the supervisor passes it on.
 static inline void on_stop_signal(int signal) {
+    static double first;
     (void)signal;
-    if (stop_signals++) { _exit(EXIT_INTERRUPTED); }
+    if (stop_signals && clock_seconds() - first > 1) { _exit(EXIT_INTERRUPTED); }
+    if (!stop_signals) { first = clock_seconds(); }
+    stop_signals = 1;
 }
 
 static inline void catch_stop_signals(void) {
@@ -2422,10 +2425,11 @@ static inline void expert_load(Trainer *r, double *worst, double *entropy) {
 // -------------------------------------------------------------------------------------------------
 // Part 11: log lines, JSON, plot
 //
-// One line per event, rank 0 only, flushed, beginning with what it is about: plan, load, data,
-// step, val, moe, save, done (error comes from die). The same numbers go to OUT/training.jsonl and
-// OUT/validation.jsonl under NeMo Automodel's keys, one line per step, so that runs can be laid
-// over each other. What loss.png shows is read back from these files: a resumed run has it all.
+// One line per event, rank 0 only, flushed, beginning with what it is about: plan, load, scales,
+// data, base, step, val, moe, refit, save, bench, done (error comes from die). The same numbers go
+// to OUT/training.jsonl and OUT/validation.jsonl under NeMo Automodel's keys, one line per step, so
+// that runs can be laid over each other. What loss.png shows is read back from them: a resumed run
+// has it all.
 
 static inline const char *plural(int n) { return n == 1 ? "" : "s"; }
 
@@ -2595,13 +2599,13 @@ static Option option_table[] = {
     {"save-every", 'n', WHOLE, &opt.save_every, "200", "N", KEPT, .help = "0: never"},
     {"keep", 0, COUNT, &opt.keep, "2", "N", KEPT, .help = "newest checkpoints"},
     {"resume", 'y', MAYBE, &opt.resume, "", "[DIR]", NOT_KEPT,
-     .help = "go on from the newest checkpoint in --out or DIR; only -l may differ"},
+     .help = "go on from the newest checkpoint in --out or DIR; -l, --keep, ranks may differ"},
     {"reset-optim", 0, FLAG, &opt.reset_optim, "0", "", NOT_KEPT, .help = "resume without moments"},
     // Memory and arithmetic.
     {"recompute", 0, WORD, &opt.recompute, "fits", "fits|full|moe|none", KEPT, .help = ""},
     {"offload", 0, WHOLE, &opt.offload, "0", "N", NOT_KEPT, .help = "inputs of so many layers wait "
      "in host memory"},
-    {"precision", 0, WORD, &opt.precision, "bf16", "bf16|fp8", KEPT, .help = "of frozen products"},
+    {"precision", 0, WORD, &opt.precision, "bf16", "bf16|fp8", KEPT, .help = "of the experts"},
     // Instead of training.
     {"dry-run", 0, FLAG, &opt.dry_run, "0", "", NOT_KEPT, .help = "plan memory and disk, and stop"},
     {"inspect", 0, FLAG, &opt.inspect, "0", "", NOT_KEPT, .help = "list the tensors and stop"},
@@ -2628,11 +2632,11 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
     if (is_number ? strtod(o->text, NULL) == strtod(text, NULL)
         : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
         : strcmp(o->text, text) == 0) { return; }
-    int free = o->at == &opt.lr || o->at == &opt.keep;
+    int may_change = o->at == &opt.lr || o->at == &opt.keep;
     int split = o->at == &opt.ranks || o->at == &opt.ep;
-    refuse_if(!free && !split, "--%s %s, but %s has %s HINT: leave it out", o->name, o->text, whose,
-              text);
-    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, free ? "" :
+    refuse_if(!may_change && !split, "--%s %s, but %s has %s HINT: leave it out", o->name, o->text,
+              whose, text);
+    say("plan   --%s %s -> %s%s\n", o->name, text, o->text, may_change ? "" :
            ": the same rows in the same order, but sums in another, so not bit for bit");
 }
 
@@ -2748,7 +2752,7 @@ static inline void options_read(int argc, char **argv, char *checkpoint) {
     options_from_argv(argc, argv);
     if (opt.help) {
         options_help("usage: ./train [options]\n\nFine-tunes DeepSeek-V4-Flash with LoRA. Without "
-                     "options a tiny model of the\nsame shape trains on the CPU, in under a "
+                     "options a tiny model of the\nsame architecture trains, in under a "
                      "minute.\n\n");
         exit(EXIT_OK);
     }
@@ -2993,9 +2997,18 @@ static inline void out_prepare(void) {
 // What adapter_config.json names as the base model, without its path.
 static inline const char *base_name(void) { return *opt.model ? opt.model : "tiny"; }
 
+// Before adapters are saved: the newest update may have made numbers that no loss has seen yet.
+static inline void check_adapters(const Trainer *r) {
+    const Adapters *a = &r->model.adapters;
+    double bad = !isfinite(sum_squares(a->p, a->n_dense + a->n_expert)), any = bad;
+    comm_max_double(COMM_WORLD, &any, 1, "save: finite");
+    if (any > 0) { numerics_stop("numbers", bad > 0 ? "the adapters" : NULL, r->step); }
+}
+
 // Everything that --resume needs. Collective, like adapter_save.
 static inline void save_training(Trainer *r) {
     double began = clock_seconds();
+    check_adapters(r);
     char *state = state_make(r);
     Adapters host = adapters_host(&r->model.adapters);
     training_save(opt.out, r->step, opt.keep, &host, &r->config, adapter_naming(), base_name(),
@@ -3085,6 +3098,7 @@ static inline int train(Trainer *r, const char *checkpoint) {
         if (report.stop) { break; }
     }
     engine_refit(r, 1);
+    check_adapters(r);
     Adapters host = adapters_host(&r->model.adapters);
     adapter_save(out_path("adapter"), &host, &r->config, adapter_naming(), base_name());
     adapters_host_end(&host, &r->model.adapters, 0);

@@ -22,7 +22,7 @@ static inline void phase_say(const char *name, const double *seconds, double ste
 }
 
 // --bench: a first step that does not count, then N. The phases are those of the median step, and
-// add up to it: the last line is what the host did before its first kernel and after the last.
+// add up to it: `host` is what it did before its first kernel and after the last.
 static inline void bench(Trainer *r) {
     Report report;
     int n = 0;

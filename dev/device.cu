@@ -193,7 +193,7 @@ extern "C" void gpu_marks(double *at_h, int n) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// 2 Other GPUs (moe.c, section 3.1)
+// 2 Other GPUs (moe.c, section 3)
 //
 // Everything is made of sends and receives on the communicator of all ranks. NCCL's own sums would
 // need buffers for every ring and tree they may run on: 2 to 3 GiB per GPU were seen.

@@ -216,8 +216,8 @@ static void engine_bind_adapters(Engine *e) {
 // cost a KL of 0.02 on a random base.) All receivers go on with the same bits, so they choose the
 // same experts and entries.
 
-// out (T,O) = this receiver's terms of W x + s B (A x), not rounded; else lora_forward. type: w and
-// scale are E matrices in fp4, or one in fp8. a (E,R,C) and b (E,O,R), or NULL.
+// out (T,O) = this receiver's terms of W x + s B (A x), as in lora_forward, but not rounded. type:
+// DT_FP4, w and scale are E matrices, or DT_FP8, one. a (E,R,C) and b (E,O,R), or NULL.
 static void partial_forward(real *out, real *u, const act *inp, const int *offset, const uint8_t *w,
                             const uint8_t *scale, int type, const real *a, const real *b, float s,
                             int E, int C, int O, int R) {
@@ -284,6 +284,7 @@ static void engine_moe(Model *m, int layer, const act *inp, const int *token) {
     MoeSaved *s = &m->saved[layer].moe;
     MoeScratch *x = &m->moe_scratch;
     MoeDims shared = *d;
+    comm_note("experts", "refit: validation");      // trainers may be waiting: this one gets on
     act *out = m->saved[layer].f;
     const int C = d->C, R = d->R, T = m->documents.T, all[2] = { 0, T };
     linear_bf16_forward(x->logits, inp, w->gate, T, C, d->E);

@@ -42,6 +42,7 @@ typedef struct {                    // one rank's part of the page; untouched me
     struct { _Alignas(64) _Atomic uint64_t step; } arrived[COMMS];
     _Atomic uint64_t begun;         // collectives that this rank has come to
     char doing[96];                 // the last of them: "collective (phase)"
+    _Atomic double noted;           // and when that was
     Box box[COMMS][2];              // for odd and even steps
 } Desk;
 
@@ -64,10 +65,13 @@ typedef struct {
 static Comm comm = { .ranks = 1, .ep = 1, .all = 1 };
 
 // Has a rank waited too long? doing: "collective (phase)". Where files are read or written it may
-// take any time: they lie nearer to some ranks than to others.
+// take any time: they lie nearer to some ranks than to others. And as long as some rank gets on, as
+// receivers do while trainers wait for them, nobody hangs.
 static inline int launcher_overdue(const char *doing, double waited) {
+    double last = 0;
+    for (int r = 0; comm.forked && r < comm.all; r++) { last = fmax(last, comm.page->desk[r].noted); }
     return comm.timeout_s > 0 && waited > comm.timeout_s && !strstr(doing, "(load") &&
-           !strstr(doing, "(save");
+           !strstr(doing, "(save") && clock_seconds() - last > comm.timeout_s;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -95,27 +99,28 @@ static inline void comm_report(int rank, int status) {
 
 // Waits until all children are gone, then exits with the first failure's code. After a failure the
 // others get half a second, because one of them may be printing the error line, and are killed.
-// SIGINT and SIGTERM are passed on, each once, and the ranks left to finish: they agree on the step
-// to stop at, save, and exit with EXIT_INTERRUPTED, which is no reason to kill those still writing.
+// SIGINT and SIGTERM are passed on, and the ranks left to finish: they agree on the step to stop at,
+// save, and exit with EXIT_INTERRUPTED, one soon after the other. So does one that the signal killed
+// before it could be caught, while the model was loaded.
 __attribute__((noreturn))
 static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
-    int code = EXIT_OK, running = ranks;
-    double deadline = 0;            // of the ranks that outlive a failure
+    int code = EXIT_OK, running = ranks, passed = 0;
+    double deadline = 0;            // of the ranks that outlive one that did not end well
     while (running > 0) {
         const struct timespec pause = { 0, deadline > 0 ? 20000000 : 500000000 };
         int sig = sigtimedwait(signals, NULL, &pause);
-        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, sig); }
+        if (sig == SIGINT || sig == SIGTERM) { comm_kill(pid, ranks, passed = sig); }
         for (int r = 0; r < ranks; r++) {
             int status;
             if (pid[r] == 0 || waitpid(pid[r], &status, WNOHANG) != pid[r]) { continue; }
             int ended = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+            if (WIFSIGNALED(status) && WTERMSIG(status) == passed) { ended = EXIT_INTERRUPTED; }
             pid[r] = 0;
             running--;
             if (ended == EXIT_OK || deadline > 0) { continue; }
             if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
-            if (ended == EXIT_INTERRUPTED) { continue; }
-            comm_report(r, status);
-            deadline = clock_seconds() + 0.5;
+            if (ended != EXIT_INTERRUPTED) { comm_report(r, status); }
+            deadline = clock_seconds() + (ended == EXIT_INTERRUPTED ? 10 : 0.5);
         }
         if (deadline > 0 && clock_seconds() > deadline) { comm_kill(pid, ranks, SIGKILL); }
     }

@@ -23,7 +23,7 @@ void gpu_host_alloc(void **p, size_t bytes);
 void gpu_host_free(void *p);
 void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
 void gpu_copy_end(int place);
-// Ranks (moe.c, section 3): which is COMM_WORLD, COMM_EP or COMM_REPLICA
+// Ranks (moe.c, section 3): which is one of COMM_*
 void gpu_make_id(void *id_h);
 void gpu_connect(const void *id_h, int rank, int all, int receivers, int ep);
 void gpu_waiting(double *seconds_h, char *error_h, size_t size);
@@ -33,6 +33,7 @@ void gpu_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const voi
                     const size_t *send_bytes_h);
 void gpu_trade(void **boxes_h, int which, size_t bytes);
 void gpu_broadcast(int which, void *data, size_t bytes, int root);
+// Bytes and numbers as they are copied, scaled and drawn (refit.c, train.c)
 void copy_boxes_gpu(const BoxCopy *box_h, int n);
 void scale_reals_gpu(real *x, double scale, size_t n);
 void draw_elements_gpu(void *data, int type, uint64_t key, float mean, double unit, size_t n);

@@ -29,8 +29,21 @@ static inline double memory_used(void) {
     return memory_planned();
 }
 
-// Bytes that this process and its ranks may still use; INFINITY where the system does not say. On
-// GPUs what the fullest of them has left, so that all ranks decide alike.
+// Bytes of host memory that may still be used here, by all processes; INFINITY where the system does
+// not say. A container may have less than the machine.
+static inline double host_free(void) {
+    char line[256];
+    double kib = INFINITY, most = INFINITY;
+    FILE *file = fopen("/proc/meminfo", "r"), *limit = fopen("/sys/fs/cgroup/memory.max", "r");
+    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
+    if (limit && fscanf(limit, "%lf", &most) != 1) { most = INFINITY; }     // it says "max"
+    if (limit) { fclose(limit); }
+    if (file) { fclose(file); }
+    return fmin(1024 * kib, most);
+}
+
+// Bytes that this process and its ranks may still use. On GPUs what the fullest of them has left, so
+// that all ranks decide alike.
 static inline double memory_free(void) {
 #ifdef USE_CUDA
     size_t used, total;
@@ -41,12 +54,7 @@ static inline double memory_free(void) {
         return -least;
     }
 #endif
-    char line[256];
-    double kib = INFINITY;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
-    if (file) { fclose(file); }
-    return 1024 * kib;
+    return host_free();
 }
 
 // What the model is asked for, but for what is recomputed. Refuses what there are no kernels for.
@@ -61,13 +69,26 @@ static inline ModelOptions plan_options(const Config *c) {
     if (*opt.optimizer == 'm') { o.muon = *opt.ns == 'g' ? NS_GRAM : NS_STANDARD; }
     refuse_if(o.fp8 && (c->C % FP8_BLOCK || c->F % FP8_BLOCK), "--precision fp8 needs experts of "
               "whole blocks of 128 x 128, not of %d x %d", c->F, c->C);
-    refuse_if(ON_GPU && (c->K > 16 || c->V % 4 || c->E / comm_ep() > 256 ||
+    refuse_if(ON_GPU && (c->K > 16 || c->V % 4 || c->how.groups > 32 || c->E / comm_ep() > 256 ||
                          (c->D != 128 && c->D != 512) ||
                          (c->index_dim != 128 && c->index_dim != 512)),
-              "no kernels for this model: on a GPU num_experts_per_tok is at most 16, vocab_size a "
-              "multiple of 4, head_dim and index_head_dim are 128 or 512, and a rank has at most "
-              "256 experts HINT: --cpu");
+              "no kernels for this model: on a GPU num_experts_per_tok is at most 16, n_group at "
+              "most 32, vocab_size a multiple of 4, head_dim and index_head_dim are 128 or 512, and "
+              "a rank has at most 256 experts HINT: --cpu");
     return o;
+}
+
+// --offload, against the host memory of this node; other: what is needed of that besides.
+static inline void plan_host(const ModelOptions *o, const Config *c, double other) {
+    const int ranks = comm.place.locals ? comm.place.locals : opt.ranks;
+    const double own = (double)o->offload * o->max_tokens * HC * c->C * sizeof(act);
+    const double need = own * ranks + other, available = host_free();
+    say("plan   %-11s %s of host memory per rank, the inputs of %d layers; %s on this node of %s\n",
+        "offload", bytes_text(own), o->offload, bytes_text(need), bytes_text(available));
+    if (need > available) {
+        die(EXIT_FIT, "%s of host memory are needed, %s are free HINT: a smaller --offload or -t",
+            bytes_text(need), bytes_text(available));
+    }
 }
 
 // Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
@@ -86,10 +107,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
     if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
-    if (o.offload) {
-        say("plan   %-11s %s of host memory per rank, the inputs of %d layers\n", "offload",
-            bytes_text((double)o.offload * o.max_tokens * HC * c->C * sizeof(act)), o.offload);
-    }
+    if (o.offload) { plan_host(&o, c, ON_GPU ? 0 : need); }
     for (int k = 0; k < MEM_CLASSES; k++) {
         say("plan   %-11s %s\n", mem_names[k], bytes_text((double)mem.arena[k].peak));
     }
@@ -104,8 +122,9 @@ static inline ModelOptions plan_memory(Trainer *r) {
         ON_GPU && opt.ranks > 1 ? " on each GPU" : "", recompute[o.recompute], need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
-            "--offload, or more GPUs", bytes_text(need), bytes_text(available),
-            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ");
+            "%s", bytes_text(need), bytes_text(available),
+            o.recompute == RECOMPUTE_FULL ? "" : "--recompute full, ",
+            ON_GPU ? "--offload, or more GPUs" : "fewer --ranks");
     }
     return o;
 }

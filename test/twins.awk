@@ -1,10 +1,10 @@
 # twins.awk: compares each GPU(...) line with the function it stands in.
-#   awk -f test/twins.awk fp8.c ... train.c kernels.cu
+#   awk -f test/twins.awk fp8.c ... train.c dev/launchers.h kernels.cu
 # The compiler sees to it that f and f_gpu have one type (TWIN in kernels.cu), but not that two
 # arguments of that type change places. So for every function with a GPU line:
 #   - the line calls f_gpu and passes f's parameters, all of them, in their order;
 #   - it is the first statement, f returns void, and TWIN(f) stands in the file;
-#   - where kernels.cu declares or defines f_gpu, its parameters have the same names.
+#   - where launchers.h declares or kernels.cu defines f_gpu, its parameters have the same names.
 # Every drift is a line that begins with FAIL; the last line says what was compared.
 
 # Records a drift, with its place.

@@ -363,7 +363,7 @@ static Batch make_batch(std::vector<int> docs, int H, int D, int W, int ratio, i
     b.dentries = device_alloc<real>((size_t)std::max(P, 1) * D);
     b.sink = to_device(std::vector<float>(H, 0.5f));
     b.selected = topk ? to_device(b.list) : NULL;
-    attention_forward_naive(b.out, b.lse, b.q, b.kv, b.entries, b.sink, b.selected, b.a);
+    attention_forward_plain(b.out, b.lse, b.q, b.kv, b.entries, b.sink, b.selected, b.a);
     attention_delta_gpu(b.delta, b.dout, b.out, T, H, D);
     cudaCheck(cudaDeviceSynchronize());
     return b;

@@ -54,7 +54,7 @@ typedef void Forward(act *, real *, const act *, const act *, const act *, const
                      const int *, AttentionShape);
 
 // -------------------------------------------------------------------------------------------------
-// Version 1, attention_forward_naive in kernels.cu: one warp per query and head, its lanes sharing
+// Version 1, attention_forward_plain in kernels.cu: one warp per query and head, its lanes sharing
 // the D dims; every dot product is a shuffle tree. It stays, for shapes that the fast kernels were
 // not written for.
 //
@@ -379,7 +379,7 @@ static void attention_forward_v5(act *out, real *lse, const act *q, const act *k
 // -------------------------------------------------------------------------------------------------
 // Tests and times
 
-static Forward *const version[] = { attention_forward_naive, attention_forward_v2,
+static Forward *const version[] = { attention_forward_plain, attention_forward_v2,
                                     attention_forward_v3, attention_forward_tiled,
                                     attention_forward_v5, attention_forward_gpu };
 enum { VERSIONS = sizeof version / sizeof version[0] };

@@ -38,22 +38,6 @@
 using muon::Slice;
 enum { SHIPPED = 64 << 10 };
 
-// Slices of one size, with m columns. most: bytes of X that a block may have, 0: none.
-template <int N>
-static void launch_size(muon::Step s, size_t m, int slices, bool vector, size_t most) {
-    const size_t column = sizeof(float) * s.n;
-    size_t count = m;
-    int blocks = 1;
-    while (blocks < muon::BLOCKS_MAX && count * column > most) {
-        blocks *= 2;
-        count = (divide_up(m, blocks) + 3) / 4 * 4;
-    }
-    const bool shared = vector && count * column <= most;
-    s.count = (int)(shared ? count : m);
-    if (shared) { muon::launch<N, true>(s, slices, blocks); }
-    else { muon::launch<N, false>(s, slices, 1); }
-}
-
 // What lora.c's muon_update does: by kernels.cu's launcher, or with another `most` in its place.
 // slices_h (n), largest first; slices: room for as many.
 static void update(float *p, float *m, float *g, const Slice *slices_h, Slice *slices, int n,
@@ -74,8 +58,8 @@ static void update(float *p, float *m, float *g, const Slice *slices_h, Slice *s
             return std::min(l.rows, l.cols) != low || l.rows * l.cols != size; });
         const bool vector = size / low % 4 == 0 && std::all_of(from, to, [](const Slice &l) {
             return l.at % 4 == 0; });
-        auto launch = low <= 8 ? launch_size<8> : low <= 16 ? launch_size<16>
-                    : low <= 32 ? launch_size<32> : launch_size<64>;
+        auto launch = low <= 8 ? muon::launch_size<8> : low <= 16 ? muon::launch_size<16>
+                    : low <= 32 ? muon::launch_size<32> : muon::launch_size<64>;
         gpuRequire(low <= 64);
         s.slices = slices + (from - slices_h), s.n = (int)low;
         launch(s, size / low, (int)(to - from), vector, most);

@@ -29,6 +29,7 @@
 
 enum { PATH_SIZE = 1024, TEXT_MOST = 100000000, JSON_DEPTH = 64 };  // more is not one of our files
 #define NOWHERE SIZE_MAX
+// What to do, for more than one message; not_a_folder is for those that say HINT themselves.
 static const char mixed[] = "HINT: config.json, index and shards are not of one checkpoint";
 static const char not_a_folder[] = "is this the right folder, and complete?";
 static const char damaged[] = "HINT: the file is damaged, fetch it again";
@@ -576,7 +577,7 @@ void config_load(Config *c, const char *dir) {
     INT(num_hidden_layers, layers, 1, 128, 1)       INT(o_groups, G, 1, many, 1)
     INT(num_attention_heads, H, 1, many, c->G)      INT(head_dim, D, 128, many, 128)
     INT(q_lora_rank, Q, 128, many, 128)             INT(o_lora_rank, O, 128, many, 128)
-    INT(n_routed_experts, E, 1, many, 1)            INT(num_experts_per_tok, K, 1, c->E, 1)
+    INT(n_routed_experts, E, 1, RUNS_MAX, 1)        INT(num_experts_per_tok, K, 1, c->E, 1)
     INT(moe_intermediate_size, F, 128, many, 128)   INT(n_shared_experts, n_shared, 1, 1, 1)
     INT(num_hash_layers, hash_layers, 0, c->layers, 1)
     INT(sliding_window, window, 1, many, 1)         INT(index_n_heads, index_heads, 1, many, 1)

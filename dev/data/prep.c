@@ -54,22 +54,24 @@ typedef struct {                // rows of one step in global order: the same on
 
 // Cuts one document into pieces. Text goes on in the next piece, whose first token is then known
 // but not predicted. Of a conversation that is too long the rest is dropped, and counted: without
-// its beginning it would teach nonsense. One that has no label within t is left out, and counted.
+// its beginning it would teach nonsense. One that has no label within t is left out, and counted. A
+// single token predicts nothing, and could yet be a step of its own: it is left out as well.
 // Returns whether the document is in.
 static inline int data_add_document(Data *d, const uint32_t *token, size_t length, int kind) {
     size_t t = (size_t)d->t, labels = 0;
     for (size_t i = 1; i < length && i < t; i++) { labels += (token[i] & TOKEN_LABEL) != 0; }
-    if (kind == BIN_CHAT && labels == 0) { d->unlabelled++; return 0; }
+    if (labels == 0 && (kind == BIN_CHAT || length < 2)) { d->unlabelled++; return 0; }
     d->documents++;
     d->texts += kind == BIN_TEXT;
     if (kind == BIN_CHAT && length > t) {
         d->truncated++;
         length = t;
     }
-    d->tokens += length;
     for (size_t at = 0; at < length; at += t) {
         Piece p = { token + at, (int)(length - at < t ? length - at : t), 0 };
         for (int i = 1; i < p.length; i++) { p.labels += (p.token[i] & TOKEN_LABEL) != 0; }
+        if (p.length < 2) { continue; }
+        d->tokens += (size_t)p.length;
         d->labels += (size_t)p.labels;
         if (d->pieces == d->capacity) {
             d->capacity = d->capacity ? 2 * d->capacity : 1024;
