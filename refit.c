@@ -280,8 +280,8 @@ static inline void save_check(Save *v) {
     if (failed >= 0) {
         if (comm_rank() == 0) { folder_remove(v->temporary); }
         comm_barrier(COMM_WORLD, "save: removed");
-        refuse("rank %d cannot save %s: %s; what was saved before is untouched HINT: is the disk "
-               "full?", failed, v->dir, strerror(errors[failed]));
+        die(EXIT_FIT, "rank %d cannot save %s: %s; what was saved before is untouched HINT: is the "
+            "disk full?", failed, v->dir, strerror(errors[failed]));
     }
     free(errors);
 }

@@ -44,6 +44,7 @@
 #define _GNU_SOURCE
 #endif
 #include "refit.c"          // defines: Config, Tensor, checkpoint_load, adapter_save, ...
+#include <sys/file.h>
 #include <tgmath.h>         // exp of a float stays a float
 #include <time.h>
 #ifdef _OPENMP
@@ -2238,7 +2239,7 @@ static inline void say(const char *format, ...) {
 static volatile sig_atomic_t stop_signals;
 
 // The first Ctrl-C or SIGTERM ends the step, the second one the process. One that comes within a
-// second is the first again: a scheduler sends it to every process, and the supervisor passes it on.
+// second is the first again: a scheduler sends it to all processes, and the supervisor passes it on.
 static inline void on_stop_signal(int signal) {
     static double first;
     (void)signal;
@@ -2669,9 +2670,10 @@ static inline char *state_make(const Trainer *r) {
     FILE *f = open_memstream(&text, &size);
     if (f == NULL) { die(EXIT_FIT, "no memory for the options"); }
     fprintf(f, "{\n  \"version\": 1,\n  \"step\": %d,\n  \"moments\": %d,\n  \"rows\": %zu,\n"
-            "  \"epoch\": %d,\n  \"data_tokens\": %zu,\n  \"data_labels\": %zu,\n  \"options\": {",
+            "  \"epoch\": %d,\n  \"data_tokens\": %zu,\n  \"data_hash\": \"%016llx\",\n"
+            "  \"options\": {",
             r->step, r->moments, (size_t)r->step * (opt.per_step / opt.seq), r->train.epoch,
-            r->train.tokens, r->train.labels);
+            r->train.tokens, (unsigned long long)r->train.hash);
     const char *comma = "\n    ";
     for EACH_OPTION(o) {
         if (!o->kept) { continue; }
@@ -2712,7 +2714,8 @@ static inline void options_from_state(char *checkpoint) {
               "this program", j.file);
     for EACH_OPTION(o) {        // --eval: on the ranks there are, and what the user says holds
         int split = o->at == &opt.ranks || o->at == &opt.ep || o->at == &opt.gen_gpus ||
-                    o->at == &opt.per_step || (o->at == &opt.val && is_given(&opt.train));
+                    o->at == &opt.per_step || (o->at == &opt.val && is_given(&opt.train)) ||
+                    (o->at == &opt.train && is_given(&opt.val));
         if (!o->kept || (opt.eval && o->kept == KEPT && (split || is_given(o->at)))) { continue; }
         option_adopt(o, json_text(&j, json_get(&j, object, o->name, '"')), checkpoint);
     }
@@ -2788,9 +2791,12 @@ static inline void options_derive(const Config *c) {
               "not %d", MUON_R, opt.r);
     refuse_if(opt.bench > 1000 || (opt.bench && *opt.resume), "--bench times up to 1000 steps of a "
               "run of its own");
-    refuse_if(opt.steps == 0 && opt.epochs == 0, "--epochs 0 trains nothing");
+    refuse_if(opt.steps == 0 && !(opt.epochs > 0 && opt.epochs <= 1e4), "--epochs %g: more than 0, "
+              "and at most 10000", opt.epochs);
     refuse_if(opt.seq < 2 || opt.seq > c->max_positions, "--seq %d: a row has 2 to %d tokens",
               opt.seq, c->max_positions);
+    refuse_if(opt.sample_len >= c->max_positions, "--sample-len %d: the model has %d positions",
+              opt.sample_len, c->max_positions);
     refuse_if(opt.offload > c->layers, "--offload %d: the model has %d layers", opt.offload,
               c->layers);
     adapter_check_names(targets_parse(opt.targets), adapter_naming());
@@ -2969,13 +2975,20 @@ static inline void out_make(void) {
               strerror(errno));
 }
 
+// Two runs in one folder would write into each other's logs. Held until the process ends.
+static inline void out_lock(void) {
+    out_make();
+    int folder = open(opt.out, O_RDONLY | O_CLOEXEC);
+    refuse_if(folder >= 0 && flock(folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK,
+              "another run is writing to %s HINT: another -o", opt.out);
+}
+
 // Makes room in OUT for a new run: what an earlier one wrote there goes to previous-N. Files that
 // this program does not write stay: OUT may be someone's home folder.
 static inline void out_prepare(void) {
     static const char ours[] = "training.jsonl|validation.jsonl|loss.png|latest|adapter|"
                                "latest.tmp|adapter.tmp|adapter.old";
     char folder[PATH_SIZE] = "", name[64], to[PATH_SIZE];
-    out_make();
     DIR *dir = opendir(opt.out);
     refuse_if(dir == NULL, "cannot read the folder %s: %s", opt.out, strerror(errno));
     for (struct dirent *e; (e = readdir(dir)) != NULL; ) {
@@ -3028,7 +3041,7 @@ static inline void resume(Trainer *r, const char *checkpoint) {
     r->step = (int)json_number(&j, json_get(&j, 0, "step", '0'));
     r->moments = opt.reset_optim ? 0 : (int)json_number(&j, json_get(&j, 0, "moments", '0'));
     size_t tokens = json_size(&j, json_get(&j, 0, "data_tokens", '0'));
-    size_t labels = json_size(&j, json_get(&j, 0, "data_labels", '0'));
+    const uint64_t hash = strtoull(json_text(&j, json_get(&j, 0, "data_hash", '"')), NULL, 16);
     json_free(&j);
     Adapters host = adapters_host(a);
     if (opt.eval) {
@@ -3036,9 +3049,10 @@ static inline void resume(Trainer *r, const char *checkpoint) {
         adapters_host_end(&host, a, 1);
         return;
     }
-    refuse_if(tokens != r->train.tokens || labels != r->train.labels, "the data has changed: %zu "
-              "tokens, %zu labels, but the run in %s has %zu, %zu", r->train.tokens,
-              r->train.labels, checkpoint, tokens, labels);
+    refuse_if(tokens != r->train.tokens, "the data has changed: %zu tokens, but the run in %s has "
+              "%zu", r->train.tokens, checkpoint, tokens);
+    refuse_if(hash != r->train.hash, "the data has changed: as many tokens as the run in %s has, "
+              "but others, or in another order", checkpoint);
     training_load(checkpoint, &host, &r->config);
     adapters_host_end(&host, a, 1);
     if (opt.reset_optim) {
@@ -3072,6 +3086,7 @@ static inline int is_due(const Trainer *r, int every) {
 static inline int train(Trainer *r, const char *checkpoint) {
     double began = clock_seconds();
     Report report = { .stop = 0 };
+    if (this_rank == 0) { out_lock(); }
     if (this_rank == 0 && is_of_out(checkpoint)) {      // a validation due at this step is repeated
         log_rewind("training.jsonl", "loss", r->step);
         log_rewind("validation.jsonl", "val_loss", r->step - is_due(r, opt.val_every));
@@ -3139,7 +3154,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
     if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
     if (check) { inspect_adapter(a, &r->config, opt.check_adapter); return EXIT_OK; }
-    if (!opt.eval && !opt.bench) { plan_disk(a, checkpoint); }
+    if (!opt.eval && !opt.bench) { plan_disk(a, checkpoint, r->steps); }
     if (opt.dry_run) { return EXIT_OK; }
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
@@ -3156,6 +3171,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
         Adapters host = adapters_host(a);
         adapter_load(opt.init, &host, &r->config);
         adapters_host_end(&host, a, 1);
+        comm_barrier(COMM_WORLD, "load: all have read it");     // it may lie in OUT, and be moved
     }
     say("load   %s | %.1f s\n", base ? base : "random base", clock_seconds() - began);
     if (*checkpoint) { resume(r, checkpoint); }

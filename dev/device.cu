@@ -17,8 +17,9 @@
 
 int on_gpu;                         // 1: the program's operations jump to their kernels
 
-// The GPUs that there are, and how many of them this program can use: Hoppers, since it is built for
-// sm_90a, and without NCCL one. With others among them, none: a rank's number says which it takes.
+// The GPUs that there are, and how many of them this program can use: Hoppers, since it is built
+// for sm_90a, and without NCCL one. With others among them, none: a rank's number says which it
+// takes.
 extern "C" void gpu_count(int *n_h, int *there_h) {
     if (cudaGetDeviceCount(there_h) != cudaSuccess) { *there_h = 0; }
     *n_h = *there_h;

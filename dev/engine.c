@@ -445,8 +445,8 @@ static void engine_begin(Trainer *r) {
     const double staging = engine_plan(&engine, &r->model, comm_ep()), available = memory_free();
     say("plan   %-11s %s more per rank while weights travel\n", "refit", bytes_text(staging));
     if (staging > available) {
-        die(EXIT_FIT, "%s of memory are needed while weights travel, %s are free HINT: a smaller -b "
-            "or -t, --recompute full, --offload", bytes_text(staging), bytes_text(available));
+        die(EXIT_FIT, "%s of memory are needed while weights travel, %s are free HINT: a smaller "
+            "-b or -t, --recompute full, --offload", bytes_text(staging), bytes_text(available));
     }
     engine_alloc_losses(&engine);
     refit_move(&engine.base, NULL, REFIT_POINTS);

@@ -69,7 +69,9 @@ static Comm comm = { .ranks = 1, .ep = 1, .all = 1 };
 // receivers do while trainers wait for them, nobody hangs.
 static inline int launcher_overdue(const char *doing, double waited) {
     double last = 0;
-    for (int r = 0; comm.forked && r < comm.all; r++) { last = fmax(last, comm.page->desk[r].noted); }
+    for (int r = 0; comm.forked && r < comm.all; r++) {
+        last = fmax(last, comm.page->desk[r].noted);
+    }
     return comm.timeout_s > 0 && waited > comm.timeout_s && !strstr(doing, "(load") &&
            !strstr(doing, "(save") && clock_seconds() - last > comm.timeout_s;
 }
@@ -99,9 +101,9 @@ static inline void comm_report(int rank, int status) {
 
 // Waits until all children are gone, then exits with the first failure's code. After a failure the
 // others get half a second, because one of them may be printing the error line, and are killed.
-// SIGINT and SIGTERM are passed on, and the ranks left to finish: they agree on the step to stop at,
-// save, and exit with EXIT_INTERRUPTED, one soon after the other. So does one that the signal killed
-// before it could be caught, while the model was loaded.
+// SIGINT and SIGTERM are passed on, and the ranks left to finish: they agree on the step to stop
+// at, save, and exit with EXIT_INTERRUPTED, one soon after the other. As one of these counts also a
+// rank that the signal killed while the model was loaded, before it could be caught.
 __attribute__((noreturn))
 static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals) {
     int code = EXIT_OK, running = ranks, passed = 0;

@@ -214,6 +214,7 @@ void adapter_rename(const char *dir, const char *out, int names) {
     save_check(&v);
     adapter_open(&s, &c, v.temporary);
     folder_remove(v.temporary);
+    adapter_check_names(s.targets, names);
     adapter_save(out, &s, &c, names, base);
     printf("merge  %d modules%s, r %d, as %s: %s\n", s.n / 2, renamed ? " (of NeMo Automodel)" : "",
            s.R, names == NAMES_HF ? "transformers names them" : "the checkpoint names them", out);

@@ -58,10 +58,11 @@ static inline void option_set(Option *o, const char *text, int from, const char 
               o->name, text, o->arg);
     refuse_if(o->kind == FLAG && !is_word("0|1|no|yes|off|on|false|true", text),
               "%s--%s: '%s' is neither true nor false", where, o->name, text);
-    refuse_if(from >= FROM_FILE && *text == 0 && strstr(o->arg, "DIR"), "%s--%s: no folder is "
-              "named", where, o->name);
+    const int is_folder = strstr(o->arg, "DIR") != NULL, is_file = strcmp(o->arg, "F") == 0;
+    refuse_if(from >= FROM_FILE && *text == 0 && (is_folder || is_file) && o->kind != NUMBER,
+              "%s--%s: no %s is named", where, o->name, is_folder ? "folder" : "file");
     char *copy = strdup(text);
-    for (size_t n = strlen(copy); strstr(o->arg, "DIR") && n > 1 && copy[n - 1] == '/'; ) {
+    for (size_t n = strlen(copy); is_folder && n > 1 && copy[n - 1] == '/'; ) {
         copy[--n] = 0;          // so that the last part of a path is a name
     }
     o->text = copy;
@@ -120,8 +121,8 @@ static inline int edit_distance(const char *a, size_t n, const char *b) {
     return row[m];
 }
 
-// Ends the process, with the name that is nearest to what was typed. One letter is a misremembered
-// short option: nearest is a name that begins with it.
+// Ends the process, with the name that is nearest to what was typed, if one is near. One letter is
+// a misremembered short option: nearest is a name that begins with it.
 static inline void option_unknown(const char *where, const char *name, size_t length) {
     const Option *nearest = option_find("help", 4, 0);
     int best = length == 1 ? 1 : INT_MAX;
@@ -130,8 +131,10 @@ static inline void option_unknown(const char *where, const char *name, size_t le
                                    : edit_distance(name, length, o->name);
         if (distance < best) { best = distance; nearest = o; }
     }
-    die(EXIT_USAGE, "%sunknown option %s%.*s HINT: did you mean --%s? --help lists all", where,
-        *where ? "" : length == 1 ? "-" : "--", (int)length, name, nearest->name);
+    const int near = length == 1 || 2 * best <= (int)length;
+    die(EXIT_USAGE, "%sunknown option %s%.*s HINT: %s%s%s--help lists all", where, *where ? "" :
+        length == 1 ? "-" : "--", (int)length, name, near ? "did you mean --" : "",
+        near ? nearest->name : "", near ? "? " : "");
 }
 
 // --name value, --name=value, -n value, -nvalue.
@@ -139,8 +142,8 @@ static inline void options_from_argv(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         int letter = argv[i][0] == '-' && argv[i][1] != '-';
         const char *name = argv[i] + 2 - letter, *value = NULL;
-        refuse_if(argv[i][0] != '-' || *name == 0, "'%s' is not an option HINT: ./train --help",
-                  argv[i]);
+        refuse_if(argv[i][0] != '-' || *name == 0, "'%s' is not an option HINT: ./train --help; a "
+                  "pattern for several files is quoted", argv[i]);
         size_t length = letter ? 1 : strcspn(name, "=");
         Option *o = option_find(name, length, letter ? *name : 0);
         if (o == NULL) { option_unknown("", name, length); }
@@ -172,7 +175,8 @@ static inline void options_from_file(const char *path) {
     char text[4096], where[1024 + 32];
     refuse_if(file == NULL, "--config: cannot read %s: %s", path, strerror(errno));
     for (int line = 1; fgets(text, sizeof text, file); line++) {
-        char *name = trim(text), *equals = strchr(text, '=');
+        const int mark = line == 1 && strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;     // UTF-8's
+        char *name = trim(text + mark), *equals = strchr(text, '=');
         snprintf(where, sizeof where, "%.1000s:%d: ", path, line);
         if (*name == 0 || *name == '#') { continue; }
         refuse_if(equals == NULL, "%s'%s' is not `name = value`", where, name);
@@ -182,6 +186,7 @@ static inline void options_from_file(const char *path) {
         if (o == NULL) { option_unknown(where, name, strlen(name)); }
         option_set(o, trim(equals + 1), FROM_FILE, where);
     }
+    refuse_if(ferror(file), "--config: cannot read %s: %s", path, strerror(errno));
     fclose(file);
 }
 

@@ -29,8 +29,8 @@ static inline double memory_used(void) {
     return memory_planned();
 }
 
-// Bytes of host memory that may still be used here, by all processes; INFINITY where the system does
-// not say. A container may have less than the machine.
+// Bytes of host memory that may still be used here, by all processes; INFINITY where the system
+// does not say. A container may have less than the machine.
 static inline double host_free(void) {
     char line[256];
     double kib = INFINITY, most = INFINITY;
@@ -42,8 +42,8 @@ static inline double host_free(void) {
     return fmin(1024 * kib, most);
 }
 
-// Bytes that this process and its ranks may still use. On GPUs what the fullest of them has left, so
-// that all ranks decide alike.
+// Bytes that this process and its ranks may still use. On GPUs what the fullest of them has left,
+// so that all ranks decide alike.
 static inline double memory_free(void) {
 #ifdef USE_CUDA
     size_t used, total;
@@ -73,8 +73,8 @@ static inline ModelOptions plan_options(const Config *c) {
                          (c->D != 128 && c->D != 512) ||
                          (c->index_dim != 128 && c->index_dim != 512)),
               "no kernels for this model: on a GPU num_experts_per_tok is at most 16, n_group at "
-              "most 32, vocab_size a multiple of 4, head_dim and index_head_dim are 128 or 512, and "
-              "a rank has at most 256 experts HINT: --cpu");
+              "most 32, vocab_size a multiple of 4, head_dim and index_head_dim are 128 or 512, "
+              "and a rank has at most 256 experts HINT: --cpu");
     return o;
 }
 
@@ -119,7 +119,8 @@ static inline ModelOptions plan_memory(Trainer *r) {
     say("plan   %-11s %s per rank, %s on %d rank%s of %s free%s | recompute %s | %s\n", "total",
         bytes_text(memory_planned() + memory_beside), bytes_text(need * (ON_GPU ? opt.ranks : 1)),
         opt.ranks, plural(opt.ranks), bytes_text(available),
-        ON_GPU && opt.ranks > 1 ? " on each GPU" : "", recompute[o.recompute], need > available ? "too much" : "OK");
+        ON_GPU && opt.ranks > 1 ? " on each GPU" : "", recompute[o.recompute],
+        need > available ? "too much" : "OK");
     if (need > available) {
         die(EXIT_FIT, "%s of memory are needed, %s are free HINT: %sa smaller -b, -t or --lora-r, "
             "%s", bytes_text(need), bytes_text(available),
@@ -139,11 +140,13 @@ static inline int is_of_out(const char *checkpoint) {
 
 // What the run will write, against the space there is: --keep checkpoints and one that is being
 // written, each with its moments, and the final adapter. Those of a run that is gone on with make
-// room for the new ones. Without --save-every only an interruption saves.
-static inline void plan_disk(const Adapters *a, const char *checkpoint) {
+// room for the new ones. Without --save-every only an interruption saves. steps: of the run; 0: not
+// known.
+static inline void plan_disk(const Adapters *a, const char *checkpoint, int steps) {
     double one = (double)training_bytes(a), adapter = one / (a->muon ? 2 : 3);
     int there = is_of_out(checkpoint) ? training_count(opt.out) : 0;
-    int more = opt.save_every ? opt.keep - (there < opt.keep ? there : opt.keep) : 0;
+    int most = !opt.save_every ? 0 : steps ? min_int(steps / opt.save_every, opt.keep) : opt.keep;
+    int more = most - min_int(there, most);
     double need = one * (more + 1) + adapter;
     char folder[PATH_SIZE];
     path_make(folder, opt.out, "", "");

@@ -298,7 +298,7 @@ static void test_bin(void) {
     }
     uint32_t file[256 + 2] = { BIN_MAGIC, BIN_VERSION, 300, 2, [256] = TOKEN_FIRST, [257] = 9 };
     write_file(path, file, sizeof file);
-    check(run_child(child_data, path, text, sizeof text) == 1 && strstr(text, "no labels"),
+    check(run_child(child_data, path, text, sizeof text) == 1 && strstr(text, "nothing to learn"),
           "no labels: '%s'", text);
     check(run_child(child_data, in_folder("none*.bin"), text, sizeof text) == 1
           && strstr(text, "no file matches"), "no file: '%s'", text);
@@ -435,7 +435,7 @@ static void test_options(void) {
         {"--ranks 6", 0, "tokens-per-step=1536;"}, {"-t 300", 0, "tokens-per-step=1200;"},
         {"--epochs 2", 0, "steps=0;"}, {"-m x -i y.bin", 0, "lr=1e-4;"},
         {"-m x/y// -i y.bin -t 4096", 0, "model=x/y;"}, {"-m x -i y", 0, "tokens-per-step=4096;"},
-        {"--learning-rat 1", 1, "unknown option --learning-rat HINT: did you mean --"},
+        {"--learning-rat 1", 1, "unknown option --learning-rat HINT: --help"},
         {"--warmpu 1", 1, "did you mean --warmup?"}, {"--steps-per-token 1", 1, "unknown option"},
         {"--lora_r 1", 1, "did you mean --lora-r?"}, {"--evaluate", 1, "did you mean --eval?"},
         {"--tokens-per-stp=3", 1, "option --tokens-per-stp HINT: did you mean --tokens-per-step?"},
@@ -469,7 +469,8 @@ static void test_options(void) {
         {"--ranks 3 --ep 3", 1, "does not divide both"}, {"-m x", 1, "-m needs data"},
         {"-m x --eval -j y.bin", 0, "val=y.bin;"}, {"-m x --dry-run", 0, "dry-run=1;"},
         {"-x 3 --epochs 1", 1, "both say how long"}, {"-x 0 --epochs 1.5", 0, "steps=0;"},
-        {"--epochs 0", 1, "trains nothing"},
+        {"--epochs 0", 1, "more than 0"}, {"--epochs 1e300", 1, "at most 10000"},
+        {"-g 2147483647", 1, "positions"}, {"--train=", 1, "no file is named"},
         {"--beta2 1", 1, "below 1"}, {"--reset-optim", 1, "needs --resume"},
         {"-y x --init-adapter y", 1, "begins a run"}, {"-y /nowhere", 1, "no checkpoint in /now"},
         {"--config /nowhere", 1, "cannot read /nowhere"}, {"--version", 0, ""},
@@ -781,6 +782,9 @@ static void test_resume(void) {
     write_file(in_folder("d.txt"), "some text, some text, some text, some more", 41);
     snprintf(more, sizeof more, "-i %s -y", in_folder("d.txt"));
     check(run_trainer(child_trainer, "d", more) == 1 && strstr(said, "data has changed"), "'%s'",
+          said);
+    write_file(in_folder("d.txt"), "text some, some text, some text, some text", 42);
+    check(run_trainer(child_trainer, "d", more) == 1 && strstr(said, "or in another order"), "'%s'",
           said);
     // Without moments it is another run; on two ranks nearly the same one.
     check(run_trainer(child_trainer, "c", "-d 32 -x 5 -n 2") == 0, "'%s'", said);

@@ -351,7 +351,8 @@ static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = 
     {"{\"system\": \"S\", \"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": "
      "\"assistant\", \"content\": \"a\"}], \"response_format\": {\"t\": 1}}", "assistant",
      "<|begin▁of▁sentence|>S\n\n## Response Format:\n\nYou MUST strictly adhere to the "
-     "following schema to reply:\n{\"t\": 1}<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
+     "following schema to reply:\n{\"t\": 1}"
+     "<|User|>u<|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
     {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"S\"}", "assistant",
      "<|begin▁of▁sentence|>S<|User|>i<|Assistant|></think>[o<|end▁of▁sentence|>]", 0},
     {"{\"instruction\": \"i\", \"output\": \"o\", \"system\": \"\"}", "assistant",
@@ -395,6 +396,17 @@ static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = 
     {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
     {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all",
      NULL, 0},
+    // What would teach an empty answer, or nothing of what was said.
+    {"{\"messages\": [{\"role\": \"user\", \"text\": \"u\"}, {\"role\": \"assistant\", "
+     "\"content\": \"a\"}]}", "all", NULL, 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+     "\"content\": null, \"function_call\": {\"name\": \"f\"}}]}", "all", NULL, 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+     "\"content\": \"a\", \"reasoning_content\": [\"r\"]}]}", "all", NULL, 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\"}]}]}", "all",
+     NULL, 0},
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+     "\"tool_calls\": [{\"function\": {\"arguments\": {}}}]}]}", "all", NULL, 0},
 };
 
 static void test_rows(void) {

@@ -69,14 +69,18 @@ static char *replaced(const char *text, const char *from, const char *to) {
     return out;
 }
 
-// f(arg) must end with exit code 1 and one line that holds `expect`.
-static void check_dies(const char *what, void (*f)(void *), void *arg, const char *expect) {
+// f(arg) must end with this exit code and one line that holds `expect`.
+static void check_exits(int wanted, const char *what, void (*f)(void *), void *arg,
+                        const char *expect) {
     char text[4096];
     int code = run_child(f, arg, text, sizeof text);
     int lines = 0;
     for (const char *c = text; *c; c++) { lines += *c == '\n'; }
-    check(code == 1 && lines == 1 && strstr(text, expect) && strncmp(text, "error", 5) == 0,
+    check(code == wanted && lines == 1 && strstr(text, expect) && strncmp(text, "error", 5) == 0,
           "%s: exit code %d, wanted one line with '%s', got: %s", what, code, expect, text);
+}
+static void check_dies(const char *what, void (*f)(void *), void *arg, const char *expect) {
+    check_exits(EXIT_USAGE, what, f, arg, expect);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1477,7 +1481,7 @@ static void test_full_disk(void) {
         const int limits[] = { 1, 300, 700, 2000, 20000, 26000, 30000, 36000, 40000 };
         for (size_t k = 0; k < sizeof limits / sizeof *limits; k++) {
             full.limit = limits[k];
-            check_dies("a file size limit", save_limited, NULL, "cannot save");
+            check_exits(EXIT_FIT, "a file size limit", save_limited, NULL, "cannot save");
             check(!exists(out, "checkpoint-000002.tmp") && !exists(out, "checkpoint-000002") &&
                   !exists(out, "latest.tmp"),
                   "limit %d: nothing is left over", full.limit);
@@ -1499,8 +1503,9 @@ static void test_full_disk(void) {
             snprintf(name, sizeof name, "fill%d", full.step);
             int code = run_child(save_limited, NULL, text, sizeof text);
             saved += code == 0;
-            refused += code == 1 && strstr(text, "cannot save") && strstr(text, strerror(ENOSPC));
-            check(code == 0 || (code == 1 && strstr(text, "cannot save")),
+            int full = code == EXIT_FIT && strstr(text, "cannot save") != NULL;
+            refused += full && strstr(text, strerror(ENOSPC));
+            check(code == 0 || full,
                   "full: exit code %d, %s", code, text);
             check(run_child(load_found, out, text, sizeof text) == 0,
                   "step %d: what latest names is whole: %s", full.step, text);

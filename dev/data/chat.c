@@ -92,14 +92,19 @@ static inline int row_parse(Json *j, char *text, size_t n, const char **why) {
     return 1;
 }
 
-// The value of a key, or -1; of a key that is there twice the last one, as Python reads it. Null
-// is nothing.
-static inline int member(const Json *j, int object, const char *key) {
+// The value of a key, or -1; of a key that is there twice the last one, as Python reads it.
+static inline int member_or_null(const Json *j, int object, const char *key) {
     int found = -1;
     if (object < 0 || j->tok[object].type != JSMN_OBJECT) { return -1; }
     for (int k = 0, i = object + 1; k < j->tok[object].size; k++, i = json_next(j, i + 1)) {
         if (strcmp(json_text(j, i), key) == 0) { found = i + 1; }
     }
+    return found;
+}
+
+// Null is nothing.
+static inline int member(const Json *j, int object, const char *key) {
+    int found = member_or_null(j, object, key);
     return found >= 0 && json_kind(j, found) == 'n' ? -1 : found;
 }
 
@@ -400,11 +405,18 @@ static inline void put_content(Row *r, int at, int is_tool) {
     int kind = content < 0 ? 'n' : json_kind(j, content);
     if (kind == '"') { put_user(r, string_at(j, content)); }
     else if (kind != '[' && kind != 'n') { row_wrong(r, "a content that is not a string"); }
+    // A message may consist of one of these alone. Null is a content too, a misspelt key is none.
+    static const char *const alone[] = { "content", "value", "tool_calls", "tools",
+        "response_format", "reasoning_content", "reasoning" };
+    int there = at < 0;
+    for (int k = 0; k < 7 && !there; k++) { there = member_or_null(j, at, alone[k]) >= 0; }
+    if (!there) { row_wrong(r, "a message has no content"); }
     if (kind != '[') { return; }
     for (int k = 0, i = content + 1; k < j->tok[content].size; k++, i = json_next(j, i)) {
         Bytes type = string_of(j, i, "type");
         if (k > 0) { put_text(r, "\n\n"); }
-        if (type.n == 4 && memcmp(type.s, "text", 4) == 0) { put_user(r, string_of(j, i, "text")); }
+        int is_text = type.n == 4 && memcmp(type.s, "text", 4) == 0;
+        if (is_text) { put_value(r, member(j, i, "text"), "text"); }
         else if (is_tool) { put_text(r, "[Unsupported "); put_user(r, type); put_text(r, "]"); }
         else { row_wrong(r, "a content of type '%.*s': only text can be learnt", type.n, type.s); }
     }
@@ -479,7 +491,7 @@ static inline void put_calls(Row *r, int calls) {
         int function = member(j, i, "function"), at = function < 0 ? i : function;
         if (k > 0) { put_text(r, "\n"); }
         put_template(r, "<｜DSML｜invoke name=\"");
-        put_user(r, string_of(j, at, "name"));
+        put_value(r, member(j, at, "name"), "tool call's name");
         put_text(r, "\">\n");
         put_arguments(r, j, member(j, at, "arguments"));
         put_template(r, "\n</｜DSML｜invoke>");
@@ -529,11 +541,13 @@ static inline void put_answer(Row *r, int i, int last) {
     set_label(r, m->learnt && r->headed);
     if (r->thinking && !after_task && (!r->drop || i > last)) {
         int reasoning = member(j, m->at, "reasoning_content");
-        put_user(r, string_at(j, reasoning >= 0 ? reasoning : member(j, m->at, "reasoning")));
+        if (reasoning < 0) { reasoning = member(j, m->at, "reasoning"); }
+        if (reasoning >= 0) { put_value(r, reasoning, "reasoning"); }
         put_control(r, CONTROL_END_THINK);
     }
     put_content(r, m->at, 0);
     put_calls(r, member(j, m->at, "tool_calls"));
+    if (member(j, m->at, "function_call") >= 0) { row_wrong(r, "function_call is not tool_calls"); }
     if (!is_set(j, member(j, m->at, "wo_eos"))) {
         put_control(r, CONTROL_EOS);
         r->headed = 0;

@@ -36,6 +36,7 @@ typedef struct {
     Tokenizer *tokenizer;       // of .txt and .jsonl
     int loss_on, skip_bad_rows; // --loss-on, --skip-bad-rows
     size_t documents, tokens, labels, truncated, pieces, capacity;
+    uint64_t hash;              // of all tokens, in file order
     size_t bad, unlabelled, spelled;        // rows skipped, without labels, with control tokens
     size_t texts;               // documents that are cut where they are long, not truncated
     Piece *piece;               // (pieces) in file order
@@ -70,6 +71,9 @@ static inline int data_add_document(Data *d, const uint32_t *token, size_t lengt
     for (size_t at = 0; at < length; at += t) {
         Piece p = { token + at, (int)(length - at < t ? length - at : t), 0 };
         for (int i = 1; i < p.length; i++) { p.labels += (p.token[i] & TOKEN_LABEL) != 0; }
+        for (int i = 0; i < p.length; i++) {        // FNV-1a
+            d->hash = (d->hash ^ p.token[i]) * 0x100000001B3;
+        }
         if (p.length < 2) { continue; }
         d->tokens += (size_t)p.length;
         d->labels += (size_t)p.labels;
@@ -214,7 +218,9 @@ static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, co
 // Adds every file that the pattern names, in the order of their names.
 static inline void data_add(Data *d, const char *pattern) {
     glob_t found;
-    refuse_if(glob(pattern, 0, NULL, &found) != 0, "no file matches %s", pattern);
+    int literal = access(pattern, F_OK) == 0;   // a name may have brackets
+    refuse_if(glob(pattern, literal ? GLOB_NOCHECK : 0, NULL, &found) != 0, "no file matches %s",
+              pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i], *dot = strrchr(path, '.') ? strrchr(path, '.') : "";
         int is_text = strcmp(dot, ".txt") == 0, is_rows = strcmp(dot, ".jsonl") == 0;
@@ -234,7 +240,9 @@ static inline void data_add(Data *d, const char *pattern) {
         }
     }
     globfree(&found);
-    refuse_if(d->labels == 0, "%s: no labels, so there is nothing to learn from", pattern);
+    refuse_if(d->labels == 0, "%s: nothing to learn from: %zu bad rows, %zu without labels in "
+              "their first %d tokens%s", pattern, d->bad, d->unlabelled, d->t,
+              d->unlabelled ? " HINT: a larger -t, if these rows have answers" : "");
 }
 
 // The path of a file that lies in the folder of the program.
