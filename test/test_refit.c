@@ -1503,9 +1503,9 @@ static void test_full_disk(void) {
             snprintf(name, sizeof name, "fill%d", full.step);
             int code = run_child(save_limited, NULL, text, sizeof text);
             saved += code == 0;
-            int full = code == EXIT_FIT && strstr(text, "cannot save") != NULL;
-            refused += full && strstr(text, strerror(ENOSPC));
-            check(code == 0 || full,
+            int said = code == EXIT_FIT && strstr(text, "cannot save") != NULL;
+            refused += said && strstr(text, strerror(ENOSPC));
+            check(code == 0 || said,
                   "full: exit code %d, %s", code, text);
             check(run_child(load_found, out, text, sizeof text) == 0,
                   "step %d: what latest names is whole: %s", full.step, text);
