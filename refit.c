@@ -278,10 +278,11 @@ static inline void save_check(Save *v) {
     comm_gather_int(COMM_WORLD, errors, &v->error, 1, "save: errors");
     for (int r = comm_ranks() - 1; r >= 0; r--) { failed = errors[r] ? r : failed; }
     if (failed >= 0) {
+        const int e = errors[failed], full = e == ENOSPC || e == EDQUOT || e == EFBIG;
         if (comm_rank() == 0) { folder_remove(v->temporary); }
         comm_barrier(COMM_WORLD, "save: removed");
-        die(EXIT_FIT, "rank %d cannot save %s: %s; what was saved before is untouched HINT: is the "
-            "disk full?", failed, v->dir, strerror(errors[failed]));
+        die(full ? EXIT_FIT : EXIT_USAGE, "rank %d cannot save %s: %s; what was saved before is "
+            "untouched%s", failed, v->dir, strerror(e), full ? " HINT: make room" : "");
     }
     free(errors);
 }
@@ -298,8 +299,7 @@ static inline void save_begin(Save *v, const char *dir) {
     save_check(v);
 }
 
-// Collective. The folder, complete, gets its name. One that has the name is replaced, and is called
-// .old for a moment.
+// Collective. The folder, complete, gets its name. One that had it is called .old for a moment.
 static inline void save_commit(Save *v) {
     char old[PATH_SIZE], parent[PATH_SIZE];
     save_check(v);
