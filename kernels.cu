@@ -313,21 +313,28 @@ static inline void zero(void *p, size_t bytes) {
     if (bytes) { memset(p, 0, bytes); }
 }
 
-// Host memory, pinned: a GPU copies to and from it beside its kernels. place: 0 .. PLACES-1. Copies
-// are done in order, and what follows copy_end(place) comes after that place's last one.
+// Host memory, pinned: a GPU copies to and from it beside its kernels. All threads touch it first, in
+// large pages where the system has them.
+static inline void pin(void *p, size_t bytes, int begins) {
+    GPU(gpu_pin(p, bytes, begins))
+    (void)p, (void)bytes, (void)begins;
+}
 static inline void *pinned_alloc(size_t bytes) {
-    void *p = NULL;
-#ifdef USE_CUDA
-    if (on_gpu) { gpu_host_alloc(&p, bytes); }
-#endif
-    if (!ON_GPU) { p = malloc(bytes); }
-    if (p == NULL) { die(EXIT_FIT, "no %zu bytes on the host HINT: a smaller --offload", bytes); }
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) { die(EXIT_FIT, "no %zu bytes HINT: a smaller --offload", bytes); }
+    madvise(p, bytes, MADV_HUGEPAGE);
+    #pragma omp parallel for
+    for (size_t at = 0; at < bytes; at += 4096) { ((volatile char *)p)[at] = 0; }
+    pin(p, bytes, 1);
     return p;
 }
-static inline void pinned_free(void *p) {
-    GPU(gpu_host_free(p))
-    free(p);
+static inline void pinned_free(void *p, size_t bytes) {
+    pin(p, bytes, 0);
+    munmap(p, bytes);
 }
+
+// Copies are done in order, and what follows copy_end(place) comes after that place's last one.
+// place: 0 .. PLACES-1.
 static inline void copy_begin(int place, void *to, const void *from, size_t bytes) {
     GPU(gpu_copy_begin(place, to, from, bytes))
     (void)place;

@@ -1996,7 +1996,8 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
 void model_free(Model *m) {
     if (m->layer == NULL) { return; }
     documents_free_host(&m->documents_h);
-    for (int i = 0; i < m->options.offload; i++) { pinned_free(m->X_host[i]); }
+    const size_t bytes = sizeof(act) * (size_t)m->options.max_tokens * HC * m->config.C;
+    for (int i = 0; i < m->options.offload; i++) { pinned_free(m->X_host[i], bytes); }
     free(m->X_host);
     free(m->loss_h);
     free(m->layer);
@@ -3159,9 +3160,11 @@ static inline int run(Trainer *r, const char *checkpoint) {
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
+    double began = clock_seconds();
     mem_open();                 // the second pass of what plan_memory counted
     model_alloc(&r->model, &r->config, &o);
-    double began = clock_seconds();
+    if (o.offload) { say("load   --offload: host memory pinned | %.1f s\n", clock_seconds() - began); }
+    began = clock_seconds();
     model_load(&r->model, base);
     comm_barrier(COMM_WORLD, "load");       // files may lie nearer to some ranks than to others
     for (int i = 0; r->model.moe.fp8 && i < r->config.layers; i++) {

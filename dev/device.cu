@@ -116,13 +116,9 @@ extern "C" void gpu_aside(int step) {
 static cudaStream_t copy_stream;
 static cudaEvent_t copy_from, copied[PLACES];
 
-extern "C" void gpu_host_alloc(void **p, size_t bytes) {
-    if (cudaHostAlloc(p, bytes, cudaHostAllocDefault) == cudaSuccess) { return; }
-    (void)cudaGetLastError();
-    *p = NULL;
+extern "C" void gpu_pin(void *p, size_t bytes, int begins) {
+    cudaCheck(begins ? cudaHostRegister(p, bytes, cudaHostRegisterDefault) : cudaHostUnregister(p));
 }
-
-extern "C" void gpu_host_free(void *p) { cudaCheck(cudaFreeHost(p)); }
 
 extern "C" void gpu_copy_begin(int place, void *to, const void *from, size_t bytes) {
     if (copy_stream == NULL) {

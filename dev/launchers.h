@@ -19,8 +19,7 @@ enum { GPU_MARKS = 4097 };      // events that can stand between kernels (dev/ph
 void gpu_mark(int i);
 void gpu_marks(double *at_h, int n);
 void gpu_aside(int step);
-void gpu_host_alloc(void **p, size_t bytes);
-void gpu_host_free(void *p);
+void gpu_pin(void *p, size_t bytes, int begins);
 void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);
 void gpu_copy_end(int place);
 // Ranks (moe.c, section 3): which is one of COMM_*
