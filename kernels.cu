@@ -313,8 +313,8 @@ static inline void zero(void *p, size_t bytes) {
     if (bytes) { memset(p, 0, bytes); }
 }
 
-// Host memory, pinned: a GPU copies to and from it beside its kernels. All threads touch it first, in
-// large pages where the system has them.
+// Host memory, pinned: a GPU copies to and from it beside its kernels. All threads touch it first,
+// in large pages where the system has them.
 static inline void pin(void *p, size_t bytes, int begins) {
     GPU(gpu_pin(p, bytes, begins))
     (void)p, (void)bytes, (void)begins;

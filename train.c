@@ -2240,7 +2240,7 @@ static inline void say(const char *format, ...) {
 static volatile sig_atomic_t stop_signals;
 
 // The first Ctrl-C or SIGTERM ends the step, the second one the process. One that comes within a
-// second is the first again: a scheduler sends it to all processes, and the supervisor passes it on.
+// second is the first again: schedulers send it to all processes, and the supervisor passes it on.
 static inline void on_stop_signal(int signal) {
     static double first;
     (void)signal;
@@ -3163,7 +3163,7 @@ static inline int run(Trainer *r, const char *checkpoint) {
     double began = clock_seconds();
     mem_open();                 // the second pass of what plan_memory counted
     model_alloc(&r->model, &r->config, &o);
-    if (o.offload) { say("load   --offload: host memory pinned | %.1f s\n", clock_seconds() - began); }
+    if (o.offload) { say("load   host memory, pinned | %.1f s\n", clock_seconds() - began); }
     began = clock_seconds();
     model_load(&r->model, base);
     comm_barrier(COMM_WORLD, "load");       // files may lie nearer to some ranks than to others

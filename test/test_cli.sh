@@ -570,6 +570,9 @@ test_tools() {
     check "prep has written a file" [ ! -e no.bin ]
     train=$build/prep run 0 "$root/dev/data/tiny" bad.jsonl good.bin all skip
     check "prep skips" grep -q '^data   good.bin: 1 document.* left out: 1 bad row' log
+    train=$build/prep refused 'good.bin would be its own input' "$root/dev/data/tiny" '*.bin' \
+        good.bin
+    check "prep empties what it reads" [ -s good.bin ]
     run 0 "${given[@]}" -i rows.jsonl -x 3 -l 1e-2 -u 0 -o jsonl
     run 0 "${given[@]}" -i rows.bin -x 3 -l 1e-2 -u 0 -o bin
     equal_runs "rows and their .bin" jsonl bin

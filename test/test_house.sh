@@ -90,6 +90,20 @@ test_lines() {
         dev/*.c dev/data/*.c dev/cuda/*.cu test/*.c test/*.h
 }
 
+# No line of the text is longer than 100 characters: not bytes, it may hold others than ASCII.
+test_columns() {
+    local LC_ALL=C.UTF-8 long='^.{101}' files
+    export LC_ALL
+    printf '%0100d\n' 0 > "$dir/fits"
+    printf '%0101d\n' 0 > "$dir/long"
+    check "a line of 100 characters is refused" [ "$(grep -cE "$long" "$dir/fits")" = 0 ]
+    check "a line of 101 passes" [ "$(grep -cE "$long" "$dir/long")" = 1 ]
+    shopt -s nullglob
+    files=$(grep -nE "$long" ./*.c ./*.cu Makefile dev/*.[ch]* dev/data/*.[ch] \
+        dev/cuda/*.* dev/ref/*.py test/*.[ch] test/*.sh test/*.awk | grep -v '^dev/data/unicode.c')
+    check "lines over 100 characters: $files" [ -z "$files" ]
+}
+
 # run.sh adds up, and counts a crash, a missing program and a wrong exit code as failures.
 test_run() {
     printf 'echo "good: 3 passed, 0 failed, 1 skipped"\n' > "$dir/good.sh"
@@ -124,6 +138,7 @@ test_top_level() {
 
 test_twins
 test_lines
+test_columns
 test_run
 test_top_level
 closing test_house

@@ -14,6 +14,7 @@
 #ifndef PREP_C
 #define PREP_C
 #include "chat.c"           // defines: Row, row_encode, TOKEN_*; below it Tokenizer, file_open
+#include <fnmatch.h>
 #include <glob.h>
 
 // -------------------------------------------------------------------------------------------------
@@ -389,13 +390,14 @@ static inline void data_take(Data *d, Rows *s, int rows, int wrap) {
 static void write_bin(const Data *d, const char *path, int kind) {
     int32_t h[256] = { BIN_MAGIC, BIN_VERSION, d->V, (int32_t)(d->tokens & 0x7FFFFFFF),
                        (int32_t)(d->tokens >> 31), kind };
-    FILE *f = fopen(path, "wb");
+    char temporary[PATH_SIZE];      // what is read may have this name, and is mapped
+    FILE *f = fopen(path_make(temporary, path, ".tmp", ""), "wb");
     int good = f && fwrite(h, sizeof h, 1, f) == 1;
     for (size_t i = 0; good && i < d->pieces; i++) {
         size_t n = (size_t)d->piece[i].length;
         good = fwrite(d->piece[i].token, 4, n, f) == n;
     }
-    if (f == NULL || fclose(f) != 0 || !good) {
+    if (f == NULL || fclose(f) != 0 || !good || rename(temporary, path) != 0) {
         die(EXIT_FIT, "cannot write %s: %s", path, strerror(errno));
     }
 }
@@ -407,6 +409,8 @@ int main(int argc, char **argv) {
     if (argc > 4 && strcmp(argv[argc - 1], "skip") == 0) { d.skip_bad_rows = 1; argc--; }
     refuse_if(argc < 4 || argc > 5, "usage: prep DIR INPUT OUTPUT.bin "
               "[assistant|last|completion|all] [skip]");
+    refuse_if(fnmatch(argv[2], argv[3], 0) == 0, "%s would be its own input HINT: another name",
+              argv[3]);
     d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     config_load(&c, argv[1]);
     tokenizer_open(&t, &c, argv[1]);
