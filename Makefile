@@ -158,7 +158,7 @@ COMPILE_TEST = @echo "cc $(@F)"; rm -f $@; $(CC) $(BASE) -MMD -MP -MF $@.d $< -o
 test:
 	-@$(MAKE) -k CUDA=$(CUDA) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(shell nproc)) \
 	    train build/train_float $(TESTS) $(filter build/%,$(GPU_TESTS))
-	@bash test/run.sh $(TESTS) $(GPU_TESTS) test/test_cli.sh test/test_house.sh
+	@bash test/run.sh test/test_cli.sh $(TESTS) $(GPU_TESTS) test/test_house.sh
 
 # The twins against the C text. Without nvcc, those of the list above say skipped.
 build/%_gpu: test/%.c build/kernels.o build/flags
