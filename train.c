@@ -2670,7 +2670,7 @@ static inline char *state_make(const Trainer *r) {
     size_t size;
     FILE *f = open_memstream(&text, &size);
     if (f == NULL) { die(EXIT_FIT, "no memory for the options"); }
-    fprintf(f, "{\n  \"version\": 1,\n  \"step\": %d,\n  \"moments\": %d,\n  \"rows\": %zu,\n"
+    fprintf(f, "{\n  \"version\": 2,\n  \"step\": %d,\n  \"moments\": %d,\n  \"rows\": %zu,\n"
             "  \"epoch\": %d,\n  \"data_tokens\": %zu,\n  \"data_hash\": \"%016llx\",\n"
             "  \"options\": {",
             r->step, r->moments, (size_t)r->step * (opt.per_step / opt.seq), r->train.epoch,
@@ -2711,7 +2711,7 @@ static inline void options_from_state(char *checkpoint) {
     }
     state_open(&j, checkpoint);
     int object = json_get(&j, 0, "options", '{');
-    refuse_if(json_number(&j, json_get(&j, 0, "version", '0')) != 1, "%s is of another version of "
+    refuse_if(json_number(&j, json_get(&j, 0, "version", '0')) != 2, "%s is of another version of "
               "this program", j.file);
     for EACH_OPTION(o) {        // --eval: on the ranks there are, and what the user says holds
         int split = o->at == &opt.ranks || o->at == &opt.ep || o->at == &opt.gen_gpus ||

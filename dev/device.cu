@@ -117,7 +117,9 @@ static cudaStream_t copy_stream;
 static cudaEvent_t copy_from, copied[PLACES];
 
 extern "C" void gpu_pin(void *p, size_t bytes, int begins) {
-    cudaCheck(begins ? cudaHostRegister(p, bytes, cudaHostRegisterDefault) : cudaHostUnregister(p));
+    if (!begins) { cudaCheck(cudaHostUnregister(p)); return; }
+    if (cudaHostRegister(p, bytes, cudaHostRegisterDefault) == cudaSuccess) { return; }
+    gpuFail(EXIT_FIT, "host memory cannot be pinned HINT: a smaller --offload");
 }
 
 extern "C" void gpu_copy_begin(int place, void *to, const void *from, size_t bytes) {

@@ -119,7 +119,9 @@ static inline void comm_supervise(pid_t *pid, int ranks, const sigset_t *signals
             if (WIFSIGNALED(status) && WTERMSIG(status) == passed) { ended = EXIT_INTERRUPTED; }
             pid[r] = 0;
             running--;
-            if (ended == EXIT_OK || deadline > 0) { continue; }
+            const int late = deadline > 0 && clock_seconds() > deadline;    // killed below
+            const int another = deadline > 0 && code != EXIT_INTERRUPTED;   // the first is known
+            if (ended == EXIT_OK || late || another) { continue; }
             if (code == EXIT_OK || ended != EXIT_INTERRUPTED) { code = ended; }
             if (ended != EXIT_INTERRUPTED) { comm_report(r, status); }
             deadline = clock_seconds() + (ended == EXIT_INTERRUPTED ? 10 : 0.5);

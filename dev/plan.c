@@ -29,17 +29,25 @@ static inline double memory_used(void) {
     return memory_planned();
 }
 
-// Bytes of host memory that may still be used here, by all processes; INFINITY where the system
-// does not say. A container may have less than the machine.
-static inline double host_free(void) {
+// A number from a file of the system; otherwise `none`, if it is not there or is a word.
+static inline double system_number(const char *path, const char *format, double none) {
     char line[256];
-    double kib = INFINITY, most = INFINITY;
-    FILE *file = fopen("/proc/meminfo", "r"), *limit = fopen("/sys/fs/cgroup/memory.max", "r");
-    while (file && fgets(line, sizeof line, file) && !sscanf(line, "MemAvailable: %lf", &kib)) { }
-    if (limit && fscanf(limit, "%lf", &most) != 1) { most = INFINITY; }     // it says "max"
-    if (limit) { fclose(limit); }
+    double value;
+    int found = 0;
+    FILE *file = fopen(path, "r");
+    while (file && !found && fgets(line, sizeof line, file)) {
+        found = sscanf(line, format, &value) == 1;
+    }
     if (file) { fclose(file); }
-    return fmin(1024 * kib, most);
+    return found ? value : none;
+}
+
+// Bytes of host memory that may still be used here, by all processes; INFINITY where the system
+// does not say. A container may have less than the machine, of which files in memory take nothing.
+static inline double host_free(void) {
+    double machine = 1024 * system_number("/proc/meminfo", "MemAvailable: %lf", INFINITY);
+    double container = system_number("/sys/fs/cgroup/memory.max", "%lf", INFINITY);
+    return fmin(machine, container - system_number("/sys/fs/cgroup/memory.stat", "anon %lf", 0));
 }
 
 // Bytes that this process and its ranks may still use. On GPUs what the fullest of them has left,
@@ -157,7 +165,7 @@ static inline void plan_disk(const Adapters *a, const char *checkpoint, int step
     double available = (double)disk_free(folder);
     say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
         bytes_text(need), more, bytes_text(adapter), bytes_text(available), folder);
-    if (need > available) {
+    if (need > available && comm_rank() < comm_ep()) {      // replicas write nothing
         die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
             bytes_text(need), opt.out, bytes_text(available));
     }

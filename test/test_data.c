@@ -327,6 +327,13 @@ static void test_text(void) {
     check(d.tokens == 17 && d.labels == 4 + 10, "%zu tokens, %zu labels", d.tokens, d.labels);
     check((d.piece[0].token[1] & TOKEN_ID) == 'a' && (d.piece[2].token[0] & TOKEN_ID) == '7',
           "the files are not in the order of their names");
+    // A name with brackets is that file, not the one that it matches as a pattern.
+    write_file(in_folder("d1.txt"), "abc", 3);
+    write_file(in_folder("d[1].txt"), "01234", 5);
+    d = (Data){ .V = 264, .t = 8, .tokenizer = &bytes_tokenizer };
+    data_add(&d, in_folder("d[1].txt"));
+    check(d.documents == 1 && d.tokens == 7, "d[1].txt: %zu documents, %zu tokens", d.documents,
+          d.tokens);
     write_file(in_folder("x.csv"), "1\n", 2);
     check(run_child(child_data, in_folder("x.csv"), text, sizeof text) == 1
           && strstr(text, "no .bin, .jsonl or .txt"), "csv: '%s'", text);

@@ -396,7 +396,12 @@ static const struct { const char *row, *loss_on, *want; int spelled; } rows[] = 
     {"{\"messages\": [{\"role\": \"wizard\", \"content\": \"x\"}]}", "all", NULL, 0},
     {"{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\"}]}]}", "all",
      NULL, 0},
+    {"{\"messages\": [{\"role\": \"tool\", \"tool_call_id\": \"1\"}, {\"role\": \"assistant\", "
+     "\"content\": \"a\"}]}", "assistant", "<|begin▁of▁sentence|><|User|><tool_result>"
+     "</tool_result><|Assistant|></think>[a<|end▁of▁sentence|>]", 0},
     // What would teach an empty answer, or nothing of what was said.
+    {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "
+     "\"answer\": \"a\", \"tool_calls\": null, \"reasoning\": null}]}", "all", NULL, 0},
     {"{\"messages\": [{\"role\": \"user\", \"text\": \"u\"}, {\"role\": \"assistant\", "
      "\"content\": \"a\"}]}", "all", NULL, 0},
     {"{\"messages\": [{\"role\": \"user\", \"content\": \"u\"}, {\"role\": \"assistant\", "

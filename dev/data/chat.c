@@ -405,11 +405,14 @@ static inline void put_content(Row *r, int at, int is_tool) {
     int kind = content < 0 ? 'n' : json_kind(j, content);
     if (kind == '"') { put_user(r, string_at(j, content)); }
     else if (kind != '[' && kind != 'n') { row_wrong(r, "a content that is not a string"); }
-    // A message may consist of one of these alone. Null is a content too, a misspelt key is none.
+    // A message may consist of one of these alone: null is a content too, but a misspelt key is
+    // none, and other keys that are null say nothing. A tool may answer with nothing.
     static const char *const alone[] = { "content", "value", "tool_calls", "tools",
         "response_format", "reasoning_content", "reasoning" };
-    int there = at < 0;
-    for (int k = 0; k < 7 && !there; k++) { there = member_or_null(j, at, alone[k]) >= 0; }
+    int there = at < 0 || is_tool;
+    for (int k = 0; k < 7 && !there; k++) {
+        there = (k < 2 ? member_or_null : member)(j, at, alone[k]) >= 0;
+    }
     if (!there) { row_wrong(r, "a message has no content"); }
     if (kind != '[') { return; }
     for (int k = 0, i = content + 1; k < j->tok[content].size; k++, i = json_next(j, i)) {

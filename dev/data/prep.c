@@ -14,7 +14,6 @@
 #ifndef PREP_C
 #define PREP_C
 #include "chat.c"           // defines: Row, row_encode, TOKEN_*; below it Tokenizer, file_open
-#include <fnmatch.h>
 #include <glob.h>
 
 // -------------------------------------------------------------------------------------------------
@@ -218,10 +217,10 @@ static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, co
 
 // Adds every file that the pattern names, in the order of their names.
 static inline void data_add(Data *d, const char *pattern) {
-    glob_t found;
-    int literal = access(pattern, F_OK) == 0;   // a name may have brackets
-    refuse_if(glob(pattern, literal ? GLOB_NOCHECK : 0, NULL, &found) != 0, "no file matches %s",
-              pattern);
+    char *own = (char *)pattern;
+    glob_t found = { .gl_pathc = 1, .gl_pathv = &own };
+    int literal = access(pattern, F_OK) == 0;   // a name may have brackets, and mean itself
+    refuse_if(!literal && glob(pattern, 0, NULL, &found) != 0, "no file matches %s", pattern);
     for (size_t i = 0; i < found.gl_pathc; i++) {
         const char *path = found.gl_pathv[i], *dot = strrchr(path, '.') ? strrchr(path, '.') : "";
         int is_text = strcmp(dot, ".txt") == 0, is_rows = strcmp(dot, ".jsonl") == 0;
@@ -240,7 +239,7 @@ static inline void data_add(Data *d, const char *pattern) {
             die(EXIT_USAGE, "%s is no .bin, .jsonl or .txt file", path);
         }
     }
-    globfree(&found);
+    if (!literal) { globfree(&found); }
     refuse_if(d->labels == 0, "%s: nothing to learn from: %zu bad rows, %zu without labels in "
               "their first %d tokens%s", pattern, d->bad, d->unlabelled, d->t,
               d->unlabelled ? " HINT: a larger -t, if these rows have answers" : "");
@@ -390,15 +389,19 @@ static inline void data_take(Data *d, Rows *s, int rows, int wrap) {
 static void write_bin(const Data *d, const char *path, int kind) {
     int32_t h[256] = { BIN_MAGIC, BIN_VERSION, d->V, (int32_t)(d->tokens & 0x7FFFFFFF),
                        (int32_t)(d->tokens >> 31), kind };
-    char temporary[PATH_SIZE];      // what is read may have this name, and is mapped
-    FILE *f = fopen(path_make(temporary, path, ".tmp", ""), "wb");
+    char temporary[PATH_SIZE];      // what is there stays until this is whole; not of a device
+    struct stat there;
+    const int plain = stat(path, &there) != 0 || S_ISREG(there.st_mode);
+    FILE *f = fopen(path_make(temporary, path, plain ? ".tmp" : "", ""), "wb");
     int good = f && fwrite(h, sizeof h, 1, f) == 1;
     for (size_t i = 0; good && i < d->pieces; i++) {
         size_t n = (size_t)d->piece[i].length;
         good = fwrite(d->piece[i].token, 4, n, f) == n;
     }
-    if (f == NULL || fclose(f) != 0 || !good || rename(temporary, path) != 0) {
-        die(EXIT_FIT, "cannot write %s: %s", path, strerror(errno));
+    if (f == NULL || fclose(f) != 0 || !good || (plain && rename(temporary, path) != 0)) {
+        const int error = errno;
+        if (plain) { unlink(temporary); }
+        die(EXIT_FIT, "cannot write %s: %s", path, strerror(error));
     }
 }
 
@@ -409,8 +412,16 @@ int main(int argc, char **argv) {
     if (argc > 4 && strcmp(argv[argc - 1], "skip") == 0) { d.skip_bad_rows = 1; argc--; }
     refuse_if(argc < 4 || argc > 5, "usage: prep DIR INPUT OUTPUT.bin "
               "[assistant|last|completion|all] [skip]");
-    refuse_if(fnmatch(argv[2], argv[3], 0) == 0, "%s would be its own input HINT: another name",
-              argv[3]);
+    glob_t in;
+    struct stat out, one;
+    if (stat(argv[3], &out) == 0 && glob(argv[2], GLOB_NOCHECK, NULL, &in) == 0) {
+        for (size_t i = 0; i < in.gl_pathc; i++) {
+            refuse_if(stat(in.gl_pathv[i], &one) == 0 && one.st_dev == out.st_dev &&
+                      one.st_ino == out.st_ino, "%s would be its own input HINT: another name",
+                      argv[3]);
+        }
+        globfree(&in);
+    }
     d.loss_on = argc > 4 ? loss_on_word(argv[4]) : LOSS_ASSISTANT;
     config_load(&c, argv[1]);
     tokenizer_open(&t, &c, argv[1]);
