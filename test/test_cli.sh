@@ -191,7 +191,9 @@ test_check_adapter() {
         dd if=/dev/zero of=$file bs=1 seek=$((8 + $(header_size $file) + from)) count=4096 \
             conv=notrunc 2> /dev/null
     done
-    run 0 "${small[@]}" --init-adapter vllm/adapter --adapter-names hf -l 0 -x 1 -o hf
+    run 0 "${small[@]}" --init-adapter vllm/adapter --adapter-names hf -l 0 -x 1 -n 1 -o hf
+    check "a checkpoint is not the adapter it will be" cmp \
+        hf/{checkpoint-000001,adapter}/adapter_model.safetensors
     for names in vllm hf; do
         for ranks in 1 2 4; do
             run 0 --cpu --check-adapter $names/adapter --ranks $ranks
@@ -331,7 +333,7 @@ test_resume() {
 # A run may go on in another folder, where it begins logs of its own and leaves an earlier run's
 # alone; what a user has copied stays; --eval looks with the run's settings.
 test_resume_elsewhere() {
-    local options=("${small[@]}" -n 2 -x 6) lines
+    local options=("${small[@]}" -n 2 -x 6 -v 2 --val-steps 1) lines
     run 0 "${options[@]}" --keep 2 -o here
     run 0 "${small[@]}" -x 3 -o other
     cp -r here/checkpoint-000004 here/checkpoint-000004.best
@@ -344,9 +346,13 @@ test_resume_elsewhere() {
     check "an earlier run's log changed" same "$lines" "$(md5sum < other/previous-1/training.jsonl)"
     echo checkpoint-000004 > here/latest
     run 0 "${options[@]}" --resume -o here --keep 1
+    check "validations are logged twice, or lost" same "0 2 4 6" \
+        "$(sed -nE 's/^.*"step": ([0-9]+),.*/\1/p' here/validation.jsonl | xargs)"
     check "logs were not gone on with" same "$(value step here)" "1 2 3 4 5 6"
     check "kept: $(cd here && echo checkpoint*)" same "$(cd here && echo checkpoint*)" \
         "checkpoint-000004-good checkpoint-000004.best checkpoint-000006"
+    run 0 "${options[@]}" --keep 1 --resume here/checkpoint-000006 -o new/place -l 1e-4
+    check "a new --lr is not said" grep -q '^plan   --lr 3e-3 -> 1e-4' log
     refused 'resume.*no folder' "${small[@]}" --resume= -o here
     refused 'init-adapter.*no folder' "${small[@]}" --init-adapter '' -o here
     refused 'bench' --cpu --resume -o here --bench 3
@@ -503,6 +509,77 @@ test_splits() {
     train=$root/train
 }
 
+# What is written with one seed and one text: after 30 steps on one row, it. A sample goes on from
+# the prompt, with so many tokens, as the text does.
+test_sample() {
+    awk 'BEGIN { while (n++ < 31) { printf "%c", 97 + n * 7 % 26 } }' > row.txt
+    run 0 "${small[@]}" -i row.txt -d 32 -x 30 --overfit -l 1e-2 -u 2 -s 30 -g 12 \
+        --prompt "$(head -c 9 row.txt)" -o sample
+    check "a sample of what is known by heart: $(grep -A 2 'at step 30' log | tail -n 1)" same \
+        "$(grep -A 2 '^sample at step 30' log | tail -n 1)" "$(head -c 21 row.txt)"
+    check "base loss is not the first step's" same \
+        "$(sed -nE 's/^base +loss ([^ ]+) .*/\1/p' log)" \
+        "$(sed -nE 's/^step +1\/.* loss ([^ ]+) .*/\1/p' log)"
+}
+
+# A second run in the same folder is refused, and the first goes on.
+test_lock() {
+    start "${small[@]}" -x 100000 -o busy
+    until_true lines busy/training.jsonl 2
+    refused 'another run is writing to busy' "${small[@]}" -x 1 -o busy
+    check "the logs of a running run were moved" [ ! -e busy/previous-1 ]
+    kill -INT "$pid"
+    finish 130
+}
+
+# --timeout: a rank that stands still ends the run, within that time, with one line; none is left.
+test_stopped_rank() {
+    local ranks
+    if [ ! -r /proc/self/stat ]; then skip "stopped rank: no /proc"; return; fi
+    start "${small[@]}" -x 100000 --ranks 2 --timeout 5 -o stopped
+    until_true lines stopped/training.jsonl 2
+    read -r -a ranks <<< "$(children "$pid" | xargs)"
+    kill -STOP "${ranks[1]}"
+    finish 4
+    check "the line does not name the rank" grep -qE '^error.*waited 5 s for rank 1 ' log
+    check "not one error line" same "$(grep -c '^error' log)" 1
+    check "a rank lives on" same "$(ls -d "${ranks[@]/#//proc/}" 2> /dev/null)" ""
+    kill -KILL -- "-$pid" 2> /dev/null
+}
+
+# The lines of --bench add up to the step, and shares to 100 %.
+test_bench() {
+    run 0 "${small[@]}" --bench 3
+    check "--bench: its lines do not add up" awk '/^bench/ && $(NF - 2) == "ms" {
+            if ($2 == "step") { step = $(NF - 3); share = $(NF - 1) }
+            else { sum += $(NF - 3); shares += $(NF - 1); n++ } }
+        END { off = sum - step
+            exit !(n == 13 && off < 0.2 && off > -0.2 && share == 100 && shares > 99 \
+                   && shares < 101) }' log
+}
+
+# The plan of the disk is what then lies there: one checkpoint more than are kept, and the adapter.
+# A disk that is too small for it is said before anything is loaded.
+test_plan_disk() {
+    local plan
+    run 0 "${small[@]}" -x 3 -n 1 --keep 2 -o disk
+    plan=$(sed -nE 's/^plan +disk +([0-9.]+) MiB for 2 \+ 1 check.*/\1/p' log)
+    check "$plan MiB of disk for 2 + 1 checkpoints" awk -v plan="$plan" '
+        { there = $1 / 1048576; exit !(plan > there - 0.1 && plan < 1.1 * there) }' <(
+        cat disk/checkpoint-000003/* disk/checkpoint-000003/* disk/checkpoint-000002/* \
+            disk/adapter/* | wc -c)
+    run 0 "${small[@]}" -x 3 -n 4 -o disk2 --dry-run
+    check "disk for checkpoints that are never due" grep -q '^plan   disk .* for 0 + 1 check' log
+    mkdir -p little
+    if ! mount -t tmpfs -o size=1m tmpfs little 2> /dev/null; then
+        skip "a disk that is too small: mounting one needs root"
+        return
+    fi
+    run 2 "${small[@]}" -x 3 -n 1 -o little/out --dry-run
+    check "no word of the disk" grep -q '^error.*disk space are needed.*HINT: --keep 1' log
+    umount little
+}
+
 # Ctrl-C in a terminal reaches every process of the group.
 test_resume_ranks() {
     run 0 "${small[@]}" -x 30 --ranks 2 -o whole2
@@ -550,6 +627,17 @@ test_chat() {
     check "no count of dropped rows" grep -q '1 bad row' log
     run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows -x 2 -o chat
     check "chat: labels" same "$(value num_label_tokens chat)" "44 44"
+
+    # Two answers, of 8 and 3 bytes and EOS each. All: every token but the first.
+    local row='{"messages": [{"role": "user", "content": "Why?"}, ' on want
+    row+='{"role": "assistant", "content": "Because."}, {"role": "user", "content": "So?"}, '
+    echo "$row"'{"role": "assistant", "content": "Yes"}]}' > two.jsonl
+    for on in assistant last completion all; do
+        run 0 "${given[@]}" -t 128 -i two.jsonl --loss-on $on --dry-run
+        want=$(sed -nE 's/^data   train 1 document, ([0-9]+) tokens.*/\1/p' log)
+        case $on in assistant) want=13 ;; all) want=$((want - 1)) ;; *) want=4 ;; esac
+        check "--loss-on $on: $(grep ^data log)" grep -q "^data .* tokens, $want labels" log
+    done
 }
 
 # The programs beside the trainer, built and called as the README says.
@@ -622,9 +710,14 @@ test_fresh
 test_refused
 test_modes
 test_plan
+test_plan_disk
+test_bench
 test_offload
 test_ranks
 test_killed_rank
+test_stopped_rank
+test_lock
+test_sample
 if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_check_adapter
     test_resume

@@ -28,6 +28,15 @@
 #include "../train.c"
 #include "check.h"
 #include <float.h>
+#if defined(HAVE_STB_IMAGE_WRITE) && __has_include(<stb/stb_image.h>)
+#define HAVE_STB_IMAGE
+#define STB_IMAGE_IMPLEMENTATION
+#define STBI_ONLY_PNG
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include <stb/stb_image.h>              // defines: stbi_load
+#pragma GCC diagnostic pop
+#endif
 
 static char folder[PATH_SIZE];                  // of this test's files
 
@@ -551,7 +560,7 @@ static void test_logs(void) {
     }
     log_rewind("there-is-none.jsonl", "loss", 3);
 
-    // The curve of what was logged, in the colours of the two curves and nothing else's.
+    // A picture of what was logged.
     unlink(in_folder("loss.png"));
     int drawn = plot_loss(in_folder("loss.png"), in_folder("training.jsonl"), in_folder("none"));
 #ifdef HAVE_STB_IMAGE_WRITE
@@ -564,6 +573,40 @@ static void test_logs(void) {
 #endif
     check(plot_loss(in_folder("no.png"), in_folder("none"), in_folder("none")) == -1, "empty plot");
 }
+
+#ifdef HAVE_STB_IMAGE
+// Is there a point of that color within two of (x, y)?
+static int is_near(const unsigned char *rgb, double x, double y, int color) {
+    int found = 0;
+    for (int i = 0; i < 25; i++) {
+        const int at = ((int)lround(y) + i / 5 - 2) * PLOT_W + (int)lround(x) + i % 5 - 2;
+        found |= (rgb[3 * at] << 16 | rgb[3 * at + 1] << 8 | rgb[3 * at + 2]) == color;
+    }
+    return found;
+}
+
+// The curves of what was logged: training falls from 3 at step 1 to 1 at step 10, in blue, and
+// validation is 2 at step 8, where no other curve passes, in orange; 1 is 5 % above the lower end.
+static void test_plot(void) {
+    static const char train[] = "{\"step\": 1, \"loss\": 3}\n{\"step\": 10, \"loss\": 1}\n",
+                      val[] = "{\"step\": 8, \"val_loss\": 2}\n";
+    int w = 0, h = 0, channels;
+    write_file(in_folder("plot.jsonl"), train, sizeof train - 1);
+    write_file(in_folder("plotval.jsonl"), val, sizeof val - 1);
+    check(plot_loss(in_folder("plot.png"), in_folder("plot.jsonl"), in_folder("plotval.jsonl"))
+          == 1, "no plot");
+    unsigned char *rgb = stbi_load(in_folder("plot.png"), &w, &h, &channels, 3);
+    if (!check(rgb && w == PLOT_W && h == PLOT_H, "the plot has another size")) { return; }
+    const double wide = PLOT_RIGHT - PLOT_LEFT, high = (PLOT_BOTTOM - PLOT_TOP) / 2.202;
+    const double x[4] = { 1, 10, 5.5, 8 }, y[4] = { 3, 1, 2, 2 };
+    for (int k = 0; k < 4; k++) {
+        check(is_near(rgb, PLOT_LEFT + x[k] / 10 * wide, PLOT_BOTTOM - (y[k] - 0.899) * high,
+                      k < 3 ? 0x1F77B4 : 0xE06000), "the curve is not at step %g, loss %g", x[k],
+              y[k]);
+    }
+    stbi_image_free(rgb);
+}
+#endif
 
 static void test_draw(void) {
     const float logits[4] = { -INFINITY, 1, 1 + 0.8f * 1.0986123f, -INFINITY };     // 1 : 3 at 0.8
@@ -730,6 +773,76 @@ static void test_update(void) {
 #endif
 }
 
+// Factor A or B of the last layer's wo_b, or its moment (kind ".m"), from a file of folder/out.
+static const float *wo_b_of(const char *out, const char *file, char factor, const char *kind,
+                            size_t *n) {
+    char path[256], name[64];
+    snprintf(path, sizeof path, "%s/%s", out, file);
+    snprintf(name, sizeof name, "layers.4.attn.wo_b.lora_%c.weight%s", factor, kind);
+    return tensor_in(read_file(in_folder(path), n), name, n);
+}
+
+// One step whose every number follows from its gradient, which another run without clipping tells:
+// with beta1 = 0 the first moment is the gradient, B goes from 0 to -lr m / (|m| + eps), and A,
+// whose gradient is 0 while B is, decays by lr * c. Twice the alpha is twice the gradient of B.
+static void test_update_options(void) {
+    static const char *const file = "checkpoint-000001/optimizer.safetensors",
+                      *const adapter = "adapter/adapter_model.safetensors";
+    static const char *const runs[3][2] = {
+        { "free", "-d 16 -x 1 -n 1 --beta1 0 -l 0 --clip 0" },
+        { "all", "-d 16 -x 1 -n 1 --beta1 0 -l 0.01 --clip 0.05 --beta2 0.5 --eps 1e-3 -c 0.5" },
+        { "alpha", "-d 16 -x 1 -n 1 --beta1 0 -l 0 --clip 0 --lora-alpha 64" } };
+    for (int k = 0; k < 3; k++) {
+        check(run_trainer(child_trainer, runs[k][0], runs[k][1]) == 0, "%s: '%s'", runs[k][1],
+              said);
+    }
+    size_t n;
+    const float *g = wo_b_of("free", file, 'B', ".m", &n), *m = wo_b_of("all", file, 'B', ".m", &n);
+    const float *v = wo_b_of("all", file, 'B', ".v", &n), *b = wo_b_of("all", adapter, 'B', "", &n);
+    const float *twice = wo_b_of("alpha", file, 'B', ".m", &n);
+    const double norm = logged("free", "training.jsonl", "grad_norm", 0);
+    check(norm > 0.1, "a norm of %g is not clipped", norm);
+    for (size_t i = 0; i < n; i++) {
+        const double gi = (double)g[i], mi = (double)m[i];
+        check_close("clipped", (long)i, mi, gi * 0.05 / (norm + 1e-6), 1e-5 * fabs(gi) + 1e-12);
+        check_close("beta2", (long)i, (double)v[i], 0.5 * mi * mi, 1e-5 * mi * mi + 1e-30);
+        check_close("eps", (long)i, (double)b[i], -0.01 * mi / (fabs(mi) + 1e-3), 1e-7);
+        check_close("alpha", (long)i, (double)twice[i], 2 * gi, 1e-6 * fabs(gi));
+    }
+    const float *a = wo_b_of("free", adapter, 'A', "", &n);
+    const float *less = wo_b_of("all", adapter, 'A', "", &n);
+    for (size_t i = 0; i < n; i++) {
+        check_close("decay", (long)i, (double)less[i], 0.995 * (double)a[i], 1e-8);
+    }
+    // What is drawn, in which order rows come, what is trained, how large steps are.
+    static const char *const how[2][2] = { { "seed", "-d 16 -x 1 -l 0 --seed 7" },
+                                           { "order", "-d 16 -x 1 -l 0 --shuffle-seed 7" } };
+    for (int k = 0; k < 2; k++) {
+        check(run_trainer(child_trainer, how[k][0], how[k][1]) == 0, "%s: '%s'", how[k][1], said);
+        check(logged(how[k][0], "training.jsonl", "loss", 0)
+              != logged("free", "training.jsonl", "loss", 0), "%s does nothing", how[k][1]);
+    }
+    check(run_trainer(child_trainer, "attn", "-d 16 -x 4 --lora-targets attn -u 2 -q 0.5") == 0,
+          "'%s'", said);
+    check(strstr(read_file(in_folder("attn/adapter/adapter_model.safetensors"), &n) + 8,
+                 "ffn") == NULL, "--lora-targets attn trains experts");
+    check_close("lr", 3, logged("attn", "training.jsonl", "lr", 3), 0.75 * 3e-3, 1e-9);
+    check(run_trainer(child_trainer, "flat", "-d 16 -x 4 -k constant -q 0.5") == 0, "'%s'", said);
+    check_close("lr", 4, logged("flat", "training.jsonl", "lr", 3), 3e-3, 1e-9);
+}
+
+// How evenly experts are used: 6, 2, 0 and 0 rows.
+static void test_expert_load(void) {
+    static Trainer r;
+    static long rows[4] = { 6, 2, 0, 0 };
+    double worst, entropy;
+    r.config.E = 4;
+    r.model.expert_count = rows;
+    expert_load(&r, &worst, &entropy);
+    check_close("load max/mean", 0, worst, 3, 1e-12);
+    check_close("entropy", 0, entropy, 0.5623351446188083, 1e-12);
+}
+
 static void test_validation(void) {
     static const char *const how[] = { "", "-b 2", "--ranks 2", "--ranks 4" };
     for (int i = 0; i < 4; i++) {
@@ -744,13 +857,34 @@ static void test_validation(void) {
     check(!isnan(logged("eval0", "validation.jsonl", "val_loss", 1)), "--eval does not append");
     // During training: at both ends and every -v steps; the first is the base model's.
     char more[1024];
-    snprintf(more, sizeof more, "-j %s -v 2 --val-steps 1000 -x 3 -d 16", in_folder("e.txt"));
+    snprintf(more, sizeof more, "-j %s -v 2 --val-steps 1000 -x 3 -d 16 -n 3", in_folder("e.txt"));
     check(run_trainer(child_trainer, "val", more) == 0, "'%s'", said);
     check_close("base", 0, logged("val", "validation.jsonl", "val_loss", 0),
                 logged("eval0", "validation.jsonl", "val_loss", 0), 1e-6);
     check(logged("val", "validation.jsonl", "step", 1) == 2
           && logged("val", "validation.jsonl", "step", 2) == 3
           && isnan(logged("val", "validation.jsonl", "step", 3)), "steps of validation");
+    // With the adapter of a checkpoint, or another folder's, --eval says what the run itself said.
+    const double base = logged("val", "validation.jsonl", "val_loss", 0);
+    const double trained = logged("val", "validation.jsonl", "val_loss", 2);
+    check(trained < base - 0.01, "val_loss %g -> %g", base, trained);
+#ifdef HAVE_JSMN
+    snprintf(more, sizeof more, "--eval -j %s --init-adapter %s", in_folder("e.txt"),
+             in_folder("val/adapter"));
+    check(run_trainer(child_trainer, "again", more) == 0, "'%s'", said);
+    check_close("--init-adapter --eval", 0, logged("again", "validation.jsonl", "val_loss", 0),
+                trained, 1e-6);
+    snprintf(more, sizeof more, "--eval -j %s --resume", in_folder("e.txt"));
+    check(run_trainer(child_trainer, "val", more) == 0, "'%s'", said);
+    check_close("--resume --eval", 0, logged("val", "validation.jsonl", "val_loss", 3), trained,
+                1e-6);
+#endif
+    // One micro-batch of it is the row that a first step takes.
+    snprintf(more, sizeof more, "-j %s -v 1 --val-steps 1 -x 1 -d 16 -l 0 --no-shuffle",
+             in_folder("e.txt"));
+    check(run_trainer(child_trainer, "one", more) == 0, "'%s'", said);
+    check_close("--val-steps 1", 0, logged("one", "validation.jsonl", "val_loss", 1),
+                logged("one", "training.jsonl", "loss", 0), 1e-6);
 }
 
 static void test_resume(void) {
@@ -847,7 +981,7 @@ static int same_files(const char *a, const char *b) {
 // What the process holds when it ends, whatever ends it: adapters and moments, in folder/held.
 static void write_held(void) {
     FILE *f = fopen(in_folder("held"), "wb");
-    if (f == NULL) { return; }
+    if (f == NULL || !mem.closed) { return; }           // training never asks for memory
     fwrite(mem.arena[MEM_ADAPTERS].base, 1, mem.arena[MEM_ADAPTERS].used / 2, f);  // p, and not g
     fwrite(mem.arena[MEM_OPTIMIZER].base, 1, mem.arena[MEM_OPTIMIZER].used, f);
     fclose(f);
@@ -1081,9 +1215,14 @@ int main(void) {
     test_jsonl();
     test_options();
     test_logs();
+#ifdef HAVE_STB_IMAGE
+    test_plot();
+#endif
     test_draw();
+    test_expert_load();
     test_steps();
     test_update();
+    test_update_options();
     test_validation();
     test_resume();
 #ifdef HAVE_JSMN

@@ -360,6 +360,21 @@ static void test_layouts(const char *of) {
     }
 }
 
+// The measure itself, on two labels of three: where the trainer says p = 1/e and the receivers
+// q = 1/e^2, q/p - 1 - log(q/p) is 1/e; where they agree it is 0.
+static void test_compare(void) {
+    static Engine e;
+    static __typeof__(*e.model.loss_h) receivers[3] = { 2, 3, 0.5f };
+    static const float trainers[3] = { 1, 9, 0.5f };
+    int target[3] = { 5, -1, 7 };
+    double sums[4] = { 0 };
+    const Batch b = { .T = 3, .docs = 1, .target = target };
+    e.model.loss_h = receivers;
+    engine_compare(sums, &e, &b, trainers);
+    const double want[4] = { exp(-1), 2.5, 1.5, 2 };
+    for (int k = 0; k < 4; k++) { check_close("compared", k, sums[k], want[k], 1e-12); }
+}
+
 // -------------------------------------------------------------------------------------------------
 // The program
 
@@ -531,6 +546,7 @@ int main(int argc, char **argv) {
         require(source && symlink(source, path) == 0);
         free(source);
     }
+    test_compare();
     test_both(NULL);
     test_layouts(NULL);
     if (BF16) { test_program(); }

@@ -631,6 +631,31 @@ static void test_registry_errors(void) {
     free(s.tensors);
 }
 
+// What was not counted is not had, nor more than 1 MiB beside the arenas once they are closed.
+static void memory_in_child(void *how) {
+    const int what = *(int *)how;
+    mem_count();
+    mem_alloc(MEM_SCRATCH, 1000);
+    mem_open();
+    mem_alloc(MEM_SCRATCH, 1000);
+    free(host_alloc(2 << 20));
+    mem.closed = 1;
+    if (what == 1) { mem_alloc(MEM_SCRATCH, 1000); }
+    free(host_alloc(what == 2 ? (1 << 20) + 1 : 1 << 20));
+}
+
+static void test_memory(void) {
+    static const struct { int code; const char *says; } want[3] = {
+        { 0, "" }, { EXIT_FIT, "were not in the plan of 1024 (after step 1)" },
+        { EXIT_USAGE, "mem.closed" } };
+    for (int what = 0; what < 3; what++) {
+        char text[1024];
+        int code = run_child(memory_in_child, &what, text, sizeof text);
+        check(code == want[what].code && strstr(text, want[what].says), "memory %d: exit %d, %s",
+              what, code, text);
+    }
+}
+
 static void test_init(void) {
     Registered r = {0};
     Adapters s = adapters_new(&r, 0x3FF, 0, 4, 1);
@@ -1333,6 +1358,7 @@ int main(void) {
     test_targets();
     test_registry();
     test_registry_errors();
+    test_memory();
     test_init();
     test_norm();
     test_nonfinite();
