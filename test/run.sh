@@ -36,7 +36,7 @@ run() {
             text+=$'\n'"FAIL $name counted no failure, but its exit code is $code; see $log"
             f=1
         fi
-        text+=$'\n'"${closing:-$name} ($((SECONDS - started)) s)"
+        text+=$'\n'"$name: ${closing#*: } ($((SECONDS - started)) s)"
     else
         text="FAIL $name did not build" f=1
     fi
