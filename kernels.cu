@@ -7,7 +7,7 @@
 //     kernels.cu (contract) <- fp8.c <- mxfp4.c <- lora.c <- moe.c <- refit.c <- train.c
 //
 // It is a unity build: each .c includes the one before it, `cc train.c` compiles the whole CPU
-// trainer, and `nvcc kernels.cu` the device code. There are no headers.
+// trainer, and `nvcc kernels.cu` the device code. The one header has the launchers' prototypes.
 //
 // Contents
 //   1.1 types, and the places where a      2 helpers; the host's side is dev/device.cu
@@ -840,7 +840,7 @@ template <int n> __device__ __forceinline__ void wgmma_wait(float (&d)[n]) {
     keep_order(d);
 }
 
-// Registers move from the warpgroup that only starts copies to those that hold sums.
+// Registers go from copiers to those that hold sums. In all the launch's: 40 + 2 x 232 = 3 x 168.
 template <int n> __device__ __forceinline__ void registers_give(void) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n));
 }
@@ -1599,7 +1599,7 @@ product_kernel(void *out, const __grid_constant__ CUtensorMap map_out,
         } else {
             registers_give<72>();
             ProductCodes<BN> next;
-            if (warpgroup == 3 && more) { step(); }     // the two take turns
+            if (warpgroup == 3 && more) { step(); }     // in turns: STAGES is even
             if (more && k < border) { product_fetch<BN, W_BY_K>(next, s, t, k); }
             while (more) {
                 const ProductCodes<BN> codes = next;
@@ -1949,7 +1949,7 @@ __device__ __forceinline__ void wgmma_m64k32(float (&d)[64], uint64_t x, uint64_
 // per block. It multiplies 64 rows at a time into 64 registers beside its 128 sums; while it adds
 // those up, the other warpgroup multiplies.
 //   a block of 128 k: 1,024 tensor clocks, 256 of 1,024 issue slots to add, 144 KB through shared
-//   memory (1,125 clocks): about 1,040 TFLOP/s, against 730 of bf16.
+//   memory (1,152 clocks). Measured: about 1,040 TFLOP/s, against 730 of bf16.
 template <int V_BY_K>
 __global__ void __launch_bounds__(384, 1)
 fp8_kernel(bf16 *out, const __grid_constant__ CUtensorMap map_out,
@@ -2535,7 +2535,7 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
 // A slice is a cluster of 1 to 16 blocks, each with at most 64 KB of its columns, as X, in shared
 // memory, where R, Q and Z are too. Blocks add up their parts of R by reading each other's shared
 // memory, in their order, and every one of them does the small work on R alone. So a cluster holds
-// what one block could not, and an SM has two blocks, one of which computes while the other waits
+// what one block could not; up to rank 8 an SM has two, of which one computes while the other waits
 // for memory. What 16 blocks cannot hold (32,768 columns at ranks above 8) is worked on where the
 // gradient was, in global memory, by one block; so is a slice that is not aligned to 16 bytes.
 // Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double: a tiny gradient has a
@@ -3124,7 +3124,7 @@ extern "C" void route_backward_gpu(real *dinp, const real *dweights, const int *
 
 // One block per expert. Each thread looks at a run of slots: first it counts its expert's, then,
 // knowing how many the threads before it have, numbers them.
-//   bytes: E blocks read all ids, from L2: 256 x 98 KB at 4,096 tokens of 6 experts.
+//   bytes: E blocks read all ids twice, from L2: 256 x 197 KB at 4,096 tokens of 6 experts.
 enum { COUNT_THREADS = 512 };
 __global__ void trip_count_kernel(int *counts, int *index, const int *ids, int slots) {
     __shared__ int shared[COUNT_THREADS / 32];
@@ -4035,8 +4035,8 @@ __global__ void hc_weights_backward_kernel(float *token, const float *sums, cons
 }
 
 // dX[i] = sum_j comb[i][j] dY[j] + pre[i] du + (fn^T r dm)[i] - along X[i]; dX holds dY on entry
-// (NEXT; at the head there is none). fn is rounded to tf32, as is r dm: 2^-12, where dX rounds to
-// 2^-9. Tokens come last to first: of what hc_enter_sums_kernel read last, some is still in L2.
+// (NEXT; at the head there is none); each lane copies ahead only what it writes itself. fn and r dm
+// are rounded to tf32: 2^-12, where dX rounds to 2^-9. Tokens come last to first: L2 has some.
 //   bytes: 8 C for dY, 8 C for X, 4 C for dx, 8 C for dX: 112 KiB, 470 MB at T = 4,096: 110 us.
 //   operations: 2 x 24 x 16,384 per token on tensor cores, 3.2 GFLOP in tf32: 13 us.
 enum { HC_ENTER_SLICE = 128, HC_ENTER_STAGES = 2, HC_ENTER_LOADS = 2 * (2 * HC + 2) };
@@ -4406,7 +4406,7 @@ extern "C" void indexer_select_gpu(int *selected, const act *q, const act *k, co
 // -------------------------------------------------------------------------------------------------
 // 9 Attention (train.c 5.4)
 //
-// First kernels for heads of 128 and 512 dims: one warp per query and head, or per key, its lanes
+// First kernels for heads of 128 and 512 dims: a warp per query and head, 16 per key, their lanes
 // sharing the dims; every dot product is a shuffle tree. They serve the tiny model. The real one's
 // 64 heads of 512 dims have kernels on the tensor cores, whose ladders are in dev/cuda: 9.1, 9.2.
 
@@ -5068,7 +5068,7 @@ template <int SIDE> __device__ inline void free_half(uint32_t base, int buffer) 
 }
 
 // One pair of tiles, or (both = false) the last one alone. left: keys in the even tile and after
-// it. The products with P1 are issued before those with P0 are complete.
+// it. P1's products start before P0's end; P0 lasts, as the next scores need keys freed after it.
 template <int SIDE>
 __device__ inline void consume_pair(unsigned char *shared, float (&o)[128], Softmax &x,
                                     int (&use)[2], int token, int left, bool both, bool last,
@@ -5533,9 +5533,9 @@ __device__ inline void softmax_backward(float *p, float *dl, float s, float dp, 
 // of these has scores and their gradients of the same heads
 //
 // A slot of shared memory holds one chunk (64 dims) of Q and dO. Two barriers go with it: `full`
-// says that the copies have arrived, `empty` that the last product on it is done. Accumulating
-// products finish one half of their chunks first, so that these are filled for the next step while
-// the tensor cores still work on the others.
+// says that the copies have arrived, `empty` that the last product on it is done: its warpgroup's 4
+// warps arrive, after both met. Accumulating products finish one half of their chunks first, so
+// that these are filled for the next step while the tensor cores still work on the others.
 //   key kernel: 128 KB of Q and dO per (token, tile of 64 keys), 4 products = 16.8 MFLOP
 //   query kernel: 64 KB of keys per (token, 64 keys), 3 products = 12.6 MFLOP; a block stays for
 //   many tokens, so that the next token's Q and dO come while the last product runs.

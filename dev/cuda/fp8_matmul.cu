@@ -14,7 +14,7 @@
 //   v3  a ring of 4 stages, filled ahead by a producer
 //   v4  + sum_j u[r][j] v[e][n][j], the border of a LoRA adapter, in bf16: further steps of the
 //       same sums, rounded once with them. v3 is v4 with KU = 0: one kernel, shipped.
-// v1 and v2 are here, v3, v4 and the recast are kernels.cu's own (4.4).
+// v1 and v2 are here, v3, v4 and the recast are kernels.cu's own (4.3).
 // The control: v2 with sums that stay inside the tensor cores for all of K.
 //
 // Arithmetic, 49,152 rows of 32 experts (8,192 tokens, 6 experts each), C 4,096, F 2,048:
@@ -22,7 +22,7 @@
 //             the 1,979 TFLOP/s of the data sheet; at the clock that 700 W leave (1.4 GHz) 1.6 ms
 //   recast    805 M weights, 0.43 GB in, 0.81 out: 0.29 ms at 4,277 GB/s
 //   a K block 128 x 256 x 128: 1,024 tensor clocks, 48 KB in, 6 KB read by each of 16 wgmma of 64
-//             clocks: (48 + 96) KB of shared memory traffic, 1,125 clocks at 128 bytes each. Adding
+//             clocks: (48 + 96) KB of shared memory traffic, 1,152 clocks at 128 bytes each. Adding
 //             up takes 256 of 1,024 issue slots.
 //
 // Measured (one H200, a product after each recast, medians; TFLOP/s at N x K):
