@@ -51,9 +51,9 @@ typedef struct {
 
 static Engine engine;
 
-// Bytes that a move of r takes on this rank while it lasts (refit.c, staging_begin): two layers'
-// transfers, of which every other one goes to the same place, and all that is sent whole by one
-// rank, in the first of the two.
+// Bytes that a move of r takes on this rank while it lasts. What refit.c's wave_begin will ask for,
+// two layers' transfers, of which every other one goes to the same place, and move_broadcast: all
+// that is sent whole by one rank, in the first of the two.
 static double engine_staging(const Refit *r) {
     size_t most[2] = { 0, 0 }, bytes = 0;
     for (size_t i = 0, at = 1; i < r->n_transfers && r->transfer[i].param < r->bulk; i++) {

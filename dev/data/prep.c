@@ -70,9 +70,9 @@ static inline int data_add_document(Data *d, const uint32_t *token, size_t lengt
     }
     for (size_t at = 0; at < length; at += t) {
         Piece p = { token + at, (int)(length - at < t ? length - at : t), 0 };
-        for (int i = 1; i < p.length; i++) { p.labels += (p.token[i] & TOKEN_LABEL) != 0; }
-        for (int i = 0; i < p.length; i++) {        // FNV-1a
-            d->hash = (d->hash ^ p.token[i]) * 0x100000001B3;
+        for (int i = 0; i < p.length; i++) {
+            p.labels += i > 0 && p.token[i] & TOKEN_LABEL;
+            d->hash = (d->hash ^ p.token[i]) * 0x100000001B3;       // FNV-1a
         }
         if (p.length < 2) { continue; }
         d->tokens += (size_t)p.length;
