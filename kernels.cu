@@ -5963,7 +5963,7 @@ __global__ void cross_entropy_kernel(real *loss, bf16 *dlogit, const float *logi
         max = higher;
     }
     const float all = block_max(max, shared);
-    sum = block_sum(max == -INFINITY ? 0 : sum * expf(max - all), shared);
+    sum = block_sum(sum * expf(max - all), shared);     // no logits: 0 times 0; a NaN stays one
     if (threadIdx.x == 0) { loss[row] = logf(sum) - (l[wanted] - all); }
     for (int v = threadIdx.x * 4; d && v < V; v += blockDim.x * 4) {
         float x[4];

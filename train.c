@@ -2221,7 +2221,7 @@ typedef struct {
 } Trainer;
 
 typedef struct {                // what one step has to report
-    double loss, norm, lr, seconds;
+    double loss, norm, lr, seconds, operations;
     size_t tokens, labels;
     int epoch, stop;            // stop: some rank was asked to stop
 } Report;
@@ -2280,12 +2280,44 @@ static inline double reduce_gradients(const Adapters *a) {
     return sqrt(sum_squares(a->g, a->n_dense) + expert);
 }
 
+// Additions and multiplications that a step on b takes by its formulas: nothing that is only
+// computed again, no gradient of a frozen matrix. Per token 2 for each element of a matrix that it
+// meets, and 2 for the gradient of the matrix's input, which the indexer has not; 6 for each of an
+// adapter; 4 H D for each key it attends to, and twice that backward; and where there are more
+// entries than may be chosen, 2 per channel of the indexer's heads for each.
+static inline double step_operations(const Model *m, const Batch *b) {
+    const Config *c = &m->config;
+    const Adapters *a = &m->adapters;
+    double token = 6 * ((double)a->n_dense + (double)a->n_expert * comm_ep() / c->E * c->K);
+    double csa = 0, hca = 0, keys = 0, scored = 0;
+    for (int i = -1; i < c->layers; i++) {
+        for (int k = 0; k < TENSOR_KINDS; k++) {
+            const TensorKind *kind = &tensor_kinds[k];
+            const int met = kind->where == EXPERT ? c->K : kind->per_input;     // is it a matrix?
+            if (i < 0 ? kind->where != GLOBAL : !layer_has(c, i, kind)) { continue; }
+            token += (strstr(kind->name, "indexer") ? 2.0 : 4.0) * met *
+                     dim_value(c, i, kind->dim[0]) * dim_value(c, i, kind->dim[1]);
+        }
+        csa += i >= 0 && c->ratio[i] == 4;
+        hca += i >= 0 && c->ratio[i] == 128;
+    }
+    for (int d = 0; d < b->docs; d++) {
+        const int length = b->doc_start[d + 1] - b->doc_start[d];
+        for (int t = 1; t <= length; t++) {
+            keys += c->layers * (double)min_int(t, c->window) + csa * min_int(t / 4, c->index_topk) +
+                    hca * (t / 128);
+            scored += length / 4 > c->index_topk ? csa * (t / 4) : 0;
+        }
+    }
+    return token * b->T + 12.0 * c->H * c->D * keys + 2.0 * c->index_heads * c->index_dim * scored;
+}
+
 // One step: rows, forward and backward of each micro-batch, one reduction, one update.
 static inline void train_step(Trainer *r, Report *report) {
     Adapters *a = &r->model.adapters;
     int per_step = opt.per_step / opt.seq, ranks = comm_ranks(), step = r->step + 1;
     size_t taken = (size_t)r->step * per_step, n = a->n_dense + a->n_expert;
-    double began = clock_seconds(), loss = 0;
+    double began = clock_seconds(), loss = 0, operations = 0;
     char where[128] = "";
 
     if (opt.overfit) { data_seek(&r->train, 0); }       // the same rows again
@@ -2303,14 +2335,15 @@ static inline void train_step(Trainer *r, Report *report) {
         loss += model_forward(&r->model, &r->batch, 1);
         if (!isfinite(loss) && !*where) { model_first_nonfinite(&r->model, where, sizeof where); }
         model_backward(&r->model, &r->batch, scale);
+        operations += step_operations(&r->model, &r->batch);
     }
 
     phase_in(PHASE_UPDATE, PASS_BACKWARD);
     // Before gradients are added up is the last moment to tell whose they were.
     const char *name = *where ? where
                      : isfinite(sum_squares(a->g, n)) ? NULL : adapters_first_nonfinite(a, a->g);
-    double sums[3] = { name ? 0 : loss, stop_signals > 0, name != NULL };
-    comm_sum_double(COMM_WORLD, sums, 3, "loss");
+    double sums[4] = { name ? 0 : loss, stop_signals > 0, name != NULL, operations };
+    comm_sum_double(COMM_WORLD, sums, 4, "loss");
     if (sums[2] > 0) { numerics_stop(*where ? "loss" : "gradient", name, step); }
     report->norm = reduce_gradients(a);
     if (!isfinite(report->norm)) {      // finite on each rank, but not their sum
@@ -2319,6 +2352,7 @@ static inline void train_step(Trainer *r, Report *report) {
 
     report->loss = sums[0] * scale;
     report->stop = sums[1] > 0;
+    report->operations = sums[3];
     report->lr = lr_at(opt.lr, r->step, r->steps, opt.warmup, opt.final_frac,
                        strcmp(opt.schedule, "cosine") == 0);
     adapters_update(a, clip_factor(report->norm, opt.clip), report->lr, opt.beta1, opt.beta2,
@@ -2371,6 +2405,12 @@ static inline int draw(const float *logits, int V, double temperature, double co
 static inline void show_token(FILE *out, const Trainer *r, int id, char held[5]) {
     if (comm_rank() == 0) { token_print(out, &r->tokenizer, id, held); }
     if (comm_rank() == 0) { fflush(out); }
+}
+
+// Tokens of a sample, with its prompt; 0 if there are to be none.
+static inline int sample_tokens(Trainer *r) {
+    int prompt = prompt_tokens(NULL, opt.prompt, &r->tokenizer, &r->config);
+    return opt.sample_every ? prompt + opt.sample_len : 0;
 }
 
 // Continues the prompt with that model, on all trainers or receivers, and rank 0 writes it. Every
@@ -2480,11 +2520,20 @@ static inline void log_line(const char *name, const char *format, ...) {
     }
 }
 
-// mfu is null: what of a step with frozen weights counts as its operations is not agreed on.
+// What a Hopper GPU could do, by its data sheet: operations per second of dense bf16 products.
+#define GPU_PEAK 989.4e12
+
+// mfu, in percent of it as in Automodel's logs, is for GPUs only: null on the CPU.
 static inline void log_step(const Report *p, int step, int steps) {
     double rate = (double)p->tokens / p->seconds;
-    say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms | %.0f tok/s | mem %s | labels "
-        "%zu\n", step, steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, rate,
+    double mfu = 100 * p->operations / p->seconds / GPU_PEAK / comm_ranks();
+    char shown[32] = "", logged[32] = "null";
+    if (ON_GPU) {
+        snprintf(shown, sizeof shown, " | %.1f %% MFU", mfu);
+        snprintf(logged, sizeof logged, "%.9g", mfu);
+    }
+    say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms%s | %.0f tok/s | mem %s | labels "
+        "%zu\n", step, steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, shown, rate,
         bytes_text(memory_used()), p->labels);
     if (memory_beside > 0) {            // once
         const double plan = memory_planned() + memory_beside;
@@ -2495,9 +2544,9 @@ static inline void log_step(const Report *p, int step, int steps) {
     if (opt.bench) { return; }
     log_line("training.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
              "\"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"mem\": %.9g, \"tps\": %.9g, "
-             "\"tps_per_gpu\": %.9g, \"mfu\": null, \"num_tokens_per_step\": %zu, "
+             "\"tps_per_gpu\": %.9g, \"mfu\": %s, \"num_tokens_per_step\": %zu, "
              "\"num_label_tokens\": %zu}\n", step, p->epoch, timestamp(), p->loss, p->norm, p->lr,
-             memory_used() / 1073741824.0, rate, rate / comm_ranks(), p->tokens, p->labels);
+             memory_used() / 1073741824.0, rate, rate / comm_ranks(), logged, p->tokens, p->labels);
 }
 
 static inline void log_validation(int step, int epoch, double loss) {
@@ -2597,7 +2646,7 @@ static Option option_table[] = {
     {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
      "at the start and the end", .tiny = "1000"},
     {"sample-len", 'g', COUNT, &opt.sample_len, "64", "N", KEPT, .help = "tokens"},
-    {"prompt", 0, TEXT, &opt.prompt, "", "S", KEPT, .help = "of samples", .tiny = "// The "},
+    {"prompt", 0, TEXT, &opt.prompt, "", "S", KEPT, .help = "of samples: text or a row of JSON", .tiny = "// The "},
     {"save-every", 'n', WHOLE, &opt.save_every, "200", "N", KEPT, .help = "0: never"},
     {"keep", 0, COUNT, &opt.keep, "2", "N", KEPT, .help = "newest checkpoints"},
     {"resume", 'y', MAYBE, &opt.resume, "", "[DIR]", NOT_KEPT,

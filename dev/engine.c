@@ -466,8 +466,7 @@ static void engine_refit(Trainer *r, int last) {
 // Receivers: the whole of their life. Returns the exit code.
 static int engine_receive(Trainer *r) {
     Engine *e = &engine;
-    const int trainers = engine_trainers(), tokens = (int)engine_tokens();
-    const int text = opt.sample_every ? opt.sample_len + 1 + (int)strlen(opt.prompt) : 0;
+    const int trainers = engine_trainers(), tokens = (int)engine_tokens(), text = sample_tokens(r);
     const ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .seed = (uint64_t)opt.seed,
                              .targets = targets_parse(opt.targets),
                              .max_tokens = tokens > text ? tokens : text };

@@ -66,9 +66,9 @@ static inline double memory_free(void) {
 }
 
 // What the model is asked for, but for what is recomputed. Refuses what there are no kernels for.
-static inline ModelOptions plan_options(const Config *c) {
-    int rows = opt.batch * opt.seq, sample = opt.sample_every ? opt.sample_len + 1 : 0;
-    if (sample) { sample += (int)strlen(opt.prompt); }
+static inline ModelOptions plan_options(Trainer *r) {
+    const Config *c = &r->config;
+    int rows = opt.batch * opt.seq, sample = sample_tokens(r);
     ModelOptions o = { .R = opt.r, .alpha = (float)opt.alpha, .targets = targets_parse(opt.targets),
                        .max_tokens = rows > sample ? rows : sample, .seed = (uint64_t)opt.seed,
                        .training = !opt.eval && !*opt.check_adapter };
@@ -102,7 +102,7 @@ static inline void plan_host(const ModelOptions *o, const Config *c, double othe
 // Runs the allocation in counting mode and prints what it needs. Returns the options settled on.
 static inline ModelOptions plan_memory(Trainer *r) {
     const Config *c = &r->config;
-    ModelOptions o = plan_options(c);
+    ModelOptions o = plan_options(r);
     double need = 0, available = memory_free(), sharing = ON_GPU ? 1 : opt.ranks;
     // As little is computed again as there is room for, with a tenth to spare.
     static const char *const recompute[] = { "none", "moe", "full" };

@@ -517,6 +517,13 @@ test_sample() {
         --prompt "$(head -c 9 row.txt)" -o sample
     check "a sample of what is known by heart: $(grep -A 2 'at step 30' log | tail -n 1)" same \
         "$(grep -A 2 '^sample at step 30' log | tail -n 1)" "$(head -c 21 row.txt)"
+    # A prompt can be a row of data: what stands before an answer is what chat.jsonl would have.
+    run 0 "${small[@]}" -x 1 -s 1 -g 1 -o chat --prompt \
+        '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}'
+    check "a chat prompt: $(grep -A 2 '^sample at step 0' log | tail -n 1)" grep -q \
+        '^Be brief.<｜User｜>Hi<｜Assistant｜></think>' log
+    refused 'this row is complete HINT' "${small[@]}" -x 1 -s 1 --prompt '{"text": "a"}'
+    refused 'error  .*--prompt: not valid JSON' "${small[@]}" -x 1 -s 1 --prompt '{"text"'
     check "base loss is not the first step's" same \
         "$(sed -nE 's/^base +loss ([^ ]+) .*/\1/p' log)" \
         "$(sed -nE 's/^step +1\/.* loss ([^ ]+) .*/\1/p' log)"
@@ -625,6 +632,7 @@ test_chat() {
     run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows --show-data 1 --no-shuffle
     check "--show-data: $(cat log)" grep -qF "$(printf '</think>\033[32mBecause.<')" log
     check "no count of dropped rows" grep -q '1 bad row' log
+    check "no name of a dropped row" grep -q 'chat.jsonl:3 is left out: not valid JSON' log
     run 0 "${given[@]}" -i chat.jsonl --skip-bad-rows -x 2 -o chat
     check "chat: labels" same "$(value num_label_tokens chat)" "44 44"
 

@@ -529,6 +529,37 @@ static void child_log(void *unused) {
     log_validation(7, 1, 2.0 / 3);
 }
 
+// Against the sums that are made by hand from the released model's sizes: in millions of elements
+// per token 4,599 of attention, 260 of compressors, 226 of indexers, 6,493 of experts and 1,082 of
+// the shared one, 45 of routers, 34 of mixers, 530 of the head; and 131,072 operations per key.
+static void test_operations(void) {
+    Model m = { .config = { .V = 129280, .C = 4096, .layers = 43, .H = 64, .D = 512, .Q = 1024,
+        .G = 8, .O = 1024, .E = 256, .K = 6, .F = 2048, .n_shared = 1, .hash_layers = 3,
+        .window = 128, .index_heads = 64, .index_dim = 128, .index_topk = 512 } };
+    for (int i = 2; i < 43; i++) { m.config.ratio[i] = i % 2 ? 128 : 4; }
+    const double linear = 2e6 * (2 * (4599 + 260 + 6493 + 1082 + 45 + 34 + 530) + 226);
+    const double windows[] = { 126.02, 127.76 }, chosen[] = { 384.0, 496.0 };
+    const double pooled[] = { 15.5, 127.5 }, scores[] = { 16384.0 * 512, 16384.0 * 4096 };
+    for (int k = 0; k < 2; k++) {
+        const int T = k ? 32768 : 4096;
+        int start[] = { 0, T }, halves_start[] = { 0, T / 2, T };
+        const Batch b = { .T = T, .docs = 1, .doc_start = start };
+        const Batch two = { .T = T, .docs = 2, .doc_start = halves_start };
+        const double keys = 43 * windows[k] + 21 * chosen[k] + 20 * pooled[k];
+        const double want = linear + 3 * 131072 * keys + 21 * scores[k];
+        const double got = step_operations(&m, &b) / T;
+        check(fabs(got / want - 1) < 1e-3, "%g operations per token, not %g", got, want);
+        check(fabs(got - (k ? 61.3e9 : 58.2e9)) < 0.1e9, "%g operations per token", got);
+        check(step_operations(&m, &two) < step_operations(&m, &b), "two documents cost more");
+    }
+    int start[] = { 0, 1 };
+    const Batch one = { .T = 1, .docs = 1, .doc_start = start };
+    const double base = step_operations(&m, &one);
+    m.adapters.n_dense = 1000;
+    m.adapters.n_expert = 256 * 50;     // of all experts, of which a token meets six
+    check_close("adapters", 0, step_operations(&m, &one) - base, 6 * (1000 + 6 * 50), 1e-3);
+}
+
 static void test_logs(void) {
     char text[256];
     size_t n;
@@ -1223,6 +1254,7 @@ int main(void) {
     test_text();
     test_jsonl();
     test_options();
+    test_operations();
     test_logs();
 #ifdef HAVE_STB_IMAGE
     test_plot();

@@ -580,10 +580,14 @@ static void test_groups_and_head(int T) {
     int *target = ints(T);
     for (int t = 0; t < T; t++) { target[t] = t % 3 == 1 ? -1 : t * 17 % V; }
     real *p = reals(5000, 1), *m = reals(5000, 0.1), *s = reals(5000, 0), *g = reals(5000, 1);
+    bf16 *spoilt = (bf16 *)acts((size_t)V * C, 0.3);
+    real *lost = blank(T);
+    for (int i = 0; i < 4 * C; i++) { spoilt[4 * C + i] = (bf16){ 0x7FC0 }; }  // one thread's logits
     double sum_h = 0, sum_d = 0;
     BOTH({ group_output_forward(X(v), X(o), X(w), X(scale), T, G, N, O);
            group_output_backward(X(do_), X(dv), X(w), X(scale), T, G, N, O);
            head_loss(X(loss), X(dinp), X(inp), X(head), X(target), T, C, V);
+           head_loss(X(lost), NULL, X(inp), X(spoilt), X(target), T, C, V);
            adamw_update(X(p), X(m), X(s), X(g), 5000, 0.7, 1e-2, 0.9, 0.95, 1e-8, 0.1, 3);
            *(on_gpu ? &sum_d : &sum_h) = sum_squares(X(g), 5000);
            scale_reals(X(dinp), 0.25, (size_t)T * C); });
@@ -591,6 +595,11 @@ static void test_groups_and_head(int T) {
     compare_act("group output do", do_, (size_t)T * G * N, BF16);
     compare_real("head loss", loss, T, FP32);
     compare_real("head dinp", dinp, (size_t)T * C, BF16);
+    const real *lost_d = (const real *)(back + ((const char *)lost - H));
+    for (int t = 0; t < T; t++) {
+        check(target[t] < 0 || (isnan(lost[t]) && isnan(lost_d[t])), "loss %g, %g of NaN logits",
+              (double)lost[t], (double)lost_d[t]);
+    }
     compare_real("adamw p", p, 5000, 1e-6);
     compare_real("adamw m", m, 5000, 1e-6);
     compare_real("adamw v", s, 5000, 1e-6);

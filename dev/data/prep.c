@@ -169,7 +169,8 @@ static inline uint32_t *text_tokens(const char *path, Tokenizer *t, size_t *n) {
 }
 
 // Adds the documents of a file of JSON, one per line. A row that cannot be used ends the process,
-// or is left out and counted.
+// or is left out and counted, the first few by name.
+enum { BAD_SHOWN = 10 };
 static inline void data_add_jsonl(Data *d, const char *path) {
     size_t size, number = 1;
     char *text = data_read(path, &size);
@@ -182,7 +183,12 @@ static inline void data_add_jsonl(Data *d, const char *path) {
         int kind = row_encode(&r, text + at, next - at);
         refuse_if(r.wrong[0] && !d->skip_bad_rows, "%s:%zu: %s HINT: --skip-bad-rows leaves such "
                   "rows out (of prep: skip, as the last word)", path, number, r.wrong);
-        if (r.wrong[0]) { d->bad++; continue; }
+        if (r.wrong[0]) {
+            if (d->bad++ < BAD_SHOWN && this_rank == 0) {
+                printf("data   %s:%zu is left out: %s\n", path, number, r.wrong);
+            }
+            continue;
+        }
         if (r.spelled && d->spelled++ == 0 && this_rank == 0) {
             printf("data   %s:%zu has a control token in its text: such text is taken as it is "
                    "written\n", path, number);
@@ -205,14 +211,23 @@ static inline int loss_on_word(const char *word) {
     die(EXIT_USAGE, "'%s' is none of assistant, last, completion, all", word);
 }
 
-// Writes BOS and a prompt's tokens. Returns how many: at most one more than the prompt has bytes.
+// Writes a prompt's tokens, unless token is NULL, and returns how many: BOS and the text. A prompt
+// that begins with { is a row as data has them, whose conversation ends where an answer is due.
 static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, const Config *c) {
-    Tokens s = { .n = 0 };
-    token[0] = c->bos;
-    if (t->n) { tokenizer_encode(t, &s, prompt, strlen(prompt), 0); }
-    for (size_t i = 0; i < s.n; i++) { token[i + 1] = (int)s.token[i]; }
-    free(s.token);
-    return (int)s.n + 1;
+    Row r = { .t = t };
+    if (*prompt == '{') {
+        row_encode(&r, prompt, strlen(prompt));
+        refuse_if(r.wrong[0], "--prompt: %s", r.wrong);
+        refuse_if((r.out.token[r.out.n - 1] & TOKEN_ID) == (uint32_t)c->eos, "--prompt: this row "
+                  "is complete HINT: one with messages that ends with a question");
+    } else {
+        tokens_add(&r.out, (uint32_t)c->bos);
+        if (t->n) { tokenizer_encode(t, &r.out, prompt, strlen(prompt), 0); }
+    }
+    for (size_t i = 0; token && i < r.out.n; i++) { token[i] = (int)(r.out.token[i] & TOKEN_ID); }
+    const int n = (int)r.out.n;
+    row_free(&r);
+    return n;
 }
 
 // Adds every file that the pattern names, in the order of their names.
