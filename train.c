@@ -2304,8 +2304,8 @@ static inline double step_operations(const Model *m, const Batch *b) {
     for (int d = 0; d < b->docs; d++) {
         const int length = b->doc_start[d + 1] - b->doc_start[d];
         for (int t = 1; t <= length; t++) {
-            keys += c->layers * (double)min_int(t, c->window) + csa * min_int(t / 4, c->index_topk) +
-                    hca * (t / 128);
+            keys += c->layers * (double)min_int(t, c->window) +
+                    csa * min_int(t / 4, c->index_topk) + hca * (t / 128);
             scored += length / 4 > c->index_topk ? csa * (t / 4) : 0;
         }
     }
@@ -2646,7 +2646,8 @@ static Option option_table[] = {
     {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
      "at the start and the end", .tiny = "1000"},
     {"sample-len", 'g', COUNT, &opt.sample_len, "64", "N", KEPT, .help = "tokens"},
-    {"prompt", 0, TEXT, &opt.prompt, "", "S", KEPT, .help = "of samples: text or a row of JSON", .tiny = "// The "},
+    {"prompt", 0, TEXT, &opt.prompt, "", "S", KEPT, .help = "of samples: text or a row of JSON",
+     .tiny = "// The "},
     {"save-every", 'n', WHOLE, &opt.save_every, "200", "N", KEPT, .help = "0: never"},
     {"keep", 0, COUNT, &opt.keep, "2", "N", KEPT, .help = "newest checkpoints"},
     {"resume", 'y', MAYBE, &opt.resume, "", "[DIR]", NOT_KEPT,

@@ -519,7 +519,7 @@ test_sample() {
         "$(grep -A 2 '^sample at step 30' log | tail -n 1)" "$(head -c 21 row.txt)"
     # A prompt can be a row of data: what stands before an answer is what chat.jsonl would have.
     run 0 "${small[@]}" -x 1 -s 1 -g 1 -o chat --prompt \
-        '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}'
+        '{"messages": [{"role": "user", "content": "Hi"}], "system": "Be brief."}'
     check "a chat prompt: $(grep -A 2 '^sample at step 0' log | tail -n 1)" grep -q \
         '^Be brief.<｜User｜>Hi<｜Assistant｜></think>' log
     refused 'this row is complete HINT' "${small[@]}" -x 1 -s 1 --prompt '{"text": "a"}'

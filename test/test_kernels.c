@@ -582,7 +582,7 @@ static void test_groups_and_head(int T) {
     real *p = reals(5000, 1), *m = reals(5000, 0.1), *s = reals(5000, 0), *g = reals(5000, 1);
     bf16 *spoilt = (bf16 *)acts((size_t)V * C, 0.3);
     real *lost = blank(T);
-    for (int i = 0; i < 4 * C; i++) { spoilt[4 * C + i] = (bf16){ 0x7FC0 }; }  // one thread's logits
+    for (int i = 4 * C; i < 8 * C; i++) { spoilt[i] = (bf16){ 0x7FC0 }; }  // one thread's logits
     double sum_h = 0, sum_d = 0;
     BOTH({ group_output_forward(X(v), X(o), X(w), X(scale), T, G, N, O);
            group_output_backward(X(do_), X(dv), X(w), X(scale), T, G, N, O);
