@@ -1307,7 +1307,7 @@ typedef struct Model {
     Adapters adapters;
     MoeDims moe;
     MoeScratch moe_scratch;
-    long *expert_count;         // (E) rows per expert since the caller last cleared it
+    long *expert_count;         // (layers,E) rows per expert since the caller last cleared it
     real *rope[2];              // (max_tokens, rope_dim/2, 2): window layers, compressed layers
     Documents documents, documents_h;   // of the micro-batch; _h: on the host
     int *token, *target;        // (max_tokens) of the micro-batch, where operations read them
@@ -1492,7 +1492,7 @@ static void layer_forward(Model *m, int i, const int *token) {
     layer_first_half(m, i, a, 0);
     if (m->experts) { m->experts(m, i, a->ffn.x, token); }
     else { moe_forward(s->f, &s->moe, a->ffn.x, token, &m->layer[i].moe, &m->moe, &m->moe_scratch,
-                       m->expert_count, T); }
+                       m->expert_count + (size_t)i * c->E, T); }
     phase(PHASE_STREAMS);
     hc_deal_forward(layer_output(m, i), next_m, next_r, s->f, a->X_mid, a->ffn.post, a->ffn.comb,
                     next.fn, c->norm_eps, T, c->C, last ? HC : HC_MIX);
@@ -1964,7 +1964,7 @@ void model_alloc(Model *m, const Config *c, const ModelOptions *o) {
         m->layer = host_calloc(sizeof(Layer) * (size_t)c->layers);
         m->saved = host_calloc(sizeof(LayerSaved) * (size_t)c->layers);
         m->acts = host_calloc(sizeof(LayerActs) * (size_t)c->layers);
-        m->expert_count = host_calloc(sizeof(long) * (size_t)c->E);
+        m->expert_count = host_calloc(sizeof(long) * (size_t)c->layers * c->E);
         m->X_host = host_calloc(sizeof(act *) * (size_t)c->layers);
         m->loss_h = host_alloc(sizeof(real) * T);
         documents_alloc(&m->documents_h, (int)T, 1);
@@ -2329,7 +2329,7 @@ static inline void train_step(Trainer *r, Report *report) {
 
     phase_in(PHASE_UPDATE, PASS_FORWARD);
     zero(a->g, n * sizeof *a->g);
-    memset(r->model.expert_count, 0, (size_t)r->config.E * sizeof *r->model.expert_count);
+    memset(r->model.expert_count, 0, sizeof(long) * (size_t)r->config.layers * r->config.E);
     for (int i = 0; i < micro_batches(r->rows.rows, opt.batch, ranks); i++) {
         batch_fill(&r->batch, &r->rows, i, opt.batch, comm_rank(), ranks);
         loss += model_forward(&r->model, &r->batch, 1);
@@ -2366,21 +2366,22 @@ static inline void train_step(Trainer *r, Report *report) {
     r->step = step;
 }
 
-// The mean loss over the labels of the first so many micro-batches of d, 0: of all of it. With
-// progress a line now and then.
-static inline double validate(Trainer *r, Data *d, int batches, int progress) {
+// The mean loss over the labels of the first so many micro-batches of d, 0: of all of it.
+static inline double validate(Trainer *r, Data *d, int batches) {
     double loss = 0, labels = 0, told = clock_seconds();
     int ranks = comm_ranks();
     data_seek(d, 0);
+    size_t rows = (size_t)batches * opt.batch * ranks;
+    if (batches == 0 || rows > d->rows) { rows = d->rows; }
     for (int i = 0; batches == 0 || i < batches; i++) {
         data_take(d, &r->rows, opt.batch * ranks, 0);
         if (r->rows.rows == 0) { break; }
         batch_fill(&r->batch, &r->rows, 0, opt.batch, comm_rank(), ranks);
         loss += model_forward(&r->model, &r->batch, 0);
         labels += (double)r->rows.labels;
-        if (progress && clock_seconds() - told > 5) {
+        if (clock_seconds() - told > 2) {       // long work shows that it goes on
             told = clock_seconds();
-            say("val    %zu/%zu rows\n", d->next, d->rows);
+            say("val    %zu of %zu rows\n", d->next, rows);
         }
     }
     double sums[2] = { isfinite(loss) ? loss : 0, !isfinite(loss) };
@@ -2445,23 +2446,36 @@ static inline void sample(Trainer *r, Model *m, const char *whose) {
     free(text);
 }
 
-// How evenly the last step's tokens were spread over the experts, all layers together: the fullest
-// one's share of the mean, and the entropy of the distribution in nats (at most log E).
-static inline void expert_load(Trainer *r, double *worst, double *entropy) {
-    int E = r->config.E;
-    double *rows = (double *)host_alloc((size_t)E * sizeof *rows), sum = 0, max = 0;
-    for (int e = 0; e < E; e++) { rows[e] = (double)r->model.expert_count[e]; }
-    comm_sum_double(COMM_WORLD, rows, E, "expert load");
-    *entropy = 0;
-    for (int e = 0; e < E; e++) {
-        sum += rows[e];
-        max = fmax(max, rows[e]);
+// How evenly the last step's tokens were spread over the experts. All layers together: the fullest
+// expert's rows / mean, and the entropy in nats (at most log E). And the layer whose fullest one has
+// most: a router that sends all tokens to the same few shows there, and hardly in the sum.
+typedef struct { double worst, entropy, layer_worst; int layer; } ExpertLoad;
+
+static inline double fullest(const double *rows, int E) {
+    double sum = 0, most = 0;
+    for (int e = 0; e < E; e++) { sum += rows[e]; most = fmax(most, rows[e]); }
+    return sum > 0 ? most / (sum / E) : 0;
+}
+
+static inline ExpertLoad expert_load(Trainer *r) {
+    const int E = r->config.E;
+    double all[E], rows[E], sum = 0;
+    ExpertLoad load = { .layer = 0 };
+    for (int e = 0; e < E; e++) { all[e] = 0; }
+    for (int i = 0; i < r->config.layers; i++) {
+        for (int e = 0; e < E; e++) { rows[e] = (double)r->model.expert_count[(size_t)i * E + e]; }
+        comm_sum_double(COMM_WORLD, rows, E, "expert load");
+        for (int e = 0; e < E; e++) { all[e] += rows[e]; sum += rows[e]; }
+        if (fullest(rows, E) > load.layer_worst) {
+            load.layer = i;
+            load.layer_worst = fullest(rows, E);
+        }
     }
     for (int e = 0; e < E; e++) {
-        if (rows[e] > 0) { *entropy -= rows[e] / sum * log(rows[e] / sum); }
+        if (all[e] > 0) { load.entropy -= all[e] / sum * log(all[e] / sum); }
     }
-    *worst = sum > 0 ? max / (sum / E) : 0;
-    free(rows);
+    load.worst = fullest(all, E);
+    return load;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -3117,15 +3131,14 @@ static inline void resume(Trainer *r, const char *checkpoint) {
 
 // Validation, and how the experts were used by the step before it (validation counts rows as well).
 static inline void show_validation(Trainer *r) {
-    double worst, entropy;
-    expert_load(r, &worst, &entropy);
+    const ExpertLoad load = expert_load(r);
     if (r->val.pieces) {
-        r->val_loss = validate(r, &r->val, opt.val_steps, 0);
+        r->val_loss = validate(r, &r->val, opt.val_steps);
         log_validation(r->step, r->train.epoch, r->val_loss);
     }
     if (isnan(r->loss)) { return; }     // no step has counted its tokens yet
-    say("moe  %5d | load max/mean %.2f | entropy %.2f of %.2f\n", r->step, worst, entropy,
-        log((double)r->config.E));
+    say("moe  %5d | load max/mean %.2f | entropy %.2f of %.2f | fullest in layer %d: %.2f\n",
+        r->step, load.worst, load.entropy, log((double)r->config.E), load.layer, load.layer_worst);
 }
 
 // Does something that is done every so many steps (0: never), and at both ends, come now?
@@ -3148,7 +3161,7 @@ static inline int train(Trainer *r, const char *checkpoint) {
     comm_barrier(COMM_WORLD, "load: making room in the output folder");
     catch_stop_signals();
     if (r->step == 0 && r->val.pieces == 0) {   // a number to compare with what the base can do
-        double base = validate(r, &r->train, 1, 0);
+        double base = validate(r, &r->train, 1);
         say("base   loss %.6f | on the first rows, before training\n", base);
         data_seek(&r->train, 0);
     }
@@ -3182,7 +3195,7 @@ static inline int train(Trainer *r, const char *checkpoint) {
 static inline void evaluate(Trainer *r) {
     Data *d = r->val.pieces ? &r->val : &r->train;
     if (this_rank == 0) { out_make(); }
-    log_validation(r->step, 0, validate(r, d, 0, 1));
+    log_validation(r->step, 0, validate(r, d, 0));
 }
 
 #include "dev/bench.c"      // defines: bench

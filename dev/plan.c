@@ -86,13 +86,18 @@ static inline ModelOptions plan_options(Trainer *r) {
     return o;
 }
 
-// --offload, against the host memory of this node; other: what is needed of that besides.
-static inline void plan_host(const ModelOptions *o, const Config *c, double other) {
+// --offload, against the host memory of this node; other: what is needed of that besides. On GPUs
+// that is room for the adapters and their moments when they are saved.
+static inline void plan_host(const ModelOptions *o, const Config *c, const Adapters *a,
+                             double other) {
     const int ranks = comm.place.locals ? comm.place.locals : opt.ranks;
     const double own = (double)o->offload * o->max_tokens * HC * c->C * sizeof(act);
+    const double adapters = (a->muon ? 2.0 : 3.0) * sizeof(real) * (double)(a->n_dense + a->n_expert);
+    if (ON_GPU) { other = adapters * ranks; }
     const double need = own * ranks + other, available = host_free();
-    say("plan   %-11s %s of host memory per rank, the inputs of %d layers; %s on this node of %s\n",
-        "offload", bytes_text(own), o->offload, bytes_text(need), bytes_text(available));
+    say("plan   %-11s %s of host memory per rank, the inputs of %d layers; %s on this node of %s, "
+        "%s of it to save\n", "offload", bytes_text(own), o->offload, bytes_text(need),
+        bytes_text(available), bytes_text(ON_GPU ? other : 0));
     if (need > available) {
         die(EXIT_FIT, "%s of host memory are needed, %s are free HINT: a smaller --offload or -t",
             bytes_text(need), bytes_text(available));
@@ -115,7 +120,7 @@ static inline ModelOptions plan_memory(Trainer *r) {
         if (!fits || need < 0.9 * available || o.recompute == RECOMPUTE_FULL) { break; }
     }
     if (opt.inspect || *opt.check_adapter) { return o; }    // they allocate nothing of it
-    if (o.offload) { plan_host(&o, c, ON_GPU ? 0 : need); }
+    if (o.offload) { plan_host(&o, c, &r->model.adapters, need); }
     for (int k = 0; k < MEM_CLASSES; k++) {
         say("plan   %-11s %s\n", mem_names[k], bytes_text((double)mem.arena[k].peak));
     }

@@ -871,16 +871,20 @@ static void test_update_options(void) {
     check_close("lr", 4, logged("flat", "training.jsonl", "lr", 3), 3e-3, 1e-9);
 }
 
-// How evenly experts are used: 6, 2, 0 and 0 rows.
+// How evenly experts are used: 6, 2, 0 and 0 rows, of three layers, of which two use one expert.
 static void test_expert_load(void) {
     static Trainer r;
-    static long rows[4] = { 6, 2, 0, 0 };
-    double worst, entropy;
+    static long rows[3 * 4] = { 2, 0, 0, 0, 2, 2, 0, 0, 2, 0, 0, 0 };
     r.config.E = 4;
+    r.config.layers = 3;
     r.model.expert_count = rows;
-    expert_load(&r, &worst, &entropy);
-    check_close("load max/mean", 0, worst, 3, 1e-12);
-    check_close("entropy", 0, entropy, 0.5623351446188083, 1e-12);
+    ExpertLoad load = expert_load(&r);
+    check_close("load max/mean", 0, load.worst, 3, 1e-12);
+    check_close("entropy", 0, load.entropy, 0.5623351446188083, 1e-12);
+    check(load.layer == 0 && load.layer_worst == 4, "layer %d: %g", load.layer, load.layer_worst);
+    rows[0] = rows[1] = rows[2] = rows[3] = 5;          // now the last is the worst
+    load = expert_load(&r);
+    check(load.layer == 2 && load.layer_worst == 4, "layer %d: %g", load.layer, load.layer_worst);
 }
 
 static void test_validation(void) {

@@ -473,7 +473,7 @@ static void test_released(void) {
 
 int main(int argc, char **argv) {
     tokenizer_load(&small, "test/vectors/tokenizer.json", &small_config);
-    test_tokens(argc > 1 ? atof(argv[1]) : 1);
+    test_tokens(argc > 1 ? atof(argv[1]) : 20);       // MB of text
     test_round_trips();
     test_whole_words();
     test_chat();
