@@ -92,8 +92,8 @@ static inline void plan_host(const ModelOptions *o, const Config *c, const Adapt
                              double other) {
     const int ranks = comm.place.locals ? comm.place.locals : opt.ranks;
     const double own = (double)o->offload * o->max_tokens * HC * c->C * sizeof(act);
-    const double adapters = (a->muon ? 2.0 : 3.0) * sizeof(real) * (double)(a->n_dense + a->n_expert);
-    if (ON_GPU) { other = adapters * ranks; }
+    const size_t trained = (a->n_dense + a->n_expert) * sizeof(real);
+    if (ON_GPU) { other = (a->muon ? 2.0 : 3.0) * (double)trained * ranks; }
     const double need = own * ranks + other, available = host_free();
     say("plan   %-11s %s of host memory per rank, the inputs of %d layers; %s on this node of %s, "
         "%s of it to save\n", "offload", bytes_text(own), o->offload, bytes_text(need),

@@ -337,15 +337,22 @@ static void test_refusals(void) {
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char text[4096];
-        double start = clock_seconds();
+        int code = 0;
+        double seconds = INFINITY, limit = 1;
+#ifdef __SANITIZE_ADDRESS__
+        limit = 3;
+#endif
         k = (__typeof__(k)){ .edp = 1, .ep = 4, .train = 4, .dp = 1, .gep = 1, .tp = 4, .stage = 1,
                              .fault = rows[i].fault };
-        int code = run_child(plan_ranks, NULL, text, sizeof text);
-        double seconds = clock_seconds() - start;
+        for (int tries = 0; tries < 3 && seconds > limit; tries++) {    // other work may be in the way
+            double start = clock_seconds();
+            code = run_child(plan_ranks, NULL, text, sizeof text);
+            seconds = clock_seconds() - start;
+        }
         check(code == rows[i].code && strstr(text, rows[i].expect),
               "fault %d: exit code %d, wanted '%s', got: %s", rows[i].fault, code, rows[i].expect,
               text);
-        check(seconds < 3, "fault %d took %.1f s", rows[i].fault, seconds);
+        check(seconds < limit, "fault %d took %.1f s", rows[i].fault, seconds);
     }
 }
 
