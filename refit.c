@@ -187,16 +187,15 @@ typedef struct {                // a file of which runs are read or written
     FILE *f;
     int writing, type;          // DT_* of the elements in the file
     size_t base, at;            // where the present tensor begins; where f is
-    int error;                  // the first errno; EDOM: an element that must be zero is not
+    int error;                  // errno; EDOM: what must be zero is not; ERANGE: not finite
 } Stream;
 
-// A run: elements first .. first + n - 1 of the tensor in the file lie `stride` apart in memory.
-// Writes them from there, or reads them to there; values == NULL: they must be zero.
+// A run: elements first .. first + n - 1 of the tensor lie `stride` apart in memory. Writes them from
+// there, or reads them to there; values == NULL: they must be zero.
 static inline void stream_run(Stream *s, size_t first, real *values, size_t stride, size_t n) {
     const size_t size = s->type == DT_F32 ? 4 : 2, at = s->base + first * size;
     unsigned char bytes[16384];
-    if (s->error) { return; }
-    if (at != s->at && fseeko(s->f, (off_t)at, SEEK_SET) != 0) { s->error = errno; }
+    if (!s->error && at != s->at && fseeko(s->f, (off_t)at, SEEK_SET) != 0) { s->error = errno; }
     s->at = at + n * size;
     for (size_t done = 0, part; done < n && !s->error; done += part) {
         part = n - done < sizeof bytes / size ? n - done : sizeof bytes / size;
@@ -211,6 +210,7 @@ static inline void stream_run(Stream *s, size_t first, real *values, size_t stri
             memcpy(&half, bytes + i * size, 2);
             if (size == 4) { memcpy(&x, bytes + i * 4, 4); }
             else { x = s->type == DT_F16 ? float_from_f16(half) : float_from_bf16((bf16){ half }); }
+            if (!isfinite(x) && !s->error) { s->error = ERANGE; }
             if (value) { *value = x; } else if (x != 0) { s->error = EDOM; }
         }
         if (s->writing && fwrite(bytes, size, part, s->f) != part) { s->error = errno; }
@@ -393,8 +393,8 @@ static inline void roster_read(const char *dir, const Roster *f) {
         s.base = st.data + e->begin;
         if (roster_mine(f, &it, 0)) { roster_move(&s, f, &it); }
         if (s.error) {
-            refuse("%s: %s %s", path, it.name, s.error != EDOM ? strerror(s.error) : "is not zero "
-                   "off its diagonal blocks: w1 and w3 share ranks in it, and cannot here");
+            refuse("%s: %s %s", path, it.name, s.error == ERANGE ? "is not finite" : s.error == EDOM
+                   ? "is not zero off its diagonal blocks, w1 and w3" : strerror(s.error));
         }
     }
     for (size_t i = 0; i < st.n; i++) {
@@ -511,7 +511,7 @@ void adapter_read_config(const char *dir, int *r, float *alpha, unsigned *target
     // The fused tensor has twice the rank, which its shape will show, and twice the alpha.
     int pattern = json_find(&j, 0, "alpha_pattern"), own = json_find(&j, pattern, gate_up);
     if ((pattern >= 0 ? j.tok[pattern].size : 0) != fused ||
-        (fused && (own < 0 || json_number(&j, own) != 2 * scale))) {
+        (fused && (own < 0 || (float)json_number(&j, own) != 2 * *alpha))) {
         refuse("%s: alpha_pattern says that not all matrices have the same alpha/r", path);
     }
     if (*targets == 0) { refuse("%s is of no matrix that can be trained here", model); }

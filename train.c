@@ -1033,7 +1033,7 @@ static inline int attended_keys(const act **key, const AttentionShape *a, const 
 }
 
 static inline int most_keys(const AttentionShape *a, const int *selected) {
-    return a->W + (selected ? a->topk : a->P);
+    return min_int(a->W, a->T) + (selected ? a->topk : a->P);
 }
 
 // out (T,H,D) and lse (T,H), the log of the softmax's denominator, sink included; from q (T,H,D),
@@ -2221,7 +2221,7 @@ typedef struct {
 } Trainer;
 
 typedef struct {                // what one step has to report
-    double loss, norm, lr, seconds, operations;
+    double loss, norm, lr, seconds;
     size_t tokens, labels;
     int epoch, stop;            // stop: some rank was asked to stop
 } Report;
@@ -2280,44 +2280,12 @@ static inline double reduce_gradients(const Adapters *a) {
     return sqrt(sum_squares(a->g, a->n_dense) + expert);
 }
 
-// Additions and multiplications that a step on b takes by its formulas: nothing that is only
-// computed again, no gradient of a frozen matrix. Per token 2 for each element of a matrix that it
-// meets, and 2 for the gradient of the matrix's input, which the indexer has not; 6 for each of an
-// adapter; 4 H D for each key it attends to, and twice that backward; and where there are more
-// entries than may be chosen, 2 per channel of the indexer's heads for each.
-static inline double step_operations(const Model *m, const Batch *b) {
-    const Config *c = &m->config;
-    const Adapters *a = &m->adapters;
-    double token = 6 * ((double)a->n_dense + (double)a->n_expert * comm_ep() / c->E * c->K);
-    double csa = 0, hca = 0, keys = 0, scored = 0;
-    for (int i = -1; i < c->layers; i++) {
-        for (int k = 0; k < TENSOR_KINDS; k++) {
-            const TensorKind *kind = &tensor_kinds[k];
-            const int met = kind->where == EXPERT ? c->K : kind->per_input;     // is it a matrix?
-            if (i < 0 ? kind->where != GLOBAL : !layer_has(c, i, kind)) { continue; }
-            token += (strstr(kind->name, "indexer") ? 2.0 : 4.0) * met *
-                     dim_value(c, i, kind->dim[0]) * dim_value(c, i, kind->dim[1]);
-        }
-        csa += i >= 0 && c->ratio[i] == 4;
-        hca += i >= 0 && c->ratio[i] == 128;
-    }
-    for (int d = 0; d < b->docs; d++) {
-        const int length = b->doc_start[d + 1] - b->doc_start[d];
-        for (int t = 1; t <= length; t++) {
-            keys += c->layers * (double)min_int(t, c->window) +
-                    csa * min_int(t / 4, c->index_topk) + hca * (t / 128);
-            scored += length / 4 > c->index_topk ? csa * (t / 4) : 0;
-        }
-    }
-    return token * b->T + 12.0 * c->H * c->D * keys + 2.0 * c->index_heads * c->index_dim * scored;
-}
-
 // One step: rows, forward and backward of each micro-batch, one reduction, one update.
 static inline void train_step(Trainer *r, Report *report) {
     Adapters *a = &r->model.adapters;
     int per_step = opt.per_step / opt.seq, ranks = comm_ranks(), step = r->step + 1;
     size_t taken = (size_t)r->step * per_step, n = a->n_dense + a->n_expert;
-    double began = clock_seconds(), loss = 0, operations = 0;
+    double began = clock_seconds(), loss = 0;
     char where[128] = "";
 
     if (opt.overfit) { data_seek(&r->train, 0); }       // the same rows again
@@ -2335,15 +2303,14 @@ static inline void train_step(Trainer *r, Report *report) {
         loss += model_forward(&r->model, &r->batch, 1);
         if (!isfinite(loss) && !*where) { model_first_nonfinite(&r->model, where, sizeof where); }
         model_backward(&r->model, &r->batch, scale);
-        operations += step_operations(&r->model, &r->batch);
     }
 
     phase_in(PHASE_UPDATE, PASS_BACKWARD);
     // Before gradients are added up is the last moment to tell whose they were.
     const char *name = *where ? where
                      : isfinite(sum_squares(a->g, n)) ? NULL : adapters_first_nonfinite(a, a->g);
-    double sums[4] = { name ? 0 : loss, stop_signals > 0, name != NULL, operations };
-    comm_sum_double(COMM_WORLD, sums, 4, "loss");
+    double sums[3] = { name ? 0 : loss, stop_signals > 0, name != NULL };
+    comm_sum_double(COMM_WORLD, sums, 3, "loss");
     if (sums[2] > 0) { numerics_stop(*where ? "loss" : "gradient", name, step); }
     report->norm = reduce_gradients(a);
     if (!isfinite(report->norm)) {      // finite on each rank, but not their sum
@@ -2352,7 +2319,6 @@ static inline void train_step(Trainer *r, Report *report) {
 
     report->loss = sums[0] * scale;
     report->stop = sums[1] > 0;
-    report->operations = sums[3];
     report->lr = lr_at(opt.lr, r->step, r->steps, opt.warmup, opt.final_frac,
                        strcmp(opt.schedule, "cosine") == 0);
     adapters_update(a, clip_factor(report->norm, opt.clip), report->lr, opt.beta1, opt.beta2,
@@ -2500,7 +2466,7 @@ static inline const char *bytes_text(double bytes) {
     return out;
 }
 
-#include "dev/plan.c"       // defines: plan_memory, plan_disk, memory_used, is_of_out
+#include "dev/plan.c"       // defines: plan_memory, plan_disk, step_operations, memory_used, ..
 
 // OUT/name in one of a few buffers.
 static inline const char *out_path(const char *name) {
@@ -2538,16 +2504,16 @@ static inline void log_line(const char *name, const char *format, ...) {
 #define GPU_PEAK 989.4e12
 
 // mfu, in percent of it as in Automodel's logs, is for GPUs only: null on the CPU.
-static inline void log_step(const Report *p, int step, int steps) {
+static inline void log_step(const Trainer *r, const Report *p) {
     double rate = (double)p->tokens / p->seconds;
-    double mfu = 100 * p->operations / p->seconds / GPU_PEAK / comm_ranks();
+    double mfu = 100 * step_operations(&r->model, &r->rows) / p->seconds / GPU_PEAK / comm_ranks();
     char shown[32] = "", logged[32] = "null";
     if (ON_GPU) {
         snprintf(shown, sizeof shown, " | %.1f %% MFU", mfu);
         snprintf(logged, sizeof logged, "%.9g", mfu);
     }
     say("step %5d/%d | loss %.6f | norm %.4f | lr %.2e | %.2f ms%s | %.0f tok/s | mem %s | labels "
-        "%zu\n", step, steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, shown, rate,
+        "%zu\n", r->step, r->steps, p->loss, p->norm, p->lr, 1e3 * p->seconds, shown, rate,
         bytes_text(memory_used()), p->labels);
     if (memory_beside > 0) {            // once
         const double plan = memory_planned() + memory_beside;
@@ -2559,7 +2525,7 @@ static inline void log_step(const Report *p, int step, int steps) {
     log_line("training.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
              "\"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"mem\": %.9g, \"tps\": %.9g, "
              "\"tps_per_gpu\": %.9g, \"mfu\": %s, \"num_tokens_per_step\": %zu, "
-             "\"num_label_tokens\": %zu}\n", step, p->epoch, timestamp(), p->loss, p->norm, p->lr,
+             "\"num_label_tokens\": %zu}\n", r->step, p->epoch, timestamp(), p->loss, p->norm, p->lr,
              memory_used() / 1073741824.0, rate, rate / comm_ranks(), logged, p->tokens, p->labels);
 }
 
@@ -2655,7 +2621,7 @@ static Option option_table[] = {
      .help = "of chat JSONL"},
     // What happens between steps.
     {"val-every", 'v', WHOLE, &opt.val_every, "100", "N", KEPT, .help = "0: never", .tiny = "25"},
-    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "micro-batches", .tiny = "10"},
+    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "times -b x ranks rows", .tiny = "10"},
     {"eval", 0, FLAG, &opt.eval, "0", "", NOT_KEPT, .help = "all of -j, else -i, and stop"},
     {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
      "at the start and the end", .tiny = "1000"},
@@ -2686,7 +2652,7 @@ static Option option_table[] = {
     {"refit-every", 0, COUNT, &opt.refit_every, "10", "N", KEPT, .help = "steps, and at both ends"},
     {"timeout", 0, NUMBER, &opt.timeout, "600", "S", NOT_KEPT, .help = "for a rank; 0: forever"},
     {"seed", 0, WHOLE, &opt.seed, "42", "N", MODEL, .help = "of adapters, samples, random base"},
-    {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value`, # comments"},
+    {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value` or # comment"},
     {"help", 'h', FLAG, &opt.help, "0", "", NOT_KEPT, .help = ""},
     {"version", 0, FLAG, &opt.version, "0", "", NOT_KEPT, .help = ""},
 };
@@ -2694,8 +2660,11 @@ static Option option_table[] = {
 // must be the same: a run that silently goes on with other settings is two runs in one log.
 static inline void option_adopt(Option *o, const char *text, const char *whose) {
     int is_number = o->kind == WHOLE || o->kind == COUNT || o->kind == NUMBER;
-    if (!is_given(o->at)) { option_set(o, text, FROM_STATE, whose); return; }
-    if (is_number ? strtod(o->text, NULL) == strtod(text, NULL)
+    char where[PATH_SIZE + 4];
+    snprintf(where, sizeof where, "%s: ", whose);
+    if (!is_given(o->at)) { option_set(o, text, FROM_STATE, where); return; }
+    if (o->kind == NUMBER ? (float)strtod(o->text, NULL) == (float)strtod(text, NULL)   // alpha is one
+        : is_number ? strtod(o->text, NULL) == strtod(text, NULL)
         : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
         : strcmp(o->text, text) == 0) { return; }
     int may_change = o->at == &opt.lr || o->at == &opt.keep;
@@ -2753,7 +2722,8 @@ static inline char *state_make(const Trainer *r) {
 
 // The caller frees j.
 static inline void state_open(Json *j, const char *checkpoint) {
-    char *text = training_state(checkpoint), path[PATH_SIZE];
+    static char path[PATH_SIZE];        // j names it in messages
+    char *text = training_state(checkpoint);
     json_parse(j, path_make(path, checkpoint, "/state.json", ""), text, strlen(text));
 }
 
@@ -2854,6 +2824,9 @@ static inline void options_derive(const Config *c) {
     refuse_if((float)opt.eps == 0 || (float)opt.alpha == 0, "--eps and --lora-alpha are above 0");
     refuse_if(*opt.optimizer == 'm' && opt.r > MUON_R, "--optimizer muon takes --lora-r up to %d, "
               "not %d", MUON_R, opt.r);
+    refuse_if((opt.bench > 0) + opt.eval + opt.inspect + (opt.show_data > 0) +
+              (*opt.check_adapter != 0) > 1, "--bench, --eval, --inspect, --show-data and "
+              "--check-adapter are done one at a time");
     refuse_if(opt.bench > 1000 || (opt.bench && *opt.resume), "--bench times up to 1000 steps of a "
               "run of its own");
     refuse_if(opt.steps == 0 && !(opt.epochs > 0 && opt.epochs <= 1e4), "--epochs %g: more than 0, "
@@ -3103,8 +3076,13 @@ static inline void resume(Trainer *r, const char *checkpoint) {
     size_t n = a->n_dense + a->n_expert;
     Json j;
     state_open(&j, checkpoint);
-    r->step = (int)json_number(&j, json_get(&j, 0, "step", '0'));
-    r->moments = opt.reset_optim ? 0 : (int)json_number(&j, json_get(&j, 0, "moments", '0'));
+    const size_t step = json_size(&j, json_get(&j, 0, "step", '0'));
+    const size_t moments = json_size(&j, json_get(&j, 0, "moments", '0'));
+    refuse_if(step > (opt.eval ? INT_MAX : (size_t)r->steps) || moments > step, "%s: step %zd with "
+              "%zd updates in its moments, of a run of %d steps", j.file, (ssize_t)step,
+              (ssize_t)moments, r->steps);
+    r->step = (int)step;
+    r->moments = opt.reset_optim ? 0 : (int)moments;
     size_t tokens = json_size(&j, json_get(&j, 0, "data_tokens", '0'));
     const uint64_t hash = strtoull(json_text(&j, json_get(&j, 0, "data_hash", '"')), NULL, 16);
     json_free(&j);
@@ -3124,7 +3102,7 @@ static inline void resume(Trainer *r, const char *checkpoint) {
         zero(a->m, n * sizeof *a->m);
         if (a->v) { zero(a->v, n * sizeof *a->v); }
     }
-    data_seek(&r->train, (size_t)r->step * (opt.per_step / opt.seq));
+    data_seek(&r->train, opt.overfit ? 0 : (size_t)r->step * (opt.per_step / opt.seq));
     say("load   %s | step %d of %d%s\n", checkpoint, r->step, r->steps,
         opt.reset_optim ? " | moments forgotten" : "");
 }
@@ -3171,7 +3149,7 @@ static inline int train(Trainer *r, const char *checkpoint) {
         if (is_due(r, opt.refit_every)) { engine_refit(r, 0); }
         if (r->step == r->steps) { break; }
         train_step(r, &report);
-        log_step(&report, r->step, r->steps);
+        log_step(r, &report);
         int save = opt.save_every && r->step % opt.save_every == 0;
         if (save || report.stop) { save_training(r); }
         if (report.stop) { break; }
@@ -3267,6 +3245,7 @@ static inline void ranks_start(void) {
 int trainer(int argc, char **argv) {
     static Trainer r;
     char checkpoint[PATH_SIZE];
+    setvbuf(stdout, NULL, _IOLBF, 0);   // several ranks write: the lines of one stay whole
     launched = launcher_place(&place) && place.ranks > 1;   // one alone may be a shell of srun's
     this_rank = place.rank;
     options_read(argc, argv, checkpoint);

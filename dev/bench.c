@@ -31,7 +31,7 @@ static inline void bench(Trainer *r) {
         memset(phases.seconds, 0, sizeof phases.seconds);
         phases.on = r->step > 0;
         train_step(r, &report);
-        log_step(&report, r->step, r->steps);
+        log_step(r, &report);
         if (!phases.on) { continue; }
         timed[n].seconds = report.seconds;
         memcpy(timed[n++].phase, phases.seconds, sizeof phases.seconds);

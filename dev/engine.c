@@ -46,7 +46,7 @@ typedef struct {
     int F, shared_F;            // columns of the experts and of the shared one, on this receiver
     real *sum;                  // (T*K,C) what is added up over the receivers
     double *losses_h;           // (trainers,T) of one micro-batch: -log p of each token's label
-    float *trainer_h;           // (val_steps,trainers,T) the trainer's, of the last refit
+    float *trainer_h;           // (steps,trainers,T) the trainer's, of the last refit
 } Engine;
 
 static Engine engine;
@@ -396,7 +396,6 @@ static int engine_options(const Config *c, int by_launcher) {
               "and %d columns of an expert", n, c->H, c->G, c->F);
     refuse_if((*opt.model || *opt.train) && !*opt.val, "--gen-gpus compares validation rows, and "
               "there are none HINT: -j FILE");
-    setvbuf(stdout, NULL, _IOLBF, 0);   // two ranks write: the lines of one stay whole
     comm_reserve(n);
     return n;
 }
@@ -405,10 +404,12 @@ static int engine_options(const Config *c, int by_launcher) {
 static int engine_trainers(void) { return comm_size(COMM_ALL) - comm_receivers(); }
 static size_t engine_tokens(void) { return (size_t)opt.batch * (size_t)opt.seq; }
 
-static void engine_alloc_losses(Engine *e) {
+static void engine_alloc_losses(Engine *e, const Data *val) {
     const size_t n = (size_t)engine_trainers() * engine_tokens();
+    const int most = micro_batches((int)val->rows, opt.batch, engine_trainers());
+    const size_t steps = (size_t)min_int(opt.val_steps, most);
     e->losses_h = host_calloc(sizeof(double) * n);
-    if (comm_is_receiver()) { e->trainer_h = host_calloc(sizeof(float) * n * opt.val_steps); }
+    if (comm_is_receiver()) { e->trainer_h = host_calloc(sizeof(float) * n * steps); }
 }
 
 // The next rows of all trainers; 0: there are no more.
@@ -448,7 +449,7 @@ static void engine_begin(Trainer *r) {
         die(EXIT_FIT, "%s of memory are needed while weights travel, %s are free HINT: a smaller "
             "-b or -t, --recompute full, --offload", bytes_text(staging), bytes_text(available));
     }
-    engine_alloc_losses(&engine);
+    engine_alloc_losses(&engine, &r->val);
     refit_move(&engine.base, NULL, REFIT_POINTS);
 }
 
@@ -474,7 +475,7 @@ static int engine_receive(Trainer *r) {
     comm.timeout_s = 0;         // trainers take their time; if one ends, the supervisor ends us
     catch_stop_signals();       // they decide when to stop
     engine_open(e, &r->config, &o, opt.ep);
-    engine_alloc_losses(e);
+    engine_alloc_losses(e, &r->val);
     r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     refit_move(&e->base, e->weights, REFIT_POINTS);

@@ -2,6 +2,7 @@
 // model is allocated twice by the same code, the first time only to be counted, so the plan cannot
 // forget anything; what it cannot count (CUDA's context, kernels) is measured, and the first step
 // says how far the plan was off. A run that does not fit ends here, with what would make it fit.
+// And the operations of a step, by which its speed is judged.
 #ifndef TRAIN_C
 #include "../train.c"       // compiled alone, this is train.c, which includes it where it is used
 #elif !defined(PLAN_C)
@@ -167,6 +168,9 @@ static inline void plan_disk(const Adapters *a, const char *checkpoint, int step
         char *slash = strrchr(folder, '/');
         if (slash == NULL) { strcpy(folder, "."); } else { slash[slash == folder] = 0; }
     }
+    struct stat info;
+    refuse_if(stat(folder, &info) == 0 && !S_ISDIR(info.st_mode), "--out %s: %s is no folder",
+              opt.out, folder);
     double available = (double)disk_free(folder);
     say("plan   %-11s %s for %d + 1 checkpoints and the adapter of %s, of %s free in %s\n", "disk",
         bytes_text(need), more, bytes_text(adapter), bytes_text(available), folder);
@@ -174,5 +178,38 @@ static inline void plan_disk(const Adapters *a, const char *checkpoint, int step
         die(EXIT_FIT, "%s of disk space are needed in %s, %s are free HINT: --keep 1, another -o",
             bytes_text(need), opt.out, bytes_text(available));
     }
+}
+
+// Additions and multiplications that a step on these rows takes by its formulas: nothing that is
+// only computed again, no gradient of a frozen matrix. Per token 2 for each element of a matrix that
+// it meets, and 2 for the gradient of the matrix's input, which the indexer has not; 6 for each of
+// an adapter; 4 H D for each key it attends to, and twice that backward; and where there are more
+// entries than may be chosen, 2 per channel of the indexer's heads for each.
+static inline double step_operations(const Model *m, const Rows *rows) {
+    const Config *c = &m->config;
+    const Adapters *a = &m->adapters;
+    double token = 6 * ((double)a->n_dense + (double)a->n_expert * comm_ep() / c->E * c->K);
+    double csa = 0, hca = 0, keys = 0, scored = 0;
+    for (int i = -1; i < c->layers; i++) {
+        for (int k = 0; k < TENSOR_KINDS; k++) {
+            const TensorKind *kind = &tensor_kinds[k];
+            const int met = kind->where == EXPERT ? c->K : kind->per_input;     // is it a matrix?
+            if (i < 0 ? kind->where != GLOBAL : !layer_has(c, i, kind)) { continue; }
+            token += (strstr(kind->name, "indexer") ? 2.0 : 4.0) * met *
+                     dim_value(c, i, kind->dim[0]) * dim_value(c, i, kind->dim[1]);
+        }
+        csa += i >= 0 && c->ratio[i] == 4;
+        hca += i >= 0 && c->ratio[i] == 128;
+    }
+    for (int d = 0; d < rows->first[rows->rows]; d++) {
+        const int length = rows->piece[d].length;
+        for (int t = 1; t <= length; t++) {
+            keys += c->layers * (double)min_int(t, c->window) +
+                    csa * min_int(t / 4, c->index_topk) + hca * (t / 128);
+            scored += length / 4 > c->index_topk ? csa * (t / 4) : 0;
+        }
+    }
+    return token * (double)rows->tokens + 12.0 * c->H * c->D * keys +
+           2.0 * c->index_heads * c->index_dim * scored;
 }
 #endif // PLAN_C

@@ -114,6 +114,9 @@ test_refused() {
     refused 'lora-r' "${small[@]}" --lora-r 0
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
+    refused 'one at a time' "${small[@]}" --bench 2 --eval
+    touch file
+    refused 'file is no folder' "${small[@]}" -x 1 -o file
     refused 'no-such' "${small[@]}" -m no-such-folder -i text.txt
     refused 'no-such' "${small[@]}" -i no-such-file.txt
     echo '{"messages": [{"role": "wizard", "content": "?"}]}' > chat.jsonl
@@ -180,7 +183,9 @@ norms() {
 # One that does not: what is wrong is named and counted. One that does nothing is called that.
 test_check_adapter() {
     local ranks names file from
-    run 0 "${small[@]}" -x 3 -l 1e-2 -u 0 -o checked
+    run 0 "${small[@]}" -x 3 -l 1e-2 -u 0 --lora-alpha 0.1 -o checked
+    run 0 --cpu --lora-alpha 0.1 --check-adapter checked/adapter
+    refused 'lora-alpha 0.2, but' --cpu --lora-alpha 0.2 --check-adapter checked/adapter
     for names in vllm hf; do
         run 0 "${small[@]}" --init-adapter checked/adapter --adapter-names $names -l 0 -x 1 \
             -o $names
@@ -199,7 +204,7 @@ test_check_adapter() {
             run 0 --cpu --check-adapter $names/adapter --ranks $ranks
             check "norms of B, $names, $ranks ranks: $(diff <(norms $file) <(grep \
                 'norm of B' log | sort))" cmp -s <(norms $file) <(grep 'norm of B' log | sort)
-            check "no count of what fits" grep -q '^done .*fits: 155 matrices, r=8 alpha=32$' log
+            check "no count of what fits" grep -q '^done .*fits: 155 matrices, r=8 alpha=0.1$' log
         done
     done
     for names in attn.wq_a ffn.experts.w2; do
@@ -353,6 +358,13 @@ test_resume_elsewhere() {
         "checkpoint-000004-good checkpoint-000004.best checkpoint-000006"
     run 0 "${options[@]}" --keep 1 --resume here/checkpoint-000006 -o new/place -l 1e-4
     check "a new --lr is not said" grep -q '^plan   --lr 3e-3 -> 1e-4' log
+    for lines in '"step": 9' '"step": -1' '"moments": 7' '"moments": 2147483647' '"step": 1e300'; do
+        rm -rf edited && mkdir edited && cp -r here/checkpoint-000006 edited/
+        sed -i "s/${lines% *} [0-9]*/$lines/" edited/checkpoint-000006/state.json
+        refused 'state.json: step .* of a run of 6 steps' --cpu --resume edited/checkpoint-000006
+    done
+    sed -i '/"sample-len"/d' edited/checkpoint-000006/state.json
+    refused 'checkpoint-000006/state.json: the key sample-len' --cpu --resume edited/checkpoint-000006
     refused 'resume.*no folder' "${small[@]}" --resume= -o here
     refused 'init-adapter.*no folder' "${small[@]}" --init-adapter '' -o here
     refused 'bench' --cpu --resume -o here --bench 3

@@ -522,10 +522,13 @@ static void test_options(void) {
 
 static void child_log(void *unused) {
     (void)unused;
+    static Trainer r = { .step = 7, .steps = 9 };
     Report p = { .loss = 1.0 / 3, .norm = 2e-7, .lr = 1e-4, .seconds = 2, .tokens = 100,
                  .labels = 90, .epoch = 1 };
+    int no_piece[1] = { 0 };
+    r.rows.first = no_piece;
     opt.out = folder;
-    log_step(&p, 7, 9);
+    log_step(&r, &p);
     log_validation(7, 1, 2.0 / 3);
 }
 
@@ -542,9 +545,10 @@ static void test_operations(void) {
     const double pooled[] = { 15.5, 127.5 }, scores[] = { 16384.0 * 512, 16384.0 * 4096 };
     for (int k = 0; k < 2; k++) {
         const int T = k ? 32768 : 4096;
-        int start[] = { 0, T }, halves_start[] = { 0, T / 2, T };
-        const Batch b = { .T = T, .docs = 1, .doc_start = start };
-        const Batch two = { .T = T, .docs = 2, .doc_start = halves_start };
+        int one_row[] = { 0, 1 }, two_rows[] = { 0, 1, 2 };
+        Piece whole[] = { { NULL, T, 0 } }, parts[] = { { NULL, T / 2, 0 }, { NULL, T / 2, 0 } };
+        const Rows b = { .rows = 1, .first = one_row, .piece = whole, .tokens = (size_t)T };
+        const Rows two = { .rows = 2, .first = two_rows, .piece = parts, .tokens = (size_t)T };
         const double keys = 43 * windows[k] + 21 * chosen[k] + 20 * pooled[k];
         const double want = linear + 3 * 131072 * keys + 21 * scores[k];
         const double got = step_operations(&m, &b) / T;
@@ -552,8 +556,9 @@ static void test_operations(void) {
         check(fabs(got - (k ? 61.3e9 : 58.2e9)) < 0.1e9, "%g operations per token", got);
         check(step_operations(&m, &two) < step_operations(&m, &b), "two documents cost more");
     }
-    int start[] = { 0, 1 };
-    const Batch one = { .T = 1, .docs = 1, .doc_start = start };
+    int first[] = { 0, 1 };
+    Piece token[] = { { NULL, 1, 0 } };
+    const Rows one = { .rows = 1, .first = first, .piece = token, .tokens = 1 };
     const double base = step_operations(&m, &one);
     m.adapters.n_dense = 1000;
     m.adapters.n_expert = 256 * 50;     // of all experts, of which a token meets six

@@ -1189,6 +1189,20 @@ static void test_adapter_load(void) {
                    "experts.base_layer.lora_B.weight is not zero off its diagonal");
         wipe(dir);
     }
+    static const float wild[] = { NAN, INFINITY, -INFINITY };       // of a matrix that is trained
+    for (int i = 0; i < 3; i++) {
+        Safetensors st;
+        snprintf(command, sizeof command, "cp -r '%s/as_vllm' '%s'", root, dir);
+        if (system(command) != 0) { exit(99); }
+        safetensors_open(&st, path_make(path, dir, "/", "adapter_model.safetensors"), "");
+        const Entry *e = safetensors_find(&st, "base_model.model.layers.1.attn.wkv.lora_A.weight");
+        int fd = open(path, O_WRONLY);
+        if (pwrite(fd, &wild[i], 4, (off_t)(st.data + e->begin + 8)) != 4) { exit(99); }
+        close(fd);
+        safetensors_close(&st);
+        check_dies("not finite", load_into, NULL, "layers.1.attn.wkv.lora_A.weight is not finite");
+        wipe(dir);
+    }
     unsigned half = 1u << TARGET_EXPERTS_W1 | 1u << TARGET_EXPERTS_W2,
         other = 1u << TARGET_EXPERTS_W3;
     check_dies("w1 without w3", save_hf, &half, "--adapter-names hf");
