@@ -2151,7 +2151,7 @@ void model_first_nonfinite(const Model *m, char *name, size_t size) {
 // depend on the number of ranks. Every rank holds the whole plan, with the number of labels of each
 // piece: the loss is divided by the labels of all ranks, and no one has to ask for them.
 #include "dev/data/prep.c"  // defines: Tokenizer, Data, Rows, data_*, prompt_tokens, token_print
-#include "dev/inspect.c"    // defines: inspect_tensors, inspect_adapter
+#include "dev/inspect.c"    // defines: inspect_base, inspect_adapter
 #include "dev/plot.c"       // defines: log_parse, plot_loss
 #include "dev/options.c"    // defines: Option, option_*, options_from_argv, EACH_OPTION
 
@@ -2454,17 +2454,6 @@ static inline ExpertLoad expert_load(Trainer *r) {
 // has it all.
 
 static inline const char *plural(int n) { return n == 1 ? "" : "s"; }
-
-// A size with its unit, in one of a few buffers: "3.4 MiB", "19.10 GiB".
-static inline const char *bytes_text(double bytes) {
-    static char text[4][32];
-    static int at;
-    char *out = text[at++ % 4];
-    int giga = bytes >= 1e3 * 1048576;
-    snprintf(out, sizeof text[0], giga ? "%.2f GiB" : "%.1f MiB",
-             bytes / (giga ? 1073741824.0 : 1048576.0));
-    return out;
-}
 
 #include "dev/plan.c"       // defines: plan_memory, plan_disk, step_operations, memory_used, ..
 
@@ -3194,10 +3183,10 @@ static inline int run(Trainer *r, const char *checkpoint) {
     say("plan   %-11s %d matrices, %zu numbers on all ranks, %zu of this rank's experts\n",
         "trained", a->n, a->n_dense, a->n_expert);
     if (this_rank == 0 && o.training) { adapters_ledger(a); }
-    if (opt.inspect) { inspect_tensors(r->model.tensors, r->model.n_tensors); return EXIT_OK; }
+    if (opt.inspect) { return inspect_base(base, r->model.tensors, r->model.n_tensors, 1); }
     if (check) { inspect_adapter(a, &r->config, opt.check_adapter); return EXIT_OK; }
     if (!opt.eval && !opt.bench) { plan_disk(a, checkpoint, r->steps); }
-    if (opt.dry_run) { return EXIT_OK; }
+    if (opt.dry_run) { return inspect_base(base, r->model.tensors, r->model.n_tensors, 0); }
 
     r->logits = (float *)host_alloc((size_t)r->config.V * sizeof *r->logits);
     r->context = (int *)host_alloc((size_t)o.max_tokens * sizeof *r->context);

@@ -10,17 +10,37 @@
 #define INSPECT_C
 #include "../refit.c"       // defines: Tensor, Adapters, Roster, adapter_*; below it comm_*
 
-// The tensors that a checkpoint of this model has, as they are stored.
-static inline void inspect_tensors(const Tensor *tensors, size_t n) {
-    static const char *const types[] = { [DT_BF16] = "BF16", [DT_F32] = "F32", [DT_FP8] = "F8_E4M3",
-        [DT_E8M0] = "F8_E8M0", [DT_FP4] = "I8 (fp4)", [DT_I64] = "I64" };
-    if (this_rank != 0) { return; }
+// --inspect (list) and --dry-run: is the checkpoint in dir what loading will want? Its index and
+// headers are read, no weights, and by every rank: their folders may be on different machines.
+// Rank 0 lists the tensors that the model has, each with its file, and says what there is in all.
+// A folder of config.json alone is enough, and so is none (a random base). Returns the exit code.
+static inline int inspect_base(const char *dir, const Tensor *tensors, size_t n, int list) {
+    Checkpoint c = { .want = NULL };
+    const int begun = dir && checkpoint_begun(dir);
+    char text[128];
+    double bytes = 0;
+    if (begun) { checkpoint_open(&c, dir, tensors, n); }
     for (const Tensor *t = tensors; t < tensors + n; t++) {
-        printf("%-56s %-9s (", t->name, types[t->type]);
-        for (int k = 0; k < t->ndim; k++) { printf("%s%zu", k ? "," : "", t->dim[k]); }
-        printf(")\n");
+        const Want *w = begun ? wants_find(c.want, n, t->name) : NULL;
+        if (w) { bytes += (double)(w->entry->end - w->entry->begin); }
+        if (!list || this_rank != 0) { continue; }
+        shape_text(text, w ? w->entry->dtype : dtype_of(t->type), t->ndim, t->dim);
+        strcat(text, t->type == DT_FP4 ? " fp4" : "");
+        printf("%-48s %-*s%s\n", t->name, w ? 24 : 0, text, w ? w->file : "");
     }
-    printf("done   %zu tensors\n", n);
+    if (this_rank == 0 && (dir || list)) {
+        printf("done   %zu tensors", n);
+        if (begun) {
+            printf(" of %s in %d shard%s of %s", bytes_text(bytes), c.shards,
+                   c.shards == 1 ? "" : "s", dir);
+        } else if (dir) {
+            printf(", from config.json alone: %s has no index and no .safetensors file", dir);
+        }
+        if (c.drafter > 0) { printf(" | not used: %zu of mtp.*", c.drafter); }
+        printf("\n");
+    }
+    if (begun) { checkpoint_close(&c); }
+    return EXIT_OK;
 }
 
 // Holds the tensors of the adapter's file against those that a has. Names the first ones that do

@@ -65,6 +65,10 @@ test_fresh() {
     for word in plan load data 'step +16/16' 'val +16' moe 'save +8' 'done'; do
         check "no line begins with $word" grep -qE "^$word" log
     done
+    check "scales: not the first of each of 12 kinds, 0.8 times 1/2, 1 or 2: $(grep ^scales log)" \
+        awk '/^scales/ { n++; bad += !($2 ~ /^layers[.][01][.]/ && $NF > 0.38 && $NF < 1.7)
+            sub(/^layers[.][0-9]+[.]/, "", $2); kinds += !seen[$2]++ }
+        END { exit !(n == 12 && kinds == 12 && bad == 0) }' log
     check "the first lines do not say which path runs" grep -q CPU <(head -n 5 log)
     check "training.jsonl: not one line per step" same "$(value step fresh)" "$(echo {1..16})"
     check "training.jsonl: keys" same "$(sed -E 's/: *("[^"]*"|[^,}"]*)//g; s/[^a-z_]+/ /g' \
@@ -364,7 +368,7 @@ test_resume_elsewhere() {
         refused 'state.json: step .* of a run of 6 steps' --cpu --resume edited/checkpoint-000006
     done
     sed -i '/"sample-len"/d' edited/checkpoint-000006/state.json
-    refused 'checkpoint-000006/state.json: the key sample-len' --cpu --resume edited/checkpoint-000006
+    refused '000006/state.json: the key sample-len' --cpu --resume edited/checkpoint-000006
     refused 'resume.*no folder' "${small[@]}" --resume= -o here
     refused 'init-adapter.*no folder' "${small[@]}" --init-adapter '' -o here
     refused 'bench' --cpu --resume -o here --bench 3
@@ -704,6 +708,56 @@ test_tools() {
     check "the table" same "$(value loss bin)" "$(tail -n +2 steps.csv | cut -d , -f 3 | xargs)"
 }
 
+# --inspect and --dry-run refuse what loading refuses, in the same words and on every rank, and read
+# no weights. config.json alone is enough for both, as long as nothing else has begun to arrive.
+test_inspect() {
+    local tiny=$root/dev/data/tiny shard=model-00001-of-00001.safetensors
+    local index=model.safetensors.index.json mib mode words word line header
+    mib=$(sed -nE 's/^"total_size": ([0-9]+)$/\1/p' "$tiny/$index" | awk '{
+        printf "%.1f", $1 / 1048576 }')
+    run 0 --cpu --inspect
+    check "--inspect: not 417 tensors, each with its file" \
+        same 417 "$(grep -cE "^[a-z0-9_.]+ +[A-Z0-9_]+ \[[0-9,]+\]( fp4)? +$shard\$" log)"
+    check "--inspect: an expert" grep -qE '^layers.4.ffn.experts.7.w2.weight +I8 \[128,64\] fp4' log
+    check "--inspect: no sum of $mib MiB" grep -qxE "done   417 tensors of $mib MiB in 1 shard of $(
+        ).*/dev/data/tiny" log
+    run 0 "${given[@]}" -i text.txt -x 1 -o loads
+    check "no speed of loading" grep -qE '^load +0.00 of 0.00 GB \| [0-9.]+ s \| [0-9.]+ GB/s$' log
+    check "loading prints no scales" grep -qE '^scales layers.0.ffn.experts.0.w3.weight .*[0-9]' log
+
+    mkdir lone
+    cp "$tiny/config.json" lone
+    for word in index shard tensor type short blind; do cp -r "$tiny" no-$word; done
+    rm no-index/$index no-shard/$shard
+    sed -i '/layers.3.attn.wkv.scale/d' no-tensor/$index
+    LC_ALL=C sed -i 's/\("layers.0.attn.wkv.weight":{"dtype":"F8_E\)4M3/\15M2/' no-type/$shard
+    truncate -s -1 no-short/$shard
+    header=$((8 + $(header_size "$tiny/$shard")))
+    { head -c $header "$tiny/$shard"; tail -c +$((header + 1)) "$tiny/$shard" |
+        tr '\0-\376' '\377'; } > no-blind/$shard
+    sed -i 's/^"weight_map": {/&"mtp.0.a": "gone", "mtp.1.b": "gone",/' no-blind/$index
+    for word in "index:$index: No such file" "shard:$shard: No such file" \
+        'tensor:layers.3.attn.wkv.scale is missing' 'short:is truncated' \
+        'type:layers.0.attn.wkv.weight is F8_E5M2 .*expected F8_E4M3'; do
+        line=no-${word%%:*}
+        refused "${word#*:}" "${given[@]}" -m "$line" -i text.txt -x 1 -o loads
+        sed 's/rank .:/rank/' err > loading
+        for mode in --inspect --dry-run '--inspect --ranks 2' '--dry-run --ranks 2'; do
+            read -r -a words <<< "$mode"
+            refused "${word#*:}" --cpu -m "$line" "${words[@]}"
+            check "$line: loading says $(cat loading)" cmp -s <(sed 's/rank .:/rank/' err) loading
+            run 0 --cpu --random-base -m "$line" "${words[@]}"
+        done
+    done
+    refused 'e8m0 byte 255' "${given[@]}" -m no-blind -i text.txt -x 1 -o loads
+    for mode in --inspect --dry-run; do
+        run 0 --cpu -m no-blind $mode
+        check "$mode: $(tail -n 1 log)" grep -q '^done .*of no-blind | not used: 2 of mtp' log
+        run 0 --cpu -m lone $mode
+        check "$mode: $(tail -n 1 log)" grep -q '^done   417 .* config.json alone: lone has no' log
+    done
+}
+
 # A checkpoint in the released layout, written by the oracle: the same bytes as --random-base draws.
 test_checkpoint() {
     if ! python3 -c 'import numpy, torch' 2> /dev/null; then
@@ -719,7 +773,7 @@ test_checkpoint() {
     check "1 and 2 ranks from a checkpoint" same "$(value loss loaded | cut -d ' ' -f 1)" \
         "$(value loss loaded2 | cut -d ' ' -f 1)"
     run 0 -m model --inspect
-    check "--inspect lists no experts" grep -q 'experts.7.w2' log
+    check "--inspect: $(tail -n 1 log)" grep -qE '^done .* shards of model . not used: [1-9]' log
     rm -r model/*00002-of*
     refused '00002-of' "${given[@]}" -m model -i text.txt -x 3
 }
@@ -750,6 +804,7 @@ if grep -q libjsmn-dev err; then skip "resume: built without libjsmn-dev"; else
     test_fp8
     test_chat
     test_tools
+    test_inspect
 fi
 test_checkpoint
 closing test_cli

@@ -446,6 +446,22 @@ static void load_checkpoint(void *dir) {
     if (!loaded_right()) { exit(3); }
 }
 
+// What --inspect and --dry-run do. Exit code 0: opened, and not one byte of any tensor was read.
+static void open_checkpoint(void *dir) {
+    const unsigned char *bytes = (const unsigned char *)&loaded;
+    Checkpoint c;
+    memset(&loaded, 0xEE, sizeof loaded);
+    checkpoint_open(&c, (const char *)dir, table, 8);
+    for (size_t i = 0; i < sizeof loaded; i++) { if (bytes[i] != 0xEE) { exit(3); } }
+    if (c.n != 8 || c.shards != 2 || c.drafter != 2) { exit(4); }
+    for (size_t i = 0; i < 8; i++) {
+        const char *name = table[i].name, *file = wants_find(c.want, 8, name)->file;
+        int first = strstr(name, "embed") || strstr(name, "gate");
+        if (strcmp(file, first ? "model-1.safetensors" : "model-2.safetensors")) { exit(5); }
+    }
+    checkpoint_close(&c);
+}
+
 static void load_threads(void *dir) {
 #ifdef _OPENMP
     omp_set_num_threads(4);
@@ -540,6 +556,7 @@ static void test_checkpoint(void) {
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         put_checkpoint("bad", rows[i].file, rows[i].from, rows[i].to);
         check_dies(rows[i].to, load_checkpoint, dir, rows[i].expect);
+        check_dies(rows[i].to, open_checkpoint, dir, rows[i].expect);
         wipe(dir);
     }
     // The aliases: U8 for packed codes, I32 for the table (with half the bytes).
@@ -562,12 +579,39 @@ static void test_checkpoint(void) {
     put_checkpoint("bad", -1, NULL, NULL);          // whole files
     unlink(path_make(path, dir, "/", "model-2.safetensors"));
     check_dies("missing shard", load_checkpoint, dir, "model-2.safetensors: No such file");
+    check_dies("missing shard", open_checkpoint, dir, "model-2.safetensors: No such file");
     mkdir(path, 0777);
     check_dies("a folder as shard", load_checkpoint, dir, "model-2.safetensors: not a file");
     rmdir(path);
     unlink(path_make(path, dir, "/", "model.safetensors.index.json"));
     check_dies("missing index", load_checkpoint, dir, "index.json: No such file");
+    check_dies("missing index", open_checkpoint, dir, "index.json: No such file");
     wipe(dir);
+}
+
+// Headers are enough to open a checkpoint, and config.json to have none.
+static void test_checkpoint_open(void) {
+    static const char *const begun[] = { "model.safetensors.index.json", "model-9.safetensors",
+                                         "model-9.safetensors.part" };
+    char dir[PATH_SIZE], path[PATH_SIZE], text[1024];
+    memset(shard2_data, 255, SHARD2_BYTES);
+    put_checkpoint("bad", -1, NULL, NULL);
+    in_root(dir, "bad");
+    check(run_child(open_checkpoint, dir, text, sizeof text) == 0, "opened: %s", text);
+    check_dies("255 everywhere", load_checkpoint, dir, "holds the e8m0 byte 255");
+    make_data();
+    wipe(dir);
+    mkdir(dir, 0777);
+    write_bytes(path_make(path, dir, "/", "config.json"), "{}", 2);
+    write_bytes(path_make(path, dir, "/", "tokenizer.json"), "{}", 2);
+    check(!checkpoint_begun(dir), "config.json alone");
+    for (int i = 0; i < 3; i++) {
+        write_bytes(path_make(path, dir, "/", begun[i]), "", 0);
+        check(checkpoint_begun(dir), "%s is there", begun[i]);
+        unlink(path);
+    }
+    wipe(dir);
+    check(checkpoint_begun(dir), "a folder that is not there is not taken for an empty one");
 }
 
 // A file of the checkpoint is changed after it was written.
@@ -746,6 +790,22 @@ static void test_scales(void) {
     check_close("mean of fp4", 0, mean_magnitude(&scaled[2], packed_scale, 512) * sqrt(512), 0.798,
                 0.05);
     check(run_child(run_scales, NULL, text, sizeof text) == 0, "right scales pass: %s", text);
+    real row[512];                          // rows and blocks of columns of other magnitudes
+    double sum[2] = { 0, 0 };
+    for (int i = 0; i < 4; i++) { dense_scale[i] = (uint8_t)(dense_scale[i] + i); }
+    for (int i = 0; i < 64 * 16; i++) { packed_scale[i] = (uint8_t)(packed_scale[i] + i % 7); }
+    for (int i = 0; i < SCALE_ROWS; i++) {
+        widen_fp8(row, dense, dense_scale, (size_t)(i * 256 / SCALE_ROWS), 256);
+        for (int c = 0; c < 256; c++) { sum[0] += fabs((double)row[c]); }
+        widen_fp4(row, packed, packed_scale, (size_t)(i * 64 / SCALE_ROWS), 512);
+        for (int c = 0; c < 512; c++) { sum[1] += fabs((double)row[c]); }
+    }
+    check(mean_magnitude(&scaled[0], dense_scale, 256) == sum[0] / (SCALE_ROWS * 256), "fp8 rows");
+    check(mean_magnitude(&scaled[2], packed_scale, 512) == sum[1] / (SCALE_ROWS * 512), "fp4 rows");
+    for (int i = 0; i < 4; i++) { dense_scale[i] = (uint8_t)(dense_scale[i] - i); }
+    for (int i = 0; i < 64 * 16; i++) { packed_scale[i] = (uint8_t)(packed_scale[i] - i % 7); }
+    check(strcmp(kind_text(text, scaled[2].name), "layers.ffn.experts.w2.weight") == 0 &&
+          strcmp(kind_text(text, "hc_attn_fn"), "hc_attn_fn") == 0, "kinds: %s", text);
     for (int which = 1; which < 4; which += 2) {
         uint8_t keep[1024], *scale = (uint8_t *)scaled[which].data;
         size_t n = scaled[which].dim[0] * scaled[which].dim[1];
@@ -1557,6 +1617,7 @@ int main(void) {
     test_config();
     test_routing();
     test_checkpoint();
+    test_checkpoint_open();
     test_checkpoint_bytes();
     test_fuzz(3000);
     test_scales();

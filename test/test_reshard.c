@@ -344,7 +344,7 @@ static void test_refusals(void) {
 #endif
         k = (__typeof__(k)){ .edp = 1, .ep = 4, .train = 4, .dp = 1, .gep = 1, .tp = 4, .stage = 1,
                              .fault = rows[i].fault };
-        for (int tries = 0; tries < 3 && seconds > limit; tries++) {    // other work may be in the way
+        for (int tries = 0; tries < 3 && seconds > limit; tries++) {    // other work may delay
             double start = clock_seconds();
             code = run_child(plan_ranks, NULL, text, sizeof text);
             seconds = clock_seconds() - start;

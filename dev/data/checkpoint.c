@@ -111,6 +111,17 @@ size_t disk_free(const char *path) {
     return statvfs(path, &info) == 0 ? (size_t)info.f_bavail * info.f_frsize : 0;
 }
 
+// A size with its unit, in one of a few buffers: "3.4 MiB", "19.10 GiB".
+static inline const char *bytes_text(double bytes) {
+    static char text[4][32];
+    static int at;
+    char *out = text[at++ % 4];
+    int giga = bytes >= 1e3 * 1048576;
+    snprintf(out, sizeof text[0], giga ? "%.2f GiB" : "%.1f MiB",
+             bytes / (giga ? 1073741824.0 : 1048576.0));
+    return out;
+}
+
 // -------------------------------------------------------------------------------------------------
 // 2 JSON
 //
@@ -313,6 +324,13 @@ typedef struct {
     size_t n, data;             // tensors; where the data begins
     Entry *entry;               // (n) sorted by name
 } Safetensors;
+
+// What a tensor of that DT_* is in a file: its place in dtypes. I8 for DT_FP4.
+static inline int dtype_of(int type) {
+    int dtype = DTYPES - 1;
+    while (dtypes[dtype].type != type) { dtype--; }
+    return dtype;
+}
 
 // "F32 [2048,4096]" in text (120).
 static inline const char *shape_text(char *text, int dtype, int ndim, const size_t *dim) {
@@ -629,8 +647,8 @@ void config_load(Config *c, const char *dir) {
 //
 // The caller's table says what the model needs, the index which file has it, the file's header what
 // it has: all three must agree, name by name, before the first weight is read. A rank reads only
-// the tensors that have a pointer, each straight to its place, by all threads. mtp.* tensors (a
-// drafter that helps inference) are not looked at.
+// the tensors that have a pointer, each straight to its place, by all threads. --inspect and
+// --dry-run do the same up to the first weight, so they refuse what loading would refuse.
 
 typedef struct {                // a tensor of the model: what the checkpoint must hold, and where
     char name[96];              // it goes. In a table, a matrix is followed by its scales
@@ -648,65 +666,104 @@ typedef struct {                // what all three say about one tensor
     const Entry *entry;
 } Want;
 
+typedef struct {                // a checkpoint whose index and headers fit the caller's table
+    Want *want;                 // (n) sorted by name
+    Safetensors *shard;         // (shards) the files they lie in
+    int shards;
+    size_t n, drafter;          // tensors of the model; of its drafter, which the index has as well
+    Json index;                 // owns the names of the files
+    char path[PATH_SIZE];       // of the index
+} Checkpoint;
+
+// The drafter helps inference. It is not trained, and its tensors are not looked at.
+static inline int of_drafter(const char *name) { return strncmp(name, "mtp.", 4) == 0; }
+
 static inline Want *wants_find(Want *want, size_t n, const char *name) {
     Want key = { .name = name };
     return (Want *)bsearch(&key, want, n, sizeof key, by_name);
 }
 
-// Takes the file of every tensor from the index, whose texts j keeps.
-static inline void wants_place(Want *want, size_t n, Json *j, const char *path) {
-    json_load(j, path, not_a_folder);
+// Takes the file of every tensor from the index.
+static inline void wants_place(Checkpoint *c) {
+    Json *j = &c->index;
+    json_load(j, c->path, not_a_folder);
     int map = json_get(j, 0, "weight_map", '{');
     for (int k = 0, i = map + 1; k < j->tok[map].size; k++, i = json_next(j, i + 1)) {
         const char *name = json_text(j, i), *file = json_text(j, i + 1);
-        Want *w = wants_find(want, n, name);
-        if (strncmp(name, "mtp.", 4) == 0) { continue; }
+        Want *w = wants_find(c->want, c->n, name);
+        if (of_drafter(name)) { c->drafter++; continue; }
         if (w == NULL || w->file || json_kind(j, i + 1) != '"') {
-            refuse("%s: %s is %s %s", path, name, w == NULL ? "not in the model" : w->file
+            refuse("%s: %s is %s %s", c->path, name, w == NULL ? "not in the model" : w->file
                    ? "there twice" : "in no file", mixed);
         }
         w->file = file;
     }
-    for (size_t i = 0; i < n; i++) {
-        if (want[i].file == NULL) { refuse("%s: %s is missing %s", path, want[i].name, mixed); }
+    for (const Want *w = c->want; w < c->want + c->n; w++) {
+        if (w->file == NULL) { refuse("%s: %s is missing %s", c->path, w->name, mixed); }
     }
 }
 
 // Opens the files and finds every tensor in its own, and no other tensor in any.
-static inline Safetensors *wants_open(Want *want, size_t n, const char *dir, int *shards) {
-    Safetensors *shard = (Safetensors *)host_alloc(n * sizeof *shard);      // at most one each
+static inline void wants_open(Checkpoint *c, const char *dir) {
     char path[PATH_SIZE], have[120], need[120];
-    *shards = 0;
-    for (size_t i = 0; i < n; i++) {
+    c->shard = (Safetensors *)host_alloc(c->n * sizeof *c->shard);      // at most one each
+    for (Want *w = c->want; w < c->want + c->n; w++) {
         int s = 0;
-        path_make(path, dir, "/", want[i].file);
-        while (s < *shards && strcmp(shard[s].path, path) != 0) { s++; }
-        if (s == *shards) { safetensors_open(&shard[(*shards)++], path, not_a_folder); }
-        const Tensor *t = want[i].t;
-        const Entry *e = safetensors_find(&shard[s], t->name);
-        want[i].shard = &shard[s];
-        want[i].entry = e;
+        path_make(path, dir, "/", w->file);
+        while (s < c->shards && strcmp(c->shard[s].path, path) != 0) { s++; }
+        if (s == c->shards) { safetensors_open(&c->shard[c->shards++], path, not_a_folder); }
+        const Tensor *t = w->t;
+        const Entry *e = safetensors_find(&c->shard[s], t->name);
+        w->shard = &c->shard[s];
+        w->entry = e;
         if (e == NULL) { refuse("%s: the index places %s in it %s", path, t->name, mixed); }
-        int same = e->ndim == t->ndim, dtype = DTYPES - 1;
+        int same = e->ndim == t->ndim;
         for (int d = 0; same && d < t->ndim; d++) { same = e->dim[d] == t->dim[d]; }
         same &= e->type == t->type || (t->type == DT_I64 && e->type == DT_I32);
-        while (dtypes[dtype].type != t->type) { dtype--; }
         if (!same) {
             refuse("%s: %s is %s, expected %s %s", path, t->name,
                    shape_text(have, e->dtype, e->ndim, e->dim),
-                   shape_text(need, dtype, t->ndim, t->dim), mixed);
+                   shape_text(need, dtype_of(t->type), t->ndim, t->dim), mixed);
         }
     }
-    for (int s = 0; s < *shards; s++) {
-        for (const Entry *e = shard[s].entry; e < shard[s].entry + shard[s].n; e++) {
-            const Want *w = wants_find(want, n, e->name);
-            if ((w == NULL && strncmp(e->name, "mtp.", 4)) || (w && w->shard != &shard[s])) {
-                refuse("%s: %s is in this file, the index %s %s", shard[s].path, e->name,
+    for (const Safetensors *s = c->shard; s < c->shard + c->shards; s++) {
+        for (const Entry *e = s->entry; e < s->entry + s->n; e++) {
+            const Want *w = wants_find(c->want, c->n, e->name);
+            if ((w == NULL && !of_drafter(e->name)) || (w && w->shard != s)) {
+                refuse("%s: %s is in this file, the index %s %s", s->path, e->name,
                        w ? "names another for it" : "does not know it", mixed);
             }
         }
     }
-    return shard;
+}
+
+// Has dir an index or any file of weights, whole or not? config.json alone is enough for a plan.
+static inline int checkpoint_begun(const char *dir) {
+    DIR *d = opendir(dir);
+    int begun = d == NULL;              // opening it then says why
+    for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
+        begun |= strstr(e->d_name, ".safetensors") != NULL;
+    }
+    if (d) { closedir(d); }
+    return begun;
+}
+
+// Reads the index and the headers of the checkpoint in dir, which must hold exactly the n tensors
+// of the table (mtp.* aside). Anything else ends the process with one line. No weight is read.
+static inline void checkpoint_open(Checkpoint *c, const char *dir, const Tensor *t, size_t n) {
+    *c = (Checkpoint){ .want = (Want *)host_calloc(n * sizeof(Want)), .n = n };
+    for (size_t i = 0; i < n; i++) { c->want[i] = (Want){ .name = t[i].name, .t = &t[i] }; }
+    qsort(c->want, n, sizeof(Want), by_name);
+    path_make(c->path, dir, "/", "model.safetensors.index.json");
+    wants_place(c);
+    wants_open(c, dir);
+}
+
+static inline void checkpoint_close(Checkpoint *c) {
+    for (int s = 0; s < c->shards; s++) { safetensors_close(&c->shard[s]); }
+    free(c->shard);
+    free(c->want);
+    json_free(&c->index);
 }
 
 static inline size_t want_bytes(const Want *w) {
@@ -781,28 +838,19 @@ static inline void experts_check(const Tensor *t, const Want *gate, const char *
     host_view_end(table, t->data);
 }
 
-// Reads the checkpoint in dir into the n tensors of the table, which must be exactly what it holds
-// (mtp.* aside), and prints how fast. Anything else ends the process with one line.
+// Reads the checkpoint in dir into the n tensors of the table, and prints how fast.
 void checkpoint_load(const char *dir, Tensor *t, size_t n) {
-    char path[PATH_SIZE], gate[104];
-    Json index;
-    int shards;
-    Want *want = (Want *)host_calloc(n * sizeof *want);
-    for (size_t i = 0; i < n; i++) { want[i].name = t[i].name; want[i].t = &t[i]; }
-    qsort(want, n, sizeof *want, by_name);
-    wants_place(want, n, &index, path_make(path, dir, "/", "model.safetensors.index.json"));
-    Safetensors *shard = wants_open(want, n, dir, &shards);
-    wants_read(want, n);
+    char gate[104];
+    Checkpoint c;
+    checkpoint_open(&c, dir, t, n);
+    wants_read(c.want, n);
     for (size_t i = 0; i < n; i++) {
         const char *leaf = strstr(t[i].name, "tid2eid");        // gate.tid2eid, beside gate.weight
         if (leaf == NULL || t[i].data == NULL || t[i].ndim != 2) { continue; }
         snprintf(gate, sizeof gate, "%.*sweight", (int)(leaf - t[i].name), t[i].name);
-        experts_check(&t[i], wants_find(want, n, gate), dir);
+        experts_check(&t[i], wants_find(c.want, n, gate), dir);
     }
-    for (int s = 0; s < shards; s++) { safetensors_close(&shard[s]); }
-    free(shard);
-    free(want);
-    json_free(&index);
+    checkpoint_close(&c);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -814,29 +862,42 @@ void checkpoint_load(const char *dir, Tensor *t, size_t n) {
 
 enum { SCALE_ROWS = 16 };       // looked at per matrix, spread evenly
 
-// mean |w| of a quantised matrix with C columns.
+// mean |w| of a quantised matrix with C columns. Row and scales alone leave the GPU: all matrices
+// of a rank are tens of GB, the rows looked at some 1 %.
 static inline double mean_magnitude(const Tensor *w, const void *scale, int C) {
-    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS;
+    const int fp4 = w->type == DT_FP4;
+    const size_t O = w->dim[0], rows = O < SCALE_ROWS ? O : SCALE_ROWS, bytes = w->dim[1];
+    const size_t steps = (size_t)(fp4 ? C / FP4_BLOCK : ceil_div(C, FP8_BLOCK));
     real *row = (real *)host_alloc((size_t)C * sizeof(real));
-    Widen *widen = w->type == DT_FP4 ? widen_fp4 : widen_fp8;
+    uint8_t *codes = (uint8_t *)host_alloc(bytes + steps), *scales = codes + bytes;
     double sum = 0;
-    const size_t steps = w->type == DT_FP4 ? O * (size_t)(C / FP4_BLOCK) :
-        (size_t)ceil_div((int)O, FP8_BLOCK) * (size_t)ceil_div(C, FP8_BLOCK);
-    const void *codes = host_view(w->data, O * w->dim[1]), *scales = host_view(scale, steps);
     for (size_t i = 0; i < rows; i++) {
-        widen(row, codes, (const uint8_t *)scales, O * i / rows, C);
+        const size_t o = O * i / rows;
+        download(codes, (const uint8_t *)w->data + o * bytes, bytes);
+        download(scales, (const uint8_t *)scale + (fp4 ? o : o / FP8_BLOCK) * steps, steps);
+        (fp4 ? widen_fp4 : widen_fp8)(row, codes, scales, 0, C);
         for (int c = 0; c < C; c++) { sum += fabs((double)row[c]); }
     }
-    host_view_end(scales, scale);
-    host_view_end(codes, w->data);
+    free(codes);
     free(row);
     return sum / ((double)rows * C);
 }
 
+// A tensor's name without the numbers of its layer and expert, in kind (96).
+static inline const char *kind_text(char *kind, const char *name) {
+    char *out = kind;
+    for (; *name; name++) {
+        const size_t digits = *name == '.' ? strspn(name + 1, "0123456789") : 0;
+        if (digits > 0) { name += digits; } else { *out++ = *name; }
+    }
+    *out = 0;
+    return kind;
+}
+
 // Looks at every quantised matrix that was loaded, and stops at one whose magnitude cannot be. Rank
-// 0 prints the first few of each type: fp8 are the dense matrices, fp4 the experts.
+// 0 prints the first of each kind; in the table, all of a kind follow each other.
 void check_scales(const Tensor *t, size_t n) {
-    int printed[2] = {0, 0};
+    char kind[96], printed[96] = "";
     for (size_t i = 0; i < n; i++) {
         int fp4 = t[i].type == DT_FP4, C = (int)t[i].dim[1] << fp4;
         if (t[i].data == NULL || (t[i].type != DT_FP8 && !fp4)) { continue; }
@@ -846,9 +907,9 @@ void check_scales(const Tensor *t, size_t n) {
             refuse("%s: mean |w| is %.3g, times sqrt(in) %.3g, expected 0.05 to 20 HINT: its "
                    "scales are not those it was quantised with", t[i].name, mean, relative);
         }
-        if (comm_rank() == 0 && printed[fp4]++ < 3) {
-            printf("scales %s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
-        }
+        if (comm_rank() != 0 || strcmp(kind_text(kind, t[i].name), printed) == 0) { continue; }
+        strcpy(printed, kind);
+        printf("scales %-37s mean |w| %.4f, times sqrt(in) %.2f\n", t[i].name, mean, relative);
     }
 }
 #endif // CHECKPOINT_C
