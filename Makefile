@@ -137,8 +137,8 @@ deps:
 
 # --------------------------------------------------------------------------------------------------
 # Tests. Each program includes the module it tests. Five are built once more in double, where
-# gradients can be checked, the model also in float; what is compared with PyTorch only in float. A
-# program that does not build is counted as failed by test/run.sh, so -k goes on.
+# gradients can be checked, model and engine also in float; what is compared with PyTorch only in
+# float. A program that does not build is counted as failed by test/run.sh, so -k goes on.
 
 TESTS := $(sort $(addprefix build/test_,fp8 mxfp4 lora moe refit train data engine_float) \
     $(patsubst test/%.c,build/%,$(filter-out %_vectors.c,$(wildcard test/test_*.c)))) \
@@ -184,7 +184,7 @@ $(CHECKS): check/%:
 	    $(if $(OPENMP),,-Wno-unknown-pragmas) $(FLAGS$(suffix $*)) -S $(basename $*) -o /dev/null
 
 twins:
-	@awk -f test/twins.awk $(MODULES) dev/launchers.h kernels.cu
+	@awk -f test/twins.awk $(MODULES) dev/launchers.h kernels.cu dev/device.cu
 
 check: $(CHECKS) twins cuda-check
 	@echo "✓ each alone, -Wall -Wextra -Werror, as bf16, float, double, without OpenMP: $(MODULES)"

@@ -2610,7 +2610,7 @@ static Option option_table[] = {
      .help = "of chat JSONL"},
     // What happens between steps.
     {"val-every", 'v', WHOLE, &opt.val_every, "100", "N", KEPT, .help = "0: never", .tiny = "25"},
-    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "times -b x ranks rows", .tiny = "10"},
+    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "x -b x ranks rows", .tiny = "10"},
     {"eval", 0, FLAG, &opt.eval, "0", "", NOT_KEPT, .help = "all of -j, else -i, and stop"},
     {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
      "at the start and the end", .tiny = "1000"},
@@ -2641,7 +2641,7 @@ static Option option_table[] = {
     {"refit-every", 0, COUNT, &opt.refit_every, "10", "N", KEPT, .help = "steps, and at both ends"},
     {"timeout", 0, NUMBER, &opt.timeout, "600", "S", NOT_KEPT, .help = "for a rank; 0: forever"},
     {"seed", 0, WHOLE, &opt.seed, "42", "N", MODEL, .help = "of adapters, samples, random base"},
-    {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value` or # comment"},
+    {"config", 0, TEXT, &opt.config, "", "F", NOT_KEPT, .help = "lines `name = value` or # text"},
     {"help", 'h', FLAG, &opt.help, "0", "", NOT_KEPT, .help = ""},
     {"version", 0, FLAG, &opt.version, "0", "", NOT_KEPT, .help = ""},
 };
@@ -2652,7 +2652,7 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
     char where[PATH_SIZE + 4];
     snprintf(where, sizeof where, "%s: ", whose);
     if (!is_given(o->at)) { option_set(o, text, FROM_STATE, where); return; }
-    if (o->kind == NUMBER ? (float)strtod(o->text, NULL) == (float)strtod(text, NULL)   // alpha is one
+    if (o->kind == NUMBER ? (float)strtod(o->text, NULL) == (float)strtod(text, NULL)   // as alpha
         : is_number ? strtod(o->text, NULL) == strtod(text, NULL)
         : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
         : strcmp(o->text, text) == 0) { return; }

@@ -181,9 +181,9 @@ static inline void plan_disk(const Adapters *a, const char *checkpoint, int step
 }
 
 // Additions and multiplications that a step on these rows takes by its formulas: nothing that is
-// only computed again, no gradient of a frozen matrix. Per token 2 for each element of a matrix that
-// it meets, and 2 for the gradient of the matrix's input, which the indexer has not; 6 for each of
-// an adapter; 4 H D for each key it attends to, and twice that backward; and where there are more
+// only computed again, no gradient of a frozen matrix. Per token 2 for each element of a matrix it
+// meets, and 2 for the gradient of the matrix's input, which the indexer has not; 6 for each of an
+// adapter; 4 H D for each key it attends to, and twice that backward; and where there are more
 // entries than may be chosen, 2 per channel of the indexer's heads for each.
 static inline double step_operations(const Model *m, const Rows *rows) {
     const Config *c = &m->config;

@@ -1,7 +1,8 @@
 // plot.c: draws a run's loss curves as a PNG, from the logs alone. The trainer includes it and
 // draws OUT/loss.png at exit; as a tool of its own it draws any folder that has the two logs, lays
 // several runs over each other (./loss.png: run 1 blue, 2 green, ..; its validation darker, with
-// marks), or writes the training log as a table:
+// marks), or writes the training log of one as a table (val_loss is not in it: it has a log of its
+// own, and other steps):
 //
 //     cc -DPLOT_MAIN -I.deps/usr/include dev/plot.c -o plot -lm
 //     ./plot out          ./plot out out/previous-1          ./plot --csv out > training.csv
@@ -207,10 +208,10 @@ static inline int plot_loss(const char *png, const char *train, const char *val)
 }
 
 #ifdef PLOT_MAIN
-// training.jsonl as a table, one line per step.
+// training.jsonl as a table, one line per step; a null is an empty field.
 static int write_csv(const char *log) {
-    static const char *const keys[] = { "epoch", "loss", "grad_norm", "lr", "mem", "tps",
-        "tps_per_gpu", "num_tokens_per_step", "num_label_tokens" };
+    static const char *const keys[] = { "epoch", "timestamp", "loss", "grad_norm", "lr", "mem",
+        "tps", "tps_per_gpu", "mfu", "num_tokens_per_step", "num_label_tokens" };
     enum { KEYS = sizeof keys / sizeof keys[0] };
     FILE *file = fopen(log, "r");
     char line[1024];
@@ -223,8 +224,12 @@ static int write_csv(const char *log) {
         if (!log_parse(line, "loss", &step, &value)) { continue; }
         printf("%d", step);
         for (int k = 0; k < KEYS; k++) {
-            int there = log_parse(line, keys[k], &step, &value);
-            printf(there ? ",%.9g" : ",", value);
+            char quoted[32];
+            snprintf(quoted, sizeof quoted, "\"%s\": ", keys[k]);
+            const char *at = strstr(line, quoted);
+            at = at ? at + strlen(quoted) : "";
+            if (*at == '"') { at++; }
+            printf(",%.*s", strncmp(at, "null", 4) ? (int)strcspn(at, "\",}") : 0, at);
         }
         printf("\n");
         lines++;
@@ -237,8 +242,9 @@ static int write_csv(const char *log) {
 int main(int argc, char **argv) {
     static char train[PLOT_RUNS][1024], val[PLOT_RUNS][1024];
     char png[1024] = "loss.png";
-    int csv = argc > 2 && strcmp(argv[1], "--csv") == 0, n = argc - 1 - csv;
-    if (n > PLOT_RUNS) { fprintf(stderr, "%d runs at most\n", PLOT_RUNS); return 1; }
+    int csv = argc > 1 && strcmp(argv[1], "--csv") == 0, n = argc - 1 - csv;
+    const int most = csv ? 1 : PLOT_RUNS;
+    if (n > most) { fprintf(stderr, "%d run%s at most\n", most, csv ? "" : "s"); return 1; }
     for (int i = 0; i < n || i == 0; i++) {
         const char *out = n > 0 ? argv[1 + csv + i] : "out";
         snprintf(train[i], sizeof train[i], "%s/training.jsonl", out);

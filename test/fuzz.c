@@ -128,9 +128,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         size_t config_bytes = zero ? (size_t)(zero - data) : n;
         write_whole(path[1], data, config_bytes);
         write_whole(path[2], zero ? zero + 1 : data, zero ? n - config_bytes - 1 : 0);
-    } else {
-        write_whole(path[0], data, n);
     }
+    write_whole(path[0], data, n);      // here it is found if the reader fails
     int code = setjmp(next_input);
     if (code == 0) { read_input(); accepted++; }
     if (code > 1 && strcmp(target, "jsonl") == 0) { abort(); }
@@ -184,7 +183,8 @@ int main(int argc, char **argv) {
     static uint8_t seed[1 << 20], input[1 << 20];
     double end = clock_seconds() + (argc > 1 ? atof(argv[1]) : 1);
     fuzz_setup(argv[0]);
-    if (freopen("/dev/null", "w", stderr) == NULL) { abort(); }     // what readers say
+    if ((stderr = fopen("/dev/null", "w")) == NULL) { abort(); }    // what readers say; the
+                                        // sanitizers write to descriptor 2
     long runs = 0;
     for (uint64_t i = 0; argc > 2 && clock_seconds() < end; i++, runs++) {
         uint64_t key = random_key(i, "fuzz");
@@ -204,6 +204,7 @@ int main(int argc, char **argv) {
             default: memmove(input + at + length, input + at, n - at); n += length; break;
             }
         }
+        alarm(10);                      // for one input, as fuzz.sh tells libFuzzer
         LLVMFuzzerTestOneInput(input, n);
     }
     printf("fuzz_%s: %ld inputs, %ld of them accepted\n", target, runs, accepted);

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # fuzz.sh: every reader of files against mutated files, for so many seconds each.
 #   test/fuzz.sh [SECONDS [TARGET...]]         (default: 60, all of them)
-# Seeds are kept in test/seeds; what made a reader fail is left in build/fuzz.
+# Seeds are kept in test/seeds; what made a reader fail is left in build/fuzz: TARGET-crash-.. by
+# libFuzzer, TARGET-input without it; what the sanitizers said is in log_TARGET.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 seconds=${1:-60}
@@ -31,6 +32,9 @@ for target in $targets; do
         "build/fuzz/fuzz_$target" "$seconds" "$seeds"/* > "build/fuzz/log_$target" 2>&1
     fi
     code=$?
+    if [ $code != 0 ] && [ ! $libfuzzer ]; then
+        cp "$(ls -t /dev/shm/fuzz.??????/input | head -n 1)" "build/fuzz/$target-input"
+    fi
     inputs=$(sed -n 's/.*number_of_executed_units: *\(.*\)/\1 inputs/p; s/^fuzz_[a-z]*: //p' \
         "build/fuzz/log_$target")
     echo "fuzz_$target: ${inputs:-?}, exit $code"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh: runs test programs, two at a time, and adds up what they counted.
-#   test/run.sh [-s "what is skipped as a whole"] program...
+#   test/run.sh program...
 # A program prints `FAIL ...` and `skip ...` lines, ends with `name: N passed, N failed, N skipped`,
 # and exits non-zero if it failed. A program that is missing, crashes, hangs or ends without that
 # line counts as one failure. Everything it prints goes to build/NAME.log; lines that begin with
@@ -44,7 +44,6 @@ run() {
     echo "$p $f $s" > "build/$name.sum"
 }
 
-if [ "${1:-}" = -s ]; then echo "skip $2"; skipped=1; shift 2; fi
 mkdir -p build
 for program; do
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done

@@ -705,7 +705,12 @@ test_tools() {
     train=$build/plot run 0 jsonl bin
     check "no curves of two runs" same "$(head -c 4 loss.png | tail -c 3)" PNG
     "$build/plot" --csv bin > steps.csv
-    check "the table" same "$(value loss bin)" "$(tail -n +2 steps.csv | cut -d , -f 3 | xargs)"
+    check "the table" same "$(value loss bin)" "$(tail -n +2 steps.csv | cut -d , -f 4 | xargs)"
+    check "the table's mfu, null on the CPU" grep -qE '^3,[0-9]+,2[^,]*Z(,[^,]+){6},(,[0-9]+){2}$' \
+        steps.csv
+    mv bin out
+    check "--csv alone is not that of out" cmp steps.csv <("$build/plot" --csv)
+    train=$build/plot refused '1 run at most' --csv jsonl out
 }
 
 # --inspect and --dry-run refuse what loading refuses, in the same words and on every rank, and read

@@ -1,5 +1,5 @@
 # twins.awk: compares each GPU(...) line with the function it stands in.
-#   awk -f test/twins.awk fp8.c ... train.c dev/launchers.h kernels.cu
+#   awk -f test/twins.awk fp8.c ... train.c dev/launchers.h kernels.cu dev/device.cu
 # The compiler sees to it that f and f_gpu have one type (TWIN in kernels.cu), but not that two
 # arguments of that type change places. So for every function with a GPU line:
 #   - the line calls f_gpu and passes f's parameters, all of them, in their order;

@@ -391,8 +391,10 @@ static void run_version(int v, Batch *b) {
     cudaCheck(cudaDeviceSynchronize());
 }
 
-// The formulas in double, softmax included.
-static void check_double(const char *name, const Batch &b) {
+// The formulas in double, softmax included. Returns whether all errors are at most 1e-2: rounded to
+// bf16 (1.6e-3 of the norm each) are out, of which delta is made, p and dl as operands, and dq.
+// These roundings alone give 2.6e-3, and up to 5.5e-3 for one token, whose dp - delta cancels.
+static bool check_double(const char *name, const Batch &b) {
     const AttentionShape &a = b.a;
     const int D = a.D, H = a.H;
     auto h_q = to_host(b.q, (size_t)a.T * H * D), h_do = to_host(b.dout, (size_t)a.T * H * D);
@@ -435,10 +437,13 @@ static void check_double(const char *name, const Batch &b) {
     }
     std::vector<double> dkv(dk.begin(), dk.begin() + (size_t)a.T * D);
     std::vector<double> de(dk.begin() + (size_t)a.T * D, dk.end());
-    printf("    %-34s against float64: dq %.1e, dkv %.1e, dentries %.1e\n", name,
-           relative_error(to_host(b.dq, dq.size()), dq),
-           relative_error(to_host(b.dkv, dkv.size()), dkv),
-           relative_error(to_host(b.dentries, de.size()), de));
+    const double eq = relative_error(to_host(b.dq, dq.size()), dq);
+    const double ek = relative_error(to_host(b.dkv, dkv.size()), dkv);
+    const double ee = relative_error(to_host(b.dentries, de.size()), de);
+    const bool good = eq <= 1e-2 && ek <= 1e-2 && ee <= 1e-2;
+    printf("%s %-34s against float64: dq %.1e, dkv %.1e, dentries %.1e\n", good ? "ok  " : "FAIL",
+           name, eq, ek, ee);
+    return good;
 }
 
 static int check(const char *name, Batch b, bool in_double, int runs) {
@@ -472,7 +477,7 @@ static int check(const char *name, Batch b, bool in_double, int runs) {
             printf("%s %-34s v%s: dq %.1e, dkv %.1e, dentries %.1e%s\n", good ? "ok  " : "FAIL",
                    name, versions[v].name, eq, ek, ee, same ? "" : ", runs differ");
         }
-        if (in_double) { check_double(name, b); }
+        if (in_double) { failures += !check_double(name, b); }
     }
     cudaCheck(cudaFree(dq)); cudaCheck(cudaFree(dkv)); cudaCheck(cudaFree(dentries));
     fflush(stdout);

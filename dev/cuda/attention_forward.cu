@@ -12,7 +12,7 @@
 //   2  mma.sync: a block is one token x 64 heads, 64 keys at a time by cp.async, two buffers
 //   3  wgmma: persistent, a producer and two consumers that own half of the output dims each
 //   4  version 3 with the copy engine for rows that lie together, and no waits between products
-//   5  version 3's order of steps with version 4's copies (not measured yet)
+// Run as 5: attention_forward_gpu.
 //
 //     ms (TFLOP/s)            keys     1            2            3            4
 //     window only            126.0                 0.409 (166)  0.197 (343)  0.189 (358)
@@ -23,8 +23,9 @@
 //     CSA, topk 512, 16,384  607.5                 5.456 (239)  2.540 (513)  2.849 (458)
 //
 // So attention_forward_gpu takes 4 where all visible entries are attended to, and 3 where tokens
-// have lists; that gathering suffers from version 4's later freeing of buffers is a guess, which
-// version 5 would show.
+// have lists; that gathering suffers from version 4's later freeing of buffers is a guess. A kernel
+// with version 3's order of steps and version 4's copies gave 471 TFLOP/s where the shipped choice
+// gave 460 (2026-11-21): no more than runs differ by, so it is gone.
 //
 // Arithmetic. Operations: 4 D H = 131,072 per key; CSA with topk 512 at 4,096 tokens: 274 GFLOP =
 // 0.34 ms at 802 TFLOP/s. Bytes: q and out 64 KB each per token, 0.54 GB = 0.13 ms at 4,277 GB/s,
@@ -245,143 +246,13 @@ static void attention_forward_v2(act *out, real *lse, const act *q, const act *k
 //
 // Version 3: wgmma, two consumer warpgroups and one producer. Version 4: the copy engine for rows
 // that lie together, and the products of both tiles follow each other without a wait.
-//
-// Version 5: version 4, but half a buffer is freed a little earlier, in version 3's order of steps.
-
-// One pair of tiles, or (both = false) the last one alone. left: keys in the even tile and after
-// it. The products with P0 are complete before those with P1 are issued.
-template <int SIDE>
-__device__ inline void consume_pair_v5(unsigned char *shared, float (&o)[128], Softmax &x,
-                                       int (&use)[2], int token, int left, bool both, bool last,
-                                       int row) {
-    const uint32_t base = shared_address(shared), values = base + V3_KV + SIDE * V3_HALF;
-    const float *reference = (const float *)(shared + V3_REFERENCE);
-    const uint64_t others = operand_at(base + V3_P + (1 - SIDE) * BLOCK_BYTES);
-    float s[32], before[2] = {x.reference[0], x.reference[1]};
-    uint32_t p[16];
-    if (SIDE == 0 || both) { scores_tiled(s, base, SIDE, use[SIDE], token, last); }
-    if (SIDE == 0) {
-        write_softmax<SIDE>(p, s, x, shared, row, left);
-        pair_arrive<P0_READY>();
-        move_reference(o, before, x.reference);
-        outputs(o, (const uint32_t *)p, 4, values);
-        if (both) {
-            wgmma_wait(o);
-            free_half<SIDE>(base, 0);
-            pair_sync<P1_READY>();
-            take_reference(o, x, reference + 64, row);
-            await_other<SIDE>(base, use[1]);
-            outputs(o, others, 2, values + TILE_BYTES);
-        }
-    } else {
-        pair_sync<P0_READY>();
-        take_reference(o, x, reference, row);
-        await_other<SIDE>(base, use[0]);
-        outputs(o, others, 2, values);
-        if (both) {
-            before[0] = x.reference[0];
-            before[1] = x.reference[1];
-            write_softmax<SIDE>(p, s, x, shared, row, left - TILE);
-            wgmma_wait(o);
-            free_half<SIDE>(base, 0);
-            pair_arrive<P1_READY>();
-            move_reference(o, before, x.reference);
-            outputs(o, (const uint32_t *)p, 4, values + TILE_BYTES);
-        }
-    }
-    wgmma_wait(o);
-    free_half<SIDE>(base, both);
-    use[0]++;
-    use[1] += both;
-}
-
-template <int SIDE>
-__device__ inline void consume_v5(const ForwardArguments &f, unsigned char *shared) {
-    const uint32_t base = shared_address(shared);
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const float sink[2] = {head_sink(f, row), head_sink(f, row + 8)};
-    int use[2] = {0, 0}, window, next = block_token(f.a, 0);
-    int count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
-    for (int i = 0, t; (t = block_token(f.a, i)) >= 0; i++) {
-        const int keys = count, tiles = (count + TILE - 1) / TILE;
-        float o[128];
-        Softmax x;
-        #pragma unroll
-        for (int j = 0; j < 128; j++) { o[j] = 0; }
-        #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            x.reference[j] = sink[j];
-            x.sum[j] = SIDE == 0 && lane % 4 == 0 ? 1 : 0;
-        }
-        next = block_token(f.a, i + 1);                 // its count arrives during this token
-        count = next >= 0 ? attended_count(f.a, f.selected, next, &window) : 0;
-        if (tiles <= SIDE && lane == 0) {               // one tile: consumer 1 needs no Q
-            barrier_arrive(base + V4_Q_FREE);
-            barrier_arrive(base + V4_Q_FREE + 8);
-        }
-        for (int tile = 0; tile < tiles; tile += 2) {
-            consume_pair_v5<SIDE>(shared, o, x, use, i, keys - tile * TILE, tile + 1 < tiles,
-                                  tile + 2 + SIDE >= tiles, row);
-        }
-        finish<SIDE>(f, shared, o, x, t, i & 1, row);
-    }
-}
-
-__global__ __launch_bounds__(384, 1)
-void attention_forward_v5_kernel(const __grid_constant__ TiledArguments g) {
-    extern __shared__ __align__(1024) unsigned char shared[];
-    const uint32_t base = shared_address(shared);
-    // P = 0 multiplies rows that no copy has written yet: they must be numbers.
-    for (int i = threadIdx.x; i < 2 * TILE_BYTES / 16; i += blockDim.x) {
-        ((uint4 *)(shared + V3_KV))[i] = make_uint4(0, 0, 0, 0);
-    }
-    proxy_fence();
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < 4; i++) {
-            barrier_init(base + V3_FULL + i * 8, 128);
-            barrier_init(base + V3_FREE + i * 8, 4);
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(base + V4_Q_FULL + i * 8, 128);
-            barrier_init(base + V4_Q_FREE + i * 8, 8);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    const int group = threadIdx.x / 128;
-    if (group == 2) {
-        registers_give<72>();
-        produce_tiled(g, base);
-    } else {
-        registers_take<216>();
-        if (group == 0) { consume_v5<0>(g.f, shared); } else { consume_v5<1>(g.f, shared); }
-    }
-}
-
-static void attention_forward_v5(act *out, real *lse, const act *q, const act *kv,
-                                 const act *entries, const float *sink, const int *selected,
-                                 AttentionShape a) {
-    gpuRequire(a.D == ATT_D && a.H == ATT_H);
-    const int processors = multiprocessors();
-    cudaCheck(cudaFuncSetAttribute(attention_forward_v5_kernel,
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, V4_BYTES));
-    const bool some = a.P > 0;                          // entries; else any valid map will do
-    const TiledArguments g = {
-        { out, lse, q, kv, entries, sink, selected, a },
-        rows_map(q, a.T * ATT_H, 32), rows_map(kv, a.T, 32),
-        rows_map(some ? entries : kv, some ? a.P : a.T, 32),
-    };
-    const int blocks = a.T < processors ? a.T : processors;
-    attention_forward_v5_kernel<<<blocks, 384, V4_BYTES, stream>>>(g);
-    cudaCheck(cudaGetLastError());
-}
 
 // -------------------------------------------------------------------------------------------------
 // Tests and times
 
 static Forward *const version[] = { attention_forward_plain, attention_forward_v2,
                                     attention_forward_v3, attention_forward_tiled,
-                                    attention_forward_v5, attention_forward_gpu };
+                                    attention_forward_gpu };
 enum { VERSIONS = sizeof version / sizeof version[0] };
 
 // Documents of these lengths, their entries, and a choice of topk entries where more are visible
@@ -497,8 +368,8 @@ static double largest_difference(const std::vector<float> &x, const std::vector<
 
 static int failures, first_version = 1, last_version = VERSIONS;
 
-// Every version against version 1, five runs bit for bit, outputs poisoned; version 1 and the last
-// against the definition in double on a sample of queries.
+// Every version against version 1, five runs bit for bit, outputs poisoned; if exact, also against
+// the definition in double on a sample of queries.
 static void check(const Case &c, float q_std, float sink_mean, bool exact) {
     const AttentionShape &a = c.a;
     const size_t n = (size_t)a.T * a.H * a.D, rows = (size_t)a.T * a.H;

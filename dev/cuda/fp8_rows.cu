@@ -257,7 +257,7 @@ static void check_swiglu(int T, int F, bool weighted) {
     for (size_t i = 0; i < n; i++) {
         dh[i] = __float2bfloat16(hash_normal(2, i) * (i / F % 5 == 4 ? 1e-9f : 1));
     }
-    for (int t = 0; t < T; t++) { weight[t] = t % 7 == 3 ? 0 : hash_normal(3, t); }
+    for (int t = 0; t < T; t++) { weight[t] = !weighted ? 1 : t % 7 == 3 ? 0 : hash_normal(3, t); }
     bf16 *d_gv = to_device(gv), *d_dh = to_device(dh);
     float *d_w = to_device(weight), *dw = device_alloc<float>(T);
     uint8_t *codes = device_alloc<uint8_t>(n), *scales = device_alloc<uint8_t>(n / 128);
@@ -270,9 +270,14 @@ static void check_swiglu(int T, int F, bool weighted) {
     std::vector<uint8_t> a = to_host(codes, n), sa = to_host(scales, n / 128);
     std::vector<uint8_t> b = to_host(dcodes, 2 * n), sb = to_host(dscales, 2 * n / 128);
     std::vector<float> got_dw = to_host(dw, T);
-    int wrong = 0, wrong_back = 0, wrong_dw = 0;
+    bf16 *h = device_alloc<bf16>(n);
+    cudaCheck(cudaMemset(codes, 0x7F, n));
+    swiglu_v1_kernel<<<T, 256>>>(h, d_gv, d_w, limit, F);
+    quantize_rows_fp8_gpu(codes, scales, h, 1e-4f, T, F);
+    std::vector<uint8_t> a1 = to_host(codes, n), sa1 = to_host(scales, n / 128);
+    int wrong = 0, wrong_1 = 0, wrong_back = 0, wrong_dw = 0;
     for (int t = 0; t < T; t++) {
-        double sum = 0, size = 0, w = weighted ? weight[t] : 1;
+        double sum = 0, size = 0, w = weight[t];
         for (int c = 0; c < F; c += 128) {
             double x[3][128], tol[3][128];
             for (int i = 0; i < 128; i++) {
@@ -290,15 +295,17 @@ static void check_swiglu(int T, int F, bool weighted) {
             }
             size_t at = (size_t)t * F + c, left = (size_t)t * 2 * F + c;
             wrong += group_wrong(&a[at], sa[at / 128], x[0], tol[0], 1e-4f);
+            for (int i = 0; i < 128; i++) { tol[0][i] = fabs(x[0][i]) * 0x1p-8; }   // bf16 between
+            wrong_1 += group_wrong(&a1[at], sa1[at / 128], x[0], tol[0], 1e-4f);
             wrong_back += group_wrong(&b[left], sb[left / 128], x[1], tol[1], 0);
             wrong_back += group_wrong(&b[left + F], sb[(left + F) / 128], x[2], tol[2], 0);
         }
         wrong_dw += !(fabs(got_dw[t] - sum) <= 1e-5 * size);
     }
-    check(!wrong && !wrong_back && !wrong_dw, "SwiGLU %d x %d: %d forward, %d backward, %d dweight",
-          T, F, wrong, wrong_back, wrong_dw);
+    check(!wrong && !wrong_1 && !wrong_back && !wrong_dw, "SwiGLU %d x %d: %d forward, %d v1, "
+          "%d backward, %d dweight", T, F, wrong, wrong_1, wrong_back, wrong_dw);
     cudaFree(d_gv), cudaFree(d_dh), cudaFree(d_w), cudaFree(dw), cudaFree(codes), cudaFree(scales);
-    cudaFree(dcodes), cudaFree(dscales);
+    cudaFree(dcodes), cudaFree(dscales), cudaFree(h);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -259,9 +259,8 @@ namespace v2 {
 // group of 4 columns, keeps HC_TOKENS x M sums, and the block adds them up at the end.
 //   operations: 2 x 24 x 16,384 per token, 3.2 GFLOP at T = 4,096: 54 us at fp32 rate, against
 //   31 us to read X. fn (1.6 MB) comes from L2 once per HC_TOKENS tokens.
-enum { HC_TOKENS = 4, HC_THREADS = 256 };
+enum { HC_TOKENS = 4, HC_THREADS = 256, M = HC_MIX };
 
-template <int M>
 __global__ void __launch_bounds__(HC_THREADS)
 hc_logits_forward_kernel(real *m, real *r, const act *X, const float *fn, float eps, int T, int N) {
     __shared__ float shared[HC_THREADS / 32][HC_TOKENS][M + 1];
@@ -313,23 +312,16 @@ hc_logits_forward_kernel(real *m, real *r, const act *X, const float *fn, float 
 }
 
 void hc_logits_forward_gpu(real *m, real *r, const act *X, const float *fn, float eps,
-                                      int T, int C, int M) {
+                                      int T, int C) {
     if (T == 0) { return; }
     const int grid = blocks_for(T, HC_TOKENS);
-    if (M == HC_MIX) {
-        hc_logits_forward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T,
-                                                                          HC * C);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_forward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T, HC * C);
-    }
+    hc_logits_forward_kernel<<<grid, HC_THREADS, 0, stream>>>(m, r, X, fn, eps, T, HC * C);
     cudaCheck(cudaGetLastError());
 }
 
 // dX += r fn^T dm - (r^2 / N) <m, dm> X. A block takes HC_TOKENS tokens and HC_THREADS * 4 columns;
 // fn's columns are read once per block.
 //   bytes: 8 N for dX, 2 N for X per token: 10 x 16,384 = 160 KiB, 671 MB at T = 4,096: 157 us.
-template <int M>
 __global__ void __launch_bounds__(HC_THREADS)
 hc_logits_backward_kernel(real *dX, const real *dm, const real *m, const real *r, const act *X,
                           const float *fn, int T, int N) {
@@ -378,17 +370,11 @@ hc_logits_backward_kernel(real *dX, const real *dm, const real *m, const real *r
 }
 
 void hc_logits_backward_gpu(real *dX, real *dm, const real *m, const real *r,
-                                       const act *X, const float *fn, int T, int C, int M) {
+                                       const act *X, const float *fn, int T, int C) {
     if (T == 0) { return; }
     const int N = HC * C;
     const dim3 grid(blocks_for(T, HC_TOKENS), blocks_for(N, HC_THREADS * 4));
-    if (M == HC_MIX) {
-        hc_logits_backward_kernel<HC_MIX><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T,
-                                                                           N);
-    } else {
-        gpuRequire(M == HC);
-        hc_logits_backward_kernel<HC><<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T, N);
-    }
+    hc_logits_backward_kernel<<<grid, HC_THREADS, 0, stream>>>(dX, dm, m, r, X, fn, T, N);
     cudaCheck(cudaGetLastError());
 }
 
@@ -683,7 +669,7 @@ static void forward(const Site &s) {
     hc_collapse_forward_gpu(s.u, s.X, s.pre, s.T, s.C);
     rmsnorm_forward_gpu(s.x, s.rstd, s.u, s.w, EPS, s.T, s.C);
     hc_deal_forward_gpu(s.Y, s.o, s.X, s.post, s.comb, s.T, s.C);
-    v2::hc_logits_forward_gpu(s.next_m, s.next_r, s.Y, s.next, EPS, s.T, s.C, HC_MIX);
+    v2::hc_logits_forward_gpu(s.next_m, s.next_r, s.Y, s.next, EPS, s.T, s.C);
 }
 
 static void backward(const Site &s) {
@@ -691,7 +677,7 @@ static void backward(const Site &s) {
     rmsnorm_backward_gpu(s.du, s.dx, s.u, s.rstd, s.w, s.T, s.C);
     hc_collapse_backward_gpu(s.dX32, s.dpre, s.du, s.X, s.pre, s.T, s.C);
     hc_weights_backward_gpu(s.dm, s.dpre, s.dpost, s.dcomb, s.m, s.base, s.scale, EPS, s.T, ITERS);
-    hc_logits_backward_gpu(s.dX32, s.dm, s.m, s.r, s.X, s.fn, s.T, s.C, HC_MIX);
+    hc_logits_backward_gpu(s.dX32, s.dm, s.m, s.r, s.X, s.fn, s.T, s.C);
 }
 
 } // namespace v2
@@ -867,15 +853,10 @@ static void site_free(const Site &s) {
     for (void *p : all) { cudaCheck(cudaFree(p)); }
 }
 
-static int checks, failures;
-static void check(const char *version, const char *what, const Row &got, const Row &want,
-                  double tol) {
+static void check_row(const char *version, const char *what, const Row &got, const Row &want,
+                      double tol) {
     const double error = relative_error(got, want);
-    checks++;
-    if (!(error <= tol)) {
-        failures++;
-        printf("FAIL %s %s: relative error %g, at most %g\n", version, what, error, tol);
-    }
+    check(error <= tol, "%s %s: relative error %g, at most %g", version, what, error, tol);
 }
 
 typedef struct {
@@ -903,21 +884,17 @@ static void check_shape(int T, int C) {
             const uint64_t now = device_hash(s.Y, N * 2) ^ device_hash(s.x, n * 2)
                 ^ device_hash(s.do_, n * 2) ^ device_hash(s.next_m, (size_t)T * HC_MIX * 4)
                 ^ (v == 2 ? device_hash(s.dX, N * 2) : device_hash(s.dX32, N * 4));
-            checks += run > 0;
-            if (run && now != bits) {
-                failures++;
-                printf("FAIL %s: other bits\n", versions[v].name);
-            }
+            if (run) { check(now == bits, "%s: other bits", versions[v].name); }
             bits = now;
             if (run == 0) {
                 const char *name = versions[v].name;
-                check(name, "x", widen(s.x, n), a.x, 4e-3);
-                check(name, "Y", widen(s.Y, N), a.Y, 4e-3);
-                check(name, "next m", widen(s.next_m, (size_t)T * HC_MIX), a.next_m, 1e-3);
-                check(name, "do", widen(s.do_, n), a.do_, 4e-3);
-                check(name, "dpost", widen(s.dpost, (size_t)T * HC), a.dpost, 1e-4);
-                check(name, "dcomb", widen(s.dcomb, (size_t)T * HC * HC), a.dcomb, 1e-4);
-                check(name, "dX", v == 2 ? widen(s.dX, N) : widen(s.dX32, N), a.dX, 4e-3);
+                check_row(name, "x", widen(s.x, n), a.x, 4e-3);
+                check_row(name, "Y", widen(s.Y, N), a.Y, 4e-3);
+                check_row(name, "next m", widen(s.next_m, (size_t)T * HC_MIX), a.next_m, 1e-3);
+                check_row(name, "do", widen(s.do_, n), a.do_, 4e-3);
+                check_row(name, "dpost", widen(s.dpost, (size_t)T * HC), a.dpost, 1e-4);
+                check_row(name, "dcomb", widen(s.dcomb, (size_t)T * HC * HC), a.dcomb, 1e-4);
+                check_row(name, "dX", v == 2 ? widen(s.dX, N) : widen(s.dX32, N), a.dX, 4e-3);
             }
             site_free(s);
         }
@@ -937,8 +914,8 @@ int main(int argc, char **argv) {
     check_shape(37, 4096);
     check_shape(300, 192);
     check_shape(1, 128);
-    printf("%d checks, %d failed\n", checks, failures);
-    if (failures || (argc > 1 && strcmp(argv[1], "check") == 0)) { return failures != 0; }
+    printf("%d checks, %d failed\n", checks_done, checks_failed);
+    if (checks_failed || (argc > 1 && strcmp(argv[1], "check") == 0)) { return checks_failed != 0; }
     const int lengths[] = { 4096, 16384 };
     for (int T : lengths) {
         const Site s = site(T, 4096);

@@ -2,14 +2,16 @@
 
     python dev/ref/compare_steps.py OUT_A OUT_B
 
-After the first step AdamW's first moment is 0.1 times the clipped gradient, so the files hold every
-adapter's gradient. Prints, for each kind of matrix, |a - b| / |a| over all of its tensors together
-and the worst single tensor, and the losses of the two logs.
+After the first step AdamW's first moment is 0.1 times the gradient, clipped unless --clip is 0, so
+the files hold every adapter's gradient. Where B is zero, as in a fresh adapter, that of A is too:
+both runs should begin with --clip 0 and with an --init-adapter whose B is not zero. Prints, for
+each kind of matrix, |a - b| / |a| over all of its tensors together and the worst single tensor, or
+that both runs have only zeros there, and the losses of the two logs.
 """
+import argparse
 import json
 import os
 import re
-import sys
 
 import numpy as np
 
@@ -29,7 +31,11 @@ def loss(out):
 
 
 def main():
-    a, b = gradients(sys.argv[1]), gradients(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs=2)
+    outs = parser.parse_args().out
+    a, b = map(gradients, outs)
     assert a.keys() == b.keys(), "not the same adapters"
     kinds = {}
     for name in a:
@@ -42,10 +48,10 @@ def main():
         total[3] += 1
     for kind, (size, off, worst, count) in sorted(kinds.items()):
         print(f"{kind:32} {count:5} tensors | together {(off / max(size, 1e-300)) ** 0.5:.2e} | "
-              f"worst {worst:.2e}")
+              f"worst {worst:.2e}" + (" (all zero)" if size == off == 0 else ""))
     size, off = (sum(total[i] for total in kinds.values()) for i in (0, 1))
     print(f"{'all':32} {len(a):5} tensors | together {(off / max(size, 1e-300)) ** 0.5:.2e} | "
-          f"loss {loss(sys.argv[1]):.6f} and {loss(sys.argv[2]):.6f}")
+          f"loss {loss(outs[0]):.6f} and {loss(outs[1]):.6f}")
 
 
 if __name__ == "__main__":

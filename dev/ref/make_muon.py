@@ -4,6 +4,8 @@ torch.optim.Muon makes the momentum, the decay and the step; its Newton-Schulz r
 the singular value decomposition in float64 takes its place here: O = U f(f(f(f(f(S))))) V^T.
 Printed are the parameters after every step, and the moments after the last.
 """
+import argparse
+
 import torch
 import torch.optim._muon as muon
 
@@ -36,6 +38,7 @@ def trajectory(rows, cols):
     print("m", ", ".join(f"{x:.15g}" for x in o.state[p]["momentum_buffer"].flatten().tolist()))
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()       # -h only
 muon._zeropower_via_newtonschulz = by_svd
 print("torch", torch.__version__)
 trajectory(2, 5)

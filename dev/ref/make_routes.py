@@ -5,6 +5,7 @@ sqrtsoftplus, 1 sigmoid, 2 softmax), greedy, groups, kept, norm, T, E, K, then f
 (E), logits (T,E), upstream gradient of each expert's weight (T,E), weights (T,E; 0: not chosen) and
 the gradient of the logits (T,E). Tokens whose choice hangs on less than 1e-3 are drawn again.
 """
+import argparse
 import pathlib
 import struct
 import torch
@@ -56,6 +57,7 @@ def case(file, model, score, method, E, K, groups, kept, norm, scale):
         file.write(tensor.float().contiguous().numpy().astype("<f4").tobytes())
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()       # -h only
 torch.manual_seed(11)
 path = pathlib.Path(__file__).parents[2] / "test" / "vectors" / "routes.bin"
 with open(path, "wb") as file:

@@ -1,3 +1,4 @@
+# This docstring is training text of the test tokenizer: with another text, other tokens.
 """\
 Makes test/vectors/tokenizer.json and tokens.txt: what Hugging Face's `tokenizers` makes of texts.
 
