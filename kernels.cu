@@ -2541,8 +2541,8 @@ extern "C" void adamw_update_gpu(real *p, real *m, real *v, const real *g, size_
 // Ranks above 64 are refused. fp32 throughout; |U|^2 is summed in double: a tiny gradient has a
 // norm too.
 //   bytes: 20 per element; full model at r 8 on 8 ranks, 228 M elements: 4.6 GB, 1.07 ms at 4,277
-//   GB/s (AdamW, 28 bytes: 1.49). Shared memory is passed 9 times, 0.5 ms; Gram matrices and
-//   products with Q are 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.4
+//   GB/s (AdamW, 28 bytes: 1.49). Shared memory is passed 9 times, 0.25 ms; Gram matrices and
+//   products with Q are 25 multiply-adds per element, 0.2 ms. Predicted, half of that hidden: 1.3
 //   ms. Measured 2.26 ms, 1.31 times AdamW's 1.72: a block's phases wait for each other more than
 //   that. dev/cuda/muon.cu is the ladder.
 

@@ -2514,8 +2514,9 @@ static inline void log_step(const Trainer *r, const Report *p) {
     log_line("training.jsonl", "{\"step\": %d, \"epoch\": %d, \"timestamp\": \"%s\", "
              "\"loss\": %.9g, \"grad_norm\": %.9g, \"lr\": %.9g, \"mem\": %.9g, \"tps\": %.9g, "
              "\"tps_per_gpu\": %.9g, \"mfu\": %s, \"num_tokens_per_step\": %zu, "
-             "\"num_label_tokens\": %zu}\n", r->step, p->epoch, timestamp(), p->loss, p->norm, p->lr,
-             memory_used() / 1073741824.0, rate, rate / comm_ranks(), logged, p->tokens, p->labels);
+             "\"num_label_tokens\": %zu}\n", r->step, p->epoch, timestamp(), p->loss, p->norm,
+             p->lr, memory_used() / 1073741824.0, rate, rate / comm_ranks(), logged, p->tokens,
+             p->labels);
 }
 
 static inline void log_validation(int step, int epoch, double loss) {
@@ -2610,7 +2611,8 @@ static Option option_table[] = {
      .help = "of chat JSONL"},
     // What happens between steps.
     {"val-every", 'v', WHOLE, &opt.val_every, "100", "N", KEPT, .help = "0: never", .tiny = "25"},
-    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "x -b x ranks rows", .tiny = "10"},
+    {"val-steps", 0, COUNT, &opt.val_steps, "20", "N", KEPT, .help = "of b x ranks rows",
+     .tiny = "10"},
     {"eval", 0, FLAG, &opt.eval, "0", "", NOT_KEPT, .help = "all of -j, else -i, and stop"},
     {"sample-every", 's', WHOLE, &opt.sample_every, "0", "N", KEPT, .help = "0: never; else also "
      "at the start and the end", .tiny = "1000"},
