@@ -190,8 +190,8 @@ typedef struct {                // a file of which runs are read or written
     int error;                  // errno; EDOM: what must be zero is not; ERANGE: not finite
 } Stream;
 
-// A run: elements first .. first + n - 1 of the tensor lie `stride` apart in memory. Writes them from
-// there, or reads them to there; values == NULL: they must be zero.
+// A run: elements first .. first + n - 1 of the tensor lie `stride` apart in memory. Writes them
+// from there, or reads them to there; values == NULL: they must be zero.
 static inline void stream_run(Stream *s, size_t first, real *values, size_t stride, size_t n) {
     const size_t size = s->type == DT_F32 ? 4 : 2, at = s->base + first * size;
     unsigned char bytes[16384];

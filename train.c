@@ -2413,8 +2413,8 @@ static inline void sample(Trainer *r, Model *m, const char *whose) {
 }
 
 // How evenly the last step's tokens were spread over the experts. All layers together: the fullest
-// expert's rows / mean, and the entropy in nats (at most log E). And the layer whose fullest one has
-// most: a router that sends all tokens to the same few shows there, and hardly in the sum.
+// expert's rows / mean, and the entropy in nats (at most log E). And the layer whose fullest one
+// has most: a router that sends all tokens to the same few shows there, and hardly in the sum.
 typedef struct { double worst, entropy, layer_worst; int layer; } ExpertLoad;
 
 static inline double fullest(const double *rows, int E) {
