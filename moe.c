@@ -168,9 +168,9 @@ void comm_barrier(int which, const char *phase) {
 }
 
 // Collectives on rows between comm_batch(1) and comm_batch(0) are one launch, and done after it.
-static inline void comm_batch(int begin) {
-    GPU(gpu_batch(begin))
-    (void)begin;
+static inline void comm_batch(int begin, const char *phase) {
+    GPU(gpu_batch(begin); phase_collective(begin, phase))
+    phase_collective(begin, phase);
 }
 
 // What comes between aside(ASIDE_BEGIN) and aside(ASIDE_END) may run beside what follows, up to
@@ -257,7 +257,6 @@ void comm_all_to_all(int which, void *recv, const size_t *recv_bytes_h, const vo
                    total - at < COMM_BOX ? total - at : COMM_BOX);
         }
         comm_meet(which, COMM_BOX, "all_to_all", phase);
-
         unsigned char *out = (unsigned char *)recv;
         for (int i = 0; i < members; i++) {
             const Box *theirs = comm_box(which, i);
@@ -812,6 +811,7 @@ static inline void trip_leg(void *recv, const int *from, const void *send, const
     for (int r = 0; r < comm_ep(); r++) {
         send_bytes[r] = to[r] * row_bytes;
         recv_bytes[r] = from[r] * row_bytes;
+        phases.sent += r == comm_ep_rank() ? 0 : send_bytes[r];
     }
     comm_all_to_all(COMM_EP, recv, recv_bytes, send, send_bytes, phase);
 }
@@ -822,10 +822,10 @@ static inline void *trip_there(void *rows, void *home, size_t row_bytes, real *r
                                const real *home_w, MoeScratch *x, const char *phase) {
     if (comm_ep() == 1) { return home; }
     real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
-    comm_batch(1);
+    comm_batch(1, phase);
     trip_leg(x->staging, x->from, home, x->to, row_bytes, phase);
     if (home_w) { trip_leg(numbers, x->from, home_w, x->to, sizeof(real), phase); }
-    comm_batch(0);
+    comm_batch(0, phase);
     regroup_rows(rows, x->staging, x->runs, BY_EXPERT, row_bytes);
     if (home_w) { regroup_rows(rows_w, numbers, x->runs, BY_EXPERT, sizeof(real)); }
     return rows;
@@ -838,10 +838,10 @@ static inline void trip_back(void *home, const void *rows, size_t row_bytes, rea
     real *numbers = (real *)((unsigned char *)x->staging + x->capacity * row_bytes);
     regroup_rows(x->staging, rows, x->runs, BY_SOURCE, row_bytes);
     if (home_w) { regroup_rows(numbers, rows_w, x->runs, BY_SOURCE, sizeof(real)); }
-    comm_batch(1);
+    comm_batch(1, phase);
     trip_leg(home, x->to, x->staging, x->from, row_bytes, phase);
     if (home_w) { trip_leg(home_w, x->to, numbers, x->from, sizeof(real), phase); }
-    comm_batch(0);
+    comm_batch(0, phase);
 }
 
 // What travels of a token: its row, or codes and, behind those of all rows, scales. It is quantised
@@ -852,7 +852,7 @@ static inline Payload payload(const act *inp, uint8_t *room, int kept, float flo
     const Fp8Rows q = fp8_rows(room, (size_t)T, C);
     if (room == NULL) { return (Payload){ inp, NULL, C * sizeof(act), 0 }; }
     phase(PHASE_CASTS);
-    if (!kept) { quantize_rows_fp8(q.codes, q.scales, inp, floor, T, C); }
+    if (!kept) { phases.sum.casts++; quantize_rows_fp8(q.codes, q.scales, inp, floor, T, C); }
     return (Payload){ q.codes, q.scales, (size_t)C, (size_t)(C / FP8_BLOCK) };
 }
 

@@ -1194,7 +1194,7 @@ static inline void wire_clock(Refit *r, int begins) {
 static inline void wire_wait(Refit *r) {
 #ifdef USE_CUDA
     static double at[GPU_MARKS];
-    if (r->marks) { gpu_marks(at, r->marks); }
+    if (r->marks) { gpu_marks(at, 0, r->marks); }
     for (; r->marks; r->marks -= 2) { r->wire += at[r->marks - 1] - at[r->marks - 2]; }
     if (on_gpu) { gpu_sync(); }
 #else

@@ -2269,12 +2269,22 @@ static inline void numerics_stop(const char *what, const char *where, int step) 
     exit(EXIT_NUMERICS);
 }
 
+// comm_sum_real, in --bench's list: on GPUs a rank sends all others their slices of the values, and
+// the sum of its own.
+static inline void sum_gradients(int which, real *values, size_t n, const char *name) {
+    const size_t members = (size_t)comm_size(which);
+    phase_collective(1, name);
+    comm_sum_real(which, values, n, name);
+    phases.sent += 2 * (members - 1) * n * sizeof *values / members;
+    phase_collective(0, name);
+}
+
 // Adds up the gradients of all ranks and returns their norm. Dense adapters are the same on every
 // rank; an expert's are shared by the ranks that hold the same experts. The norm counts every
 // trained element once: dense ones, and the experts of each rank of one expert group.
 static inline double reduce_gradients(const Adapters *a) {
-    comm_sum_real(COMM_WORLD, a->g, a->n_dense, "dense gradients");
-    comm_sum_real(COMM_REPLICA, a->g + a->n_dense, a->n_expert, "expert gradients");
+    sum_gradients(COMM_WORLD, a->g, a->n_dense, "dense gradients");
+    sum_gradients(COMM_REPLICA, a->g + a->n_dense, a->n_expert, "expert gradients");
     double expert = sum_squares(a->g + a->n_dense, a->n_expert);
     comm_sum_double(COMM_EP, &expert, 1, "gradient norm");
     return sqrt(sum_squares(a->g, a->n_dense) + expert);

@@ -173,18 +173,19 @@ extern "C" void gpu_memory(size_t *used_h, size_t *total_h) {
     *used_h = *total_h - free_bytes;
 }
 
-// Phases: an event between the kernels, and when the first n happened, in seconds. What is aside
-// has its events there.
+// Phases: an event between the kernels, and when n of them from `first` on happened, in seconds
+// after event 0. What is aside has its events there.
 static cudaEvent_t marks[GPU_MARKS];
 extern "C" void gpu_mark(int i) {
     if (marks[i] == NULL) { cudaCheck(cudaEventCreate(&marks[i])); }
     cudaCheck(cudaEventRecord(marks[i], stream));
 }
 
-extern "C" void gpu_marks(double *at_h, int n) {
-    cudaCheck(cudaEventSynchronize(marks[n - 1]));
+extern "C" void gpu_marks(double *at_h, int first, int n) {
+    if (n == 0) { return; }
+    cudaCheck(cudaEventSynchronize(marks[first + n - 1]));
     waiting_since = 0;
-    for (int i = 0; i < n; i++) {
+    for (int i = first; i < first + n; i++) {
         float ms;
         cudaCheck(cudaEventElapsedTime(&ms, marks[0], marks[i]));
         at_h[i] = 1e-3 * ms;

@@ -15,9 +15,9 @@ void gpu_upload(void *to, const void *from_h, size_t bytes);
 void gpu_download(void *to_h, const void *from, size_t bytes);
 void gpu_sync(void);
 void gpu_memory(size_t *used_h, size_t *total_h);
-enum { GPU_MARKS = 4097 };      // events that can stand between kernels (dev/phases.c)
+enum { GPU_MARKS = 4097 + 2048 };   // events that can stand between kernels (dev/phases.c)
 void gpu_mark(int i);
-void gpu_marks(double *at_h, int n);
+void gpu_marks(double *at_h, int first, int n);
 void gpu_aside(int step);
 void gpu_pin(void *p, size_t bytes, int begins);
 void gpu_copy_begin(int place, void *to, const void *from, size_t bytes);

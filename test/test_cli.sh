@@ -579,6 +579,22 @@ test_bench() {
         END { off = sum - step
             exit !(n == 13 && off < 0.2 && off > -0.2 && share == 100 && shares > 99 \
                    && shares < 101) }' log
+    # x and dy are cast once per layer; without x8, which full does not keep, x is cast again.
+    local recompute
+    for recompute in none moe full; do
+        run 0 "${small[@]}" --bench 1 --precision fp8 --recompute $recompute
+        check "--bench, fp8, $recompute: casts per layer" same \
+            "$(sed -nE 's/^bench  fp8 casts .*% \| //p' log)" \
+            "$([ $recompute = full ] && echo 3.0 || echo 2.0) per layer and micro-batch"
+    done
+    # On the CPU nothing is hidden. For a sum each of 2 ranks sends half of the numbers, and then
+    # the sums of the other half: 4 bytes for each number.
+    run 0 "${small[@]}" --bench 1 --ranks 2
+    check "--bench: collectives" same "dense gradients moe dx moe dy moe x moe x again moe y" \
+        "$(sed -nE 's/^bench  (.*[a-z]) +[0-9]+ calls .* 0.0 % hidden$/\1/p' log | sort | xargs)"
+    check "--bench: bytes of the gradients' sum" same \
+        "$(sed -nE 's/^bench  dense gradients +1 calls +([0-9.]+) MB .*/\1/p' log)" \
+        "$(awk '/numbers on all ranks/ { printf "%.3f", 4e-6 * $5 }' log)"
 }
 
 # The plan of the disk is what then lies there: one checkpoint more than are kept, and the adapter.

@@ -41,11 +41,11 @@ static void all_to_all_once(int which, int round) {
     }
     gpu_upload(device[0], host, sent);
     gpu_zero(device[1], 8 * 2000000);
-    comm_batch(1);                      // two exchanges in one launch: the second sends nothing
+    comm_batch(1, "test");              // two exchanges in one launch: the second sends nothing
     size_t none[8] = {0};
     comm_all_to_all(which, device[1], recv, device[0], send, "test");
     comm_all_to_all(which, device[1], none, device[0], none, "empty");
-    comm_batch(0);
+    comm_batch(0, "test");
     for (int i = 0; i < n; i++) { received += recv[i]; }
     gpu_download(host, device[1], received + 1);
     const unsigned char *p = host;

@@ -3,7 +3,7 @@
 //   cc -std=gnu11 -O3 -march=native -fopenmp test/test_moe.c -o test_moe -lm && ./test_moe
 // Everything that forks comes first: a process that has used OpenMP cannot have children that do.
 //
-// Seen to fail on these broken copies of moe.c and what it calls (115, one at a time):
+// Seen to fail on these broken copies of moe.c and what it calls (129, one at a time):
 //   scores     a group as good as its best, closed experts at 0, sigmoid's slope, softmax's second
 //              term or its sum of exponentials
 //   routers    weight after w2, bias in the weights, bias missing or added to logits, route_scale
@@ -28,11 +28,19 @@
 //              or not sent; u1, u2, x8, hidden rows or the stack of another layer, half of u1; an
 //              expert with one row left out; a wide layer in fp8, wide on one rank only, w3 not
 //              looked at, 15 octaves held, blocks of one rank counted
+//   --bench    a cast not counted, or made though codes are kept; rows that stay here counted,
+//              received ones, not the scales; bytes of the collective before, times exchanged,
+//              added twice, marks that run out; every phase waits, the update does not, only the
+//              first one does, or longer than the collective lasts; on without being asked to
 //   ranks      sum in own order, one box for two, wrong replicas, max without NaN, gather of one
 //              box, all_to_all: own length, wrong begin, sizes not compared; collectives not
 //              compared, no time limit, others not killed, killed after 130, the last code, signal
 //              without 128, no death signal, no own group, signals not forwarded, mask kept, no
 //              fflush, no report, several error lines, ep not checked, this_rank not set
+#include "../fp8.c"
+// Every cast of activations that moe.c and what it includes ask for.
+static long casts_asked;
+#define quantize_rows_fp8(...) (casts_asked++, quantize_rows_fp8(__VA_ARGS__))
 #include "../moe.c"
 #include "../dev/inspect.c"      // inspect_spread
 #include "check.h"
@@ -648,6 +656,34 @@ static void layer_alloc(MoeSaved *s, MoeScratch *x, const MoeDims *d, int T, int
     mem.closed = 1;
 }
 
+// What --bench says of the layer against a count of slots: rows that leave this rank and rows that
+// come to it, for each collective. On the CPU nothing of them is hidden.
+static void expect_sums(const MoeScratch *x, const MoeSaved *s, const MoeDims *d, int T, int fp8) {
+    const int me = comm_ep_rank(), row = fp8 ? d->C + d->C / 128 : d->C * (int)sizeof(act);
+    double out = 0, in = 0;
+    for (int i = 0; i < T * d->K; i++) {
+        out += s->ids[i] < moe_first(d, me) || s->ids[i] >= moe_first(d, me + 1);
+    }
+    for (int i = 0; i < comm_ep(); i++) {
+        const int *counts = s->counts_h + i * d->E + d->first;
+        for (int e = 0; i != me && e < d->local; e++) { in += counts[e]; }
+    }
+    const struct { const char *name; double bytes; int calls; } want[] = {
+        { "moe x", out * (row + sizeof(real)), 1 + fp8 }, { "moe y", in * d->C * sizeof(act), 1 },
+        { "moe x again", out * (row + sizeof(real)), 1 + fp8 }, { "moe dy", out * row, 1 + fp8 },
+        { "moe dx", in * (d->C * sizeof(act) + sizeof(real)), 1 } };
+    for (int k = 0; k < COLLECTIVES; k++) {
+        const Collective *c = &phases.sum.collective[k];
+        const int there = comm_ep() > 1 && x->rounds > 0 && k < 5;
+        expect(there == (c->name != NULL), "a collective too many, or too few");
+        if (!there) { continue; }
+        expect(strcmp(c->name, want[k].name) == 0 && c->calls == want[k].calls * x->rounds,
+               "a collective's name, or its calls");
+        expect(c->bytes == want[k].bytes, "bytes sent to other ranks");
+        expect(c->seconds > 0 && fabs(c->waited - c->seconds) < 1e-9, "time, or what is hidden");
+    }
+}
+
 // Forward and backward of this rank's tokens. Launched alone, or once per rank.
 static void run_layer(void *arg) {
     const Run *run = arg;
@@ -670,6 +706,9 @@ static void run_layer(void *arg) {
     long *count = calloc(d.E, sizeof(long));
     MoeWeights w = layer_weights(l, g, d.first);
     memset(dinp, 0, (size_t)T * d.C * sizeof(real));
+    memset(&phases.sum, 0, sizeof phases.sum);
+    phases.on = 1;
+    casts_asked = 0;
     moe_forward(run->result->out + at, &saved, l->x + at, l->tokens + first_token, &w, &d, &x,
                 count, T);
     // Between the forward and the backward of a layer the scratch is the other layers'.
@@ -682,6 +721,11 @@ static void run_layer(void *arg) {
     memset(x.hidden.u1, 77, sizeof(real) * most * 2 * d.R);
     memset(x.u2, 77, sizeof(real) * most * d.R);
     moe_backward(dinp, l->dout + at, &saved, l->x + at, &w, &d, &x, T);
+    phases_end();
+    phases.on = 0;
+    expect_sums(&x, &saved, &d, T, moe_fp8(&w, &d));
+    expect(casts_asked == (moe_fp8(&w, &d) ? run->keep ? 2 : 3 : 0), "casts");
+    expect(phases.sum.casts == casts_asked, "casts that --bench does not count");
     memcpy(run->result->ids + slot, saved.ids, (size_t)T * d.K * sizeof(int));
     memcpy(run->result->weights + slot, saved.weights, (size_t)T * d.K * sizeof(real));
 
@@ -1138,6 +1182,39 @@ static void test_forward(int hash, int norm_topk, int no_adapter) {
     free(got);
 }
 
+// A collective lasts from 4 to 12, beside work until 10 and from 11 on: 1 of 8 s is not hidden. One
+// of the same name follows, from 12.5 to 15: the exchange from 13 on and the update wait for it.
+static void test_phases(void) {
+    memset(&phases.sum, 0, sizeof phases.sum);
+    phases.on = 1;
+    phase(PHASE_SHARED);
+    for (int i = 0; i < 2; i++) {
+        phase_collective(1, "rows");
+        phases.sent += 5;
+        phase_collective(0, "rows");
+        phase(PHASE_EXCHANGE);
+        phase(i ? PHASE_UPDATE : PHASE_EXPERTS);
+    }
+    const double at[5] = { 2, 10, 11, 13, 14 }, sends[4] = { 4, 12, 12.5, 15 };
+    memcpy(phases.at, at, sizeof at);
+    memcpy(phases.at + SEND_MARKS, sends, sizeof sends);
+    phases_end();
+    for (int i = 0; i < 2 * SENDS; i++) {       // more than there are marks for; none adds up twice
+        phase(PHASE_EXCHANGE);
+        phase_collective(1, "many");
+        phase_collective(0, "many");
+    }
+    phases_end();
+    phases.on = 0;
+    phase_collective(1, "off");
+    const Collective *c = phases.sum.collective;
+    check(c[1].calls == 2 * SENDS && fabs(c[1].waited - c[1].seconds) < 1e-6 && !c[2].name,
+          "%g calls, %g s, of them %g not hidden", c[1].calls, c[1].seconds, c[1].waited);
+    check(c->calls == 2 && c->bytes == 10 && c->seconds == 10.5 && c->waited == 3,
+          "%g calls, %g bytes, %g s, of them %g not hidden", c->calls, c->bytes, c->seconds,
+          c->waited);
+}
+
 // A second backward adds; T = 0 is a call like any other; threads do not show.
 static void test_repeats(void) {
     Layer l = layer_random(small, 30, 0);
@@ -1544,6 +1621,7 @@ int main(void) {
     for (int i = 0; i < 4; i++) { test_forward(i & 1, i >> 1, 0); }
     test_forward(0, 1, 1 << 1 | 1 << 3);    // w2 and the shared w1 are no targets
     test_forward(0, 1, 63);
+    test_phases();
     test_repeats();
     test_fp8();
     test_overdue();
