@@ -10,7 +10,7 @@
 
 // A GPU's memory beside the arenas: CUDA's context and other programs, known when the plan is made,
 // and the kernels, which load when they are first used (measured; the first step says if it holds).
-#define GPU_KERNELS (0.3 * 1073741824)
+#define GPU_KERNELS (0.1 * 1073741824)
 static double memory_beside;
 
 // Bytes of the arenas; and what the card says is in use by everyone, where there is one.

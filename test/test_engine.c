@@ -153,6 +153,19 @@ static void swap_halves(Engine *e, int first, int end) {
     }
 }
 
+// Exchanges the halves of every row of the experts' w2: the columns of two receivers, say.
+static void swap_columns(Engine *e) {
+    const Config *c = &e->model.config;
+    const size_t row = (size_t)e->F / 2, steps = (size_t)e->F / FP4_BLOCK;
+    for (int i = 0; e->weights && i < c->layers * c->E * c->C; i++) {
+        const MoeWeights *w = &e->model.layer[i / c->E / c->C].moe;
+        const size_t at = (size_t)(i % (c->E * c->C));
+        uint8_t *codes = (uint8_t *)w->w2 + at * row, *scales = (uint8_t *)w->s2 + at * steps;
+        swap_bytes(codes, codes + row / 2, row / 2);
+        if (steps % 2 == 0) { swap_bytes(scales, scales + steps / 2, steps / 2); }
+    }
+}
+
 // n bytes of value there, on receivers, must show.
 static void spoil(Engine *e, Model *m, const char *what, uint8_t *at, size_t n, uint8_t value) {
     uint8_t *kept = (uint8_t *)malloc(n);
@@ -266,6 +279,14 @@ static void crew_ranks(void *unused) {
     const double least = crew.folder ? 0.1 : crew.F ? 1 : 0.3;      // weights may have read English
     fail_on(receiver && !(swapped > least && swapped > 100 * close_kl), "swapped halves", swapped);
     swap_halves(e, 0, layers);
+    if (!crew.F && !crew.folder) {
+        swap_columns(e);
+        double columns = measure(e, &m);
+        fail_on(receiver && !(columns > 1), "swapped halves of w2", columns);
+        swap_columns(e);
+        last = measure(e, &m);
+        fail_on(!(last < close_kl), "put right again", last);
+    }
     if (crew.trainers == 2 && !BF16) {
         swap_halves(e, 3, 4);
         double one = measure(e, &m);
