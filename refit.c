@@ -211,7 +211,7 @@ static inline void stream_run(Stream *s, size_t first, real *values, size_t stri
             if (size == 4) { memcpy(&x, bytes + i * 4, 4); }
             else { x = s->type == DT_F16 ? float_from_f16(half) : float_from_bf16((bf16){ half }); }
             if (!isfinite(x) && !s->error) { s->error = ERANGE; }
-            if (value) { *value = x; } else if (x != 0) { s->error = EDOM; }
+            if (value) { *value = x; } else if (x != 0 && !s->error) { s->error = EDOM; }
         }
         if (s->writing && fwrite(bytes, size, part, s->f) != part) { s->error = errno; }
     }
@@ -394,7 +394,7 @@ static inline void roster_read(const char *dir, const Roster *f) {
         if (roster_mine(f, &it, 0)) { roster_move(&s, f, &it); }
         if (s.error) {
             refuse("%s: %s %s", path, it.name, s.error == ERANGE ? "is not finite" : s.error == EDOM
-                   ? "is not zero off its diagonal blocks, w1 and w3" : strerror(s.error));
+                   ? "is not zero off its diagonal: w1 and w3 share ranks" : strerror(s.error));
         }
     }
     for (size_t i = 0; i < st.n; i++) {

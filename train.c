@@ -2386,8 +2386,8 @@ static inline void show_token(FILE *out, const Trainer *r, int id, char held[5])
 
 // Tokens of a sample, with its prompt; 0 if there are to be none.
 static inline int sample_tokens(Trainer *r) {
-    int prompt = prompt_tokens(NULL, opt.prompt, &r->tokenizer, &r->config);
-    return opt.sample_every ? prompt + opt.sample_len : 0;
+    if (!opt.sample_every) { return 0; }
+    return opt.sample_len + prompt_tokens(NULL, opt.prompt, &r->tokenizer, &r->config);
 }
 
 // Continues the prompt with that model, on all trainers or receivers, and rank 0 writes it. Every
@@ -2499,7 +2499,7 @@ static inline void log_line(const char *name, const char *format, ...) {
     }
 }
 
-// What a Hopper GPU could do, by its data sheet: operations per second of dense bf16 products.
+// Operations per second of dense bf16 products that an H100 or H200 (SXM) has by its data sheet.
 #define GPU_PEAK 989.4e12
 
 // mfu, in percent of it as in Automodel's logs, is for GPUs only: null on the CPU.
@@ -2664,7 +2664,7 @@ static inline void option_adopt(Option *o, const char *text, const char *whose) 
     char where[PATH_SIZE + 4];
     snprintf(where, sizeof where, "%s: ", whose);
     if (!is_given(o->at)) { option_set(o, text, FROM_STATE, where); return; }
-    if (o->kind == NUMBER ? (float)strtod(o->text, NULL) == (float)strtod(text, NULL)   // as alpha
+    if (o->at == &opt.alpha ? (float)strtod(o->text, NULL) == (float)strtod(text, NULL) // a float
         : is_number ? strtod(o->text, NULL) == strtod(text, NULL)
         : o->at == &opt.targets ? targets_parse(o->text) == targets_parse(text)
         : strcmp(o->text, text) == 0) { return; }
@@ -3079,13 +3079,17 @@ static inline void resume(Trainer *r, const char *checkpoint) {
     state_open(&j, checkpoint);
     const size_t step = json_size(&j, json_get(&j, 0, "step", '0'));
     const size_t moments = json_size(&j, json_get(&j, 0, "moments", '0'));
+    size_t tokens = json_size(&j, json_get(&j, 0, "data_tokens", '0'));
+    const uint64_t hash = strtoull(json_text(&j, json_get(&j, 0, "data_hash", '"')), NULL, 16);
+    refuse_if(!opt.eval && tokens != r->train.tokens, "the data has changed: %zu tokens, but the "
+              "run in %s has %zu", r->train.tokens, checkpoint, tokens);
+    refuse_if(!opt.eval && hash != r->train.hash, "the data has changed: as many tokens as the run "
+              "in %s has, but others, or in another order", checkpoint);
     refuse_if(step > (opt.eval ? INT_MAX : (size_t)r->steps) || moments > step, "%s: step %zd with "
               "%zd updates in its moments, of a run of %d steps", j.file, (ssize_t)step,
               (ssize_t)moments, r->steps);
     r->step = (int)step;
     r->moments = opt.reset_optim ? 0 : (int)moments;
-    size_t tokens = json_size(&j, json_get(&j, 0, "data_tokens", '0'));
-    const uint64_t hash = strtoull(json_text(&j, json_get(&j, 0, "data_hash", '"')), NULL, 16);
     json_free(&j);
     Adapters host = adapters_host(a);
     if (opt.eval) {
@@ -3093,10 +3097,6 @@ static inline void resume(Trainer *r, const char *checkpoint) {
         adapters_host_end(&host, a, 1);
         return;
     }
-    refuse_if(tokens != r->train.tokens, "the data has changed: %zu tokens, but the run in %s has "
-              "%zu", r->train.tokens, checkpoint, tokens);
-    refuse_if(hash != r->train.hash, "the data has changed: as many tokens as the run in %s has, "
-              "but others, or in another order", checkpoint);
     training_load(checkpoint, &host, &r->config);
     adapters_host_end(&host, a, 1);
     if (opt.reset_optim) {

@@ -26,7 +26,7 @@ static inline void phase_say(const char *name, const double *seconds, double ste
 static inline void collectives_say(const Collective *c) {
     for (int k = 0; k < COLLECTIVES; k++, c++) {
         if (c->bytes == 0) { continue; }
-        say("bench  %-15s %5.0f calls %10.3f MB %9.2f ms %7.2f GB/s %6.1f %% hidden\n", c->name,
+        say("bench  %-16s %4.0f calls %10.3f MB %9.2f ms %7.2f GB/s %6.1f %% hidden\n", c->name,
             c->calls, 1e-6 * c->bytes, 1e3 * c->seconds, 1e-9 * c->bytes / c->seconds,
             100 * (1 - c->waited / c->seconds));
     }

@@ -176,8 +176,10 @@ static inline void options_from_file(const char *path) {
     refuse_if(file == NULL, "--config: cannot read %s: %s", path, strerror(errno));
     for (int line = 1; fgets(text, sizeof text, file); line++) {
         const int mark = line == 1 && strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;     // UTF-8's
-        char *name = trim(text + mark), *equals = strchr(text, '=');
         snprintf(where, sizeof where, "%.1000s:%d: ", path, line);
+        refuse_if(strlen(text) + 1 == sizeof text && text[sizeof text - 2] != '\n', "%sa line has "
+                  "at most %zu bytes", where, sizeof text - 2);
+        char *name = trim(text + mark), *equals = strchr(text, '=');
         if (*name == 0 || *name == '#') { continue; }
         refuse_if(equals == NULL, "%s'%s' is not `name = value`", where, name);
         *equals = 0;

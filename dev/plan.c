@@ -87,18 +87,18 @@ static inline ModelOptions plan_options(Trainer *r) {
     return o;
 }
 
-// --offload, against the host memory of this node; other: what is needed of that besides. On GPUs
-// that is room for the adapters and their moments when they are saved.
+// --offload, against the host memory of this node. What is needed of that besides: without GPUs
+// cpu_need, with them room for the adapters and their moments when they are saved.
 static inline void plan_host(const ModelOptions *o, const Config *c, const Adapters *a,
-                             double other) {
+                             double cpu_need) {
     const int ranks = comm.place.locals ? comm.place.locals : opt.ranks;
     const double own = (double)o->offload * o->max_tokens * HC * c->C * sizeof(act);
     const size_t trained = (a->n_dense + a->n_expert) * sizeof(real);
-    if (ON_GPU) { other = (a->muon ? 2.0 : 3.0) * (double)trained * ranks; }
+    const double other = ON_GPU ? (a->muon ? 2.0 : 3.0) * (double)trained * ranks : cpu_need;
     const double need = own * ranks + other, available = host_free();
-    say("plan   %-11s %s of host memory per rank, the inputs of %d layers; %s on this node of %s, "
-        "%s of it to save\n", "offload", bytes_text(own), o->offload, bytes_text(need),
-        bytes_text(available), bytes_text(ON_GPU ? other : 0));
+    say("plan   %-11s %s of host memory per rank, the inputs of %d layers; with %s for all else %s "
+        "on this node of %s\n", "offload", bytes_text(own), o->offload, bytes_text(other),
+        bytes_text(need), bytes_text(available));
     if (need > available) {
         die(EXIT_FIT, "%s of host memory are needed, %s are free HINT: a smaller --offload or -t",
             bytes_text(need), bytes_text(available));

@@ -119,6 +119,8 @@ test_refused() {
     refused 'router' "${small[@]}" --lora-targets attn,router
     refused '100' --cpu -b 1 -t 64 -d 100
     refused 'one at a time' "${small[@]}" --bench 2 --eval
+    printf 'steps = 1\nprompt = %05000d# and more\n' 7 > long.cfg
+    refused 'long.cfg:2: a line has at most 4094 bytes' --config long.cfg
     touch file
     refused 'file is no folder' "${small[@]}" -x 1 -o file
     refused 'no-such' "${small[@]}" -m no-such-folder -i text.txt

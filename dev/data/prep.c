@@ -217,7 +217,8 @@ static inline int prompt_tokens(int *token, const char *prompt, Tokenizer *t, co
     Row r = { .t = t };
     if (*prompt == '{') {
         row_encode(&r, prompt, strlen(prompt));
-        refuse_if(r.wrong[0], "--prompt: %s", r.wrong);
+        refuse_if(r.wrong[0], "--prompt: %s HINT: before a text that begins with { put a blank",
+                  r.wrong);
         refuse_if((r.out.token[r.out.n - 1] & TOKEN_ID) == (uint32_t)c->eos, "--prompt: this row "
                   "is complete HINT: one with messages that ends with a question");
     } else {
