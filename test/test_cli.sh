@@ -45,9 +45,6 @@ finish() {
 # lines FILE N: it has at least so many.
 lines() { sleep 0.02; [ -e "$1" ] && [ "$(wc -l < "$1")" -ge "$2" ]; }
 
-# value KEY OUT: that key of every step of training.jsonl, on one line.
-value() { sed -nE "s/.*\"$1\": *([-+0-9.e]+).*/\1/p" "$2/training.jsonl" | xargs; }
-
 # equal_runs MESSAGE OUT OUT: the same steps and the same adapter, bit for bit.
 equal_runs() {
     local key
@@ -148,14 +145,6 @@ test_modes() {
     run 0 "${small[@]}" --config options -o config
     check "--config: steps" same "$(value step config)" "1 2"
     check "--config: r" grep -q '"r": *4' config/adapter/adapter_config.json
-}
-
-# tensors FILE: its tensors, one per line: name, first byte, end, in the order of the data.
-header_size() { od -An -t u8 -N 8 "$1" | tr -d ' '; }
-tensors() {
-    tail -c +9 "$1" | head -c "$(header_size "$1")" |
-        grep -oE '"[^"]*":\{[^}]*"data_offsets":\[[0-9]+,[0-9]+\]' |
-        sed -E 's/"([^"]*)".*\[([0-9]+),([0-9]+)\]/\1 \2 \3/' | sort -n -k 2
 }
 
 # norms FILE: what --check-adapter should say of it, from its bytes alone; names as vllm's.
@@ -416,15 +405,6 @@ test_resume_muon() {
     refused 'ns gram, but .* has standard' "${small[@]}" -o muon --resume --ns gram
     run 0 "${small[@]}" --optimizer muon --ranks 2 -x 6 -o gram
     check "--ns does nothing" [ "$(value loss gram)" != "$(value loss muon)" ]
-}
-
-# children PID: the processes whose parent it is.
-children() {
-    local file parent
-    for file in /proc/[0-9]*/stat; do
-        { parent=; read -r _ _ _ parent _ < "$file"; } 2> /dev/null
-        if [ "$parent" = "$1" ]; then basename "${file%/stat}"; fi
-    done
 }
 
 # close_runs N OUT OUT: the first N of ten losses agree, the first within 1e-6 and all within 1e-5.

@@ -23,9 +23,6 @@ run() {
     check "exit code $got, expected $want: ./train $*" [ $got = "$want" ]
 }
 
-# value KEY OUT: that key of every step of training.jsonl, on one line.
-value() { sed -nE "s/.*\"$1\": *([-+0-9.e]+).*/\1/p" "$2/training.jsonl" | xargs; }
-
 # close_values LIMIT A B: two lists of as many numbers agree, relative to the first.
 close_values() {
     printf '%s\n%s\n' "$2" "$3" | awk -v limit="$1" '
@@ -39,17 +36,14 @@ close_values() {
                   exit !(most <= limit) }'
 }
 
-# header FILE: of a safetensors file; its length is the first 8 bytes.
-header_size() { od -An -t u8 -N 8 "$1" | tr -d ' '; }
-header() { tail -c +9 "$1" | head -c "$(header_size "$1")"; }
+# numbers FILE: all elements of a safetensors file, of fp32.
 numbers() { tail -c +$((9 + $(header_size "$1"))) "$1" | od -An -v -t f4 -w4; }
 
 # close_tensors LIMIT SUFFIX A B: all tensors of two files whose names end so differ by at most that
 # much of their norm; what is all zero in A is so in B. Prints the worst.
 close_tensors() {
     check "$3 and $4: other tensors" same "$(header "$3")" "$(header "$4")"
-    header "$3" | grep -oE '"[^"]*":\{[^}]*"data_offsets":\[[0-9]+,[0-9]+\]' |
-        sed -E 's/"([^"]*)".*\[([0-9]+),([0-9]+)\]/\1 \2 \3/' | sort -n -k 2 > names
+    tensors "$3" > names
     paste <(numbers "$3") <(numbers "$4") | awk -v limit="$1" -v suffix="$2\$" '
         function done_with() {
             if (name ~ suffix && want + diff > 0) {
@@ -316,15 +310,6 @@ test_offload() {
 # steps OUT: that its run has done so far.
 steps() { { wc -l < "$1/training.jsonl"; } 2> /dev/null || echo 0; }
 
-# children PID: the processes whose parent it is.
-children() {
-    local file parent
-    for file in /proc/[0-9]*/stat; do
-        { parent=; read -r _ _ _ parent _ < "$file"; } 2> /dev/null
-        if [ "$parent" = "$1" ]; then basename "${file%/stat}"; fi
-    done
-}
-
 # broken NAME SIGNAL CODE SECONDS WORDS...: a rank gets the signal in the middle of a step: all are
 # gone in time, with that exit code and one line that has the words.
 broken() {
@@ -393,7 +378,8 @@ fi
 for name in "${@:-$tests}"; do
     for name in $name; do
         "test_$name"
-        check "test_$name: a process lives on" same "$(pgrep -f "^$train ")" ""
+        check "test_$name: a process lives on" same 0 \
+            "$(readlink /proc/[0-9]*/exe 2> /dev/null | grep -cx "$train")"
     done
 done
 closing test_ranks
