@@ -56,7 +56,7 @@ LIBS = $(LDFLAGS) $(LDLIBS) -lm
 
 # What nvcc can do: yes, or the reason why not. Asked once: it takes a second.
 GENCODE := -gencode=arch=compute_$(CUDA_ARCH),code=sm_$(CUDA_ARCH)
-NVCC_WORKS = $(shell command -v $(NVCC) > /dev/null || { echo missing; exit; }; \
+NVCC_WORKS = $(shell command -v $(firstword $(NVCC) none) > /dev/null || { echo missing; exit; }; \
     mkdir -p build; echo '__global__ void probe(void) { }' > build/probe.cu; $(NVCC) $(GENCODE) \
     -c build/probe.cu -o build/probe.o > build/probe.log 2>&1 && echo yes || echo broken)
 # ./train gets the kernels where nvcc works, unless another flavour is asked for: they store bf16.
