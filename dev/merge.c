@@ -23,8 +23,13 @@
 //
 // The trainer knows its matrices' sizes from the model. Here the adapter's own tensors tell them,
 // so that a folder can be converted without the checkpoint it was trained on.
+//
+//     base_model.model.layers.3.attn.wq_a.lora_A.weight [8,4096]             R 8, in 4096
+//     base_model.model.layers.3.attn.wq_a.lora_B.weight [1024,8]             out 1024
+//     base_model.model.layers.3.ffn.experts.17.w1.lora_A.weight [8,4096]     at least 18 experts
 
-// The module of target t in layer l, with its leaf (NULL: dense) apart, as adapter_add wants them.
+// The module of target t in a layer, in out (96), with its leaf (NULL: dense) apart, as adapter_add
+// and adapter_add_experts want them: "layers.3.attn.wq_a", or "layers.3.ffn.experts" and "w1".
 static inline const char *module_name(char *out, int t, int layer) {
     const char *ours = adapter_modules[t].ours, *number = strchr(ours, '#');
     size_t length = number ? (size_t)(number - ours) - 1 : strlen(ours);
@@ -32,7 +37,16 @@ static inline const char *module_name(char *out, int t, int layer) {
     return number ? number + 2 : NULL;
 }
 
-// Registers every matrix that the file has, in the order of layers and targets.
+// Registers every matrix that the file has, in the order of layers and targets. *experts grows to
+// their number. The names are known to be good: adapter_read_config has parsed them all, so the
+// prefix, of 17 characters or, for transformers, 23, can be skipped.
+//
+// transformers' fused tensors of E experts, of which w1 and w3 are F x C and w2 is C x F:
+//
+//     mlp.experts.base_layer.lora_A [E*2R,C], lora_B [2F,2R*E]       gate_up_proj: w1 over w3
+//     mlp.experts.lora_A [E*R,F], lora_B [C,R*E]                     down_proj: w2
+//
+// Without w2 there is nothing to wrap around gate_up_proj, and its names have no base_layer.
 static inline void adapter_register(Adapters *s, const Safetensors *st, int names, int *experts) {
     typedef struct { size_t in, out; } Sizes;
     Sizes (*sizes)[TARGETS] = (Sizes (*)[TARGETS])host_calloc(sizeof *sizes * 1024);
@@ -49,7 +63,8 @@ static inline void adapter_register(Adapters *s, const Safetensors *st, int name
         }
         const char *at = strstr(e->name, ".experts.");
         if (at && sscanf(at, ".experts.%d.", &number) == 1 && number >= *experts) {
-            if ((size_t)number >= st->n) {      // each has tensors here, and memory in the end
+            if ((size_t)number >= st->n) {      // each has tensors here, and memory in the end:
+                                                // a huge number in a name must not ask for it
                 refuse("%s: %s, but there are %zu tensors", st->path, e->name, st->n);
             }
             *experts = number + 1;
@@ -81,7 +96,10 @@ static inline void adapter_register(Adapters *s, const Safetensors *st, int name
     free(sizes);
 }
 
-// Loads the adapter in dir, whatever it has, into s. c gets the number of experts.
+// Loads the adapter in dir, whatever it has, into s. c gets the number of experts, all that
+// reading and saving want to know of a model. As in the trainer, registering is done twice: the
+// first pass counts, mem_open gets the memory, and the second one gives out places in it. The
+// factors then lie in the arenas, which the next mem_free returns: one adapter at a time.
 void adapter_open(Adapters *s, Config *c, const char *dir) {
     char path[PATH_SIZE];
     int names;
@@ -111,7 +129,8 @@ void adapter_open(Adapters *s, Config *c, const char *dir) {
 // shared experts have transformers' names, so the others tell whose file it is.
 
 // One name of Automodel's as ours, in out (160); any other name unchanged. Returns if it was one.
-// automodel: names that transformers has too are Automodel's.
+// automodel: names that transformers has too are Automodel's. Our names are the shorter ones, so
+// what fits into 150 characters stays so.
 static inline int automodel_rename(char *out, const char *name, int automodel) {
     static const char prefix[] = "base_model.model.model.layers.";
     static const struct { const char *theirs, *ours; } parts[] = {
@@ -139,7 +158,8 @@ static inline int automodel_rename(char *out, const char *name, int automodel) {
     return 0;
 }
 
-// Copies n bytes of a file to another.
+// Copies n bytes of a file, from position `at`, to another. path: the first one's, for messages.
+// fwrite is not asked for its success, here and below: save_close asks ferror.
 static inline void copy_bytes(FILE *out, int from, size_t n, size_t at, const char *path) {
     char buffer[65536];
     for (size_t part; n > 0; n -= part, at += part) {
@@ -151,6 +171,10 @@ static inline void copy_bytes(FILE *out, int from, size_t n, size_t at, const ch
 }
 
 // Writes the length and the header, padded so that the data is aligned. text: {...} without the }.
+// A file begins so: 8 bytes of length, low byte first, JSON, blanks up to a multiple of 8, data.
+// The header has one member per tensor, with its place in the data:
+//
+//     {"x.lora_A.weight":{"dtype":"F32","shape":[8,4096],"data_offsets":[0,131072]}, ...}
 static inline void header_write(FILE *out, const char *text) {
     size_t n = strlen(text) + 1, padded = (n + 7) / 8 * 8;
     fwrite(&padded, 8, 1, out);
@@ -158,6 +182,9 @@ static inline void header_write(FILE *out, const char *text) {
 }
 
 // Copies the adapter in dir into the folder v with Automodel's names made ours. Returns how many.
+// Of the tensors' file only the header is written anew. The offsets count from the start of the
+// data, so they hold whatever the header's length, and the data is copied as one block. The first
+// loop asks whether some name can only be Automodel's, the second one renames.
 static inline int automodel_copy(Save *v, const char *dir) {
     char path[PATH_SIZE], name[160];
     Safetensors st;
@@ -198,7 +225,8 @@ static inline int automodel_copy(Save *v, const char *dir) {
     return renamed;
 }
 
-// The adapter in `dir`, of any naming, as folder `out` with these names. Values become F32.
+// The adapter in `dir`, of any naming, as folder `out` with these names. Values become F32. The
+// copy with our names is OUT.renamed.tmp, which is never committed and goes once it is read.
 void adapter_rename(const char *dir, const char *out, int names) {
     char base[256] = "", path[PATH_SIZE];
     Adapters s;
@@ -223,12 +251,20 @@ void adapter_rename(const char *dir, const char *out, int names) {
 // -------------------------------------------------------------------------------------------------
 // 3 Merging a matrix
 
+// With d what was to be added to each value and e what its stored value has changed by,
+//
+//     correlation = sum d e / sqrt(sum d^2 sum e^2)
+//
+// 1: the weights moved in the direction that was meant; near 0: next to nothing of that arrived,
+// and what else changed is rounding. No mean is subtracted. The sums go over all matrices that are
+// merged, so large deltas count most.
 typedef struct {                // what became of the deltas
     double meant2, made2, both; // sums of intended^2, realised^2, and of their products
     double values, changed;     // values that were meant to change; that did
 } Merged;
 
 // delta (C) = s B_o A, row o of what the adapter adds. a (R,C), b (O,R). Returns if it is not zero.
+// One row, so that merging into bf16 needs no second matrix in fp32; sums are taken in double.
 static inline int delta_row(float *delta, const real *a, const real *b, float s, size_t o, int C,
                             int R) {
     int any = 0;
@@ -269,13 +305,17 @@ void merged_report(const Merged *m, const char *what) {
     }
     if (comm_rank() != 0) { return; }
     printf("merge  %s: %.1f %% of the values that were to change did; correlation of the change "
-           "meant and made %.3f\nmerge  WARNING: the rest is lost to rounding; the adapter beside "
-           "the base is exact\n", what, 100 * m->changed / m->values, merged_correlation(m));
+           "meant and made %.3f\n", what, 100 * m->changed / m->values, merged_correlation(m));
+    if (m->changed < m->values) {
+        printf("merge  WARNING: the rest is lost to rounding; the adapter beside the base is "
+               "exact\n");
+    }
 }
 
 // codes, scales = w (O,C) + s B A, in w's own format: fp4 (with its groups of 32) or fp8 (blocks of
 // 128 x 128). For an engine that is sent a merged base. A matrix that its adapter does not change
-// keeps its bytes: quantising again may choose other scales for the same values.
+// keeps its bytes: quantising again may choose other scales for the same values. codes and scales
+// are the caller's and as large as w's. The sum is kept whole: one scale of fp8 is of 128 rows.
 void merge_packed(uint8_t *codes, uint8_t *scales, const Tensor *w, const uint8_t *w_scales,
                   const real *a, const real *b, float s, int R, Merged *m) {
     const int fp4 = w->type == DT_FP4, O = (int)w->dim[0], C = (int)w->dim[1] << fp4;
@@ -298,6 +338,7 @@ void merge_packed(uint8_t *codes, uint8_t *scales, const Tensor *w, const uint8_
         memcpy(codes, w->data, w->dim[0] * w->dim[1]);
         memcpy(scales, w_scales, n_scales);
     }
+    // What was made of it: the new codes widened, less the old ones.
     for (size_t o = 0; o < (size_t)O && any; o++) {
         widen(row, w->data, w_scales, o, C);
         widen(now, codes, scales, o, C);
@@ -312,6 +353,8 @@ void merge_packed(uint8_t *codes, uint8_t *scales, const Tensor *w, const uint8_
 
 typedef struct { const char **name; const Adapters *s; } Factors;     // (s->n) sorted by name
 
+// The names of all factors, which stay s's; the caller frees the list. Sorted, because a model has
+// tens of thousands of matrices to look up.
 static inline Factors factors_sorted(const Adapters *s) {
     Factors f = { (const char **)host_alloc(sizeof *f.name * (size_t)(s->n + 1)), s };
     for (int i = 0; i < s->n; i++) { f.name[i] = s->tensors[i].name; }
@@ -319,8 +362,8 @@ static inline Factors factors_sorted(const Adapters *s) {
     return f;
 }
 
-// Factor 'A' or 'B' of the matrix "x.weight"; NULL if it has no adapter. A tensor begins with its
-// name, so the name's address is the tensor's.
+// Factor 'A' or 'B' of the matrix "x.weight", which is "x.lora_A" in the list; NULL if it has no
+// adapter. A tensor begins with its name, so the name's address is the tensor's.
 static inline const AdapterTensor *factor_find(const Factors *f, const char *weight, char factor) {
     char name[160], *key = name;
     int length = (int)strlen(weight) - 7;
@@ -332,7 +375,9 @@ static inline const AdapterTensor *factor_find(const Factors *f, const char *wei
 
 // Collective. What an engine is sent instead of the base and its adapters: out (n) becomes the
 // table t (n) with merged matrices. Their memory is `mirror`, as large as the weights' arena, which
-// is copied there first. Refuses a merge that all but loses the adapter.
+// is copied there first: so what is not merged is there too, and a tensor has one place in both.
+// The table has a matrix's scales right behind it, at i + 1. Each rank merges what it holds, and
+// the sums of all ranks decide. Refuses a merge that all but loses the adapter.
 void merge_base(Tensor *out, const Tensor *t, size_t n, const Adapters *s, uint8_t *mirror) {
     CPU_ONLY();
     const uint8_t *base = mem.arena[MEM_WEIGHTS].base;
@@ -363,6 +408,12 @@ void merge_base(Tensor *out, const Tensor *t, size_t n, const Adapters *s, uint8
 // One file at a time, one matrix at a time: memory is that of the largest matrix. Every matrix that
 // has scales is widened, with or without an adapter, and becomes bf16; its scales are left out. All
 // else is copied. The result has no fp8 or fp4, and its config.json does not speak of them.
+//
+//     x.weight F8_E4M3 [O,C], x.scale F8_E8M0 [O/128,C/128]     becomes  x.weight BF16 [O,C]
+//     x.weight I8 [O,C/2], x.scale F8_E8M0 [O,C/32]             becomes  x.weight BF16 [O,C]
+//
+// (O/128 and C/128 are rounded up.) So a file grows: a byte of fp8 becomes two, a byte with two
+// codes of fp4 four.
 
 typedef struct {
     const Adapters *s;
@@ -370,13 +421,14 @@ typedef struct {
     Safetensors *shard;         // (shards) of the checkpoint, opened
     int shards;
     Merged merged;
-    FILE *index;
-    int listed;
+    FILE *index;                // model.safetensors.index.json: which tensor is in which file
+    int listed;                 // tensors in it so far
     size_t done, total;         // bytes of the tensors that are read; scales aside
-    double start, last;
+    double start, last;         // seconds: when it began, when progress was last shown
 } Merging;
 
-// The scales of a matrix, in whatever file they are; NULL if it has none.
+// The scales of a matrix, in whatever file they are; NULL if it has none. The caller frees them.
+// "x.weight" has "x.scale": one exponent (e8m0) per block of 128 x 128 of fp8, or per 32 of fp4.
 static inline uint8_t *merge_scales(const Merging *g, const Entry *e) {
     char name[160];
     int length = (int)strlen(e->name) - 6;
@@ -401,7 +453,9 @@ static inline uint8_t *merge_scales(const Merging *g, const Entry *e) {
     refuse("%s has no %s, and is %s", e->name, name, dtypes[e->dtype].name);
 }
 
-// Writes one matrix as bf16: widened, with its adapter's delta if it has one.
+// Writes one matrix as bf16: widened, with its adapter's delta if it has one. Without one delta
+// stays zero, and a value of fp8 or fp4 fits into bf16, so the statistics see neither a change that
+// was meant nor one that was made.
 static inline void merge_matrix(Merging *g, FILE *out, const Safetensors *st, const Entry *e) {
     const AdapterTensor *a = factor_find(&g->factors, e->name, 'A');
     const AdapterTensor *b = factor_find(&g->factors, e->name, 'B');
@@ -438,14 +492,20 @@ static inline void merge_matrix(Merging *g, FILE *out, const Safetensors *st, co
     free(scales);
 }
 
+// For a list of pointers: the entries themselves are sorted by name, the data is not.
 static inline int entry_order(const void *a, const void *b) {
     return entry_by_begin(*(const Entry *const *)a, *(const Entry *const *)b);
 }
 
-// Writes one file of the merged checkpoint: the same tensors in the same order, but for scales.
+// Writes one file of the merged checkpoint: the same tensors in the same order, but for scales. The
+// header comes first in the file, so all sizes are known before any data is written. at: where the
+// next tensor begins in the new data.
 static inline void merge_shard(Merging *g, Save *v, const Safetensors *st) {
     const Entry **list = (const Entry **)host_alloc(sizeof *list * (st->n + 1));
-    char *text = (char *)host_calloc(400 * (st->n + 1)), *end = text;
+    char *text = NULL;
+    size_t length;
+    FILE *header = open_memstream(&text, &length);
+    if (header == NULL) { die(EXIT_FIT, "no memory for the header of %s", st->path); }
     const char *file = strrchr(st->path, '/') + 1;
     size_t at = 0, n = 0;
     for (size_t i = 0; i < st->n; i++) {
@@ -456,16 +516,17 @@ static inline void merge_shard(Merging *g, Save *v, const Safetensors *st) {
         const Entry *e = list[i];
         int wide = e->type == DT_FP8 || e->type == DT_FP4;
         size_t size = wide ? (e->end - e->begin) << (1 + (e->type == DT_FP4)) : e->end - e->begin;
-        end += sprintf(end, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", i ? "," : "{", e->name,
-                       wide ? "BF16" : dtypes[e->dtype].name);
+        if (e->ndim > DIMS_MAX) { refuse("%s: %s has %d dimensions", st->path, e->name, e->ndim); }
+        fprintf(header, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", i ? "," : "{", e->name,
+                wide ? "BF16" : dtypes[e->dtype].name);
         for (int d = 0; d < e->ndim; d++) {
-            size_t dim = e->dim[d] << (d == 1 && e->type == DT_FP4);
-            end += sprintf(end, "%s%zu", d ? "," : "", dim);
+            fprintf(header, "%s%zu", d ? "," : "", e->dim[d] << (d == 1 && e->type == DT_FP4));
         }
-        end += sprintf(end, "],\"data_offsets\":[%zu,%zu]}", at, at + size);
+        fprintf(header, "],\"data_offsets\":[%zu,%zu]}", at, at + size);
         at += size;
         fprintf(g->index, "%s\"%s\": \"%s\"", g->listed++ ? ",\n" : "", e->name, file);
     }
+    if (fclose(header) != 0) { die(EXIT_FIT, "no memory for the header of %s", st->path); }
     FILE *out = save_open(v, v->temporary, file, "wb");
     if (out) { header_write(out, n ? text : "{"); }
     for (size_t i = 0; i < n && out; i++) {
@@ -482,7 +543,9 @@ static inline void merge_shard(Merging *g, Save *v, const Safetensors *st) {
     free(list);
 }
 
-// config.json without what says that weights are quantised.
+// config.json without what says that weights are quantised. The other members are copied as they
+// are written, so that no number or order changes on the way. j, which has a copy of its own, says
+// where each begins; a member reaches from the quote of its key to the next one's, less the comma.
 static inline void merge_config(Save *v, const char *dir) {
     char path[PATH_SIZE];
     size_t size;
@@ -507,7 +570,7 @@ static inline void merge_config(Save *v, const char *dir) {
 }
 
 // What else is in the folder, the tokenizer above all, is copied. Not hidden files, which
-// folder_remove leaves.
+// folder_remove leaves, and no folders. Weights and config.json are written elsewhere.
 static inline void merge_others(Save *v, const char *dir) {
     static const char index[] = "model.safetensors.index.json";
     char path[PATH_SIZE];
@@ -529,7 +592,10 @@ static inline void merge_others(Save *v, const char *dir) {
     if (d) { closedir(d); }
 }
 
-// Merges the adapter in `dir` into the checkpoint at `base`, as folder `out`, in bf16.
+// Merges the adapter in `dir` into the checkpoint at `base`, as folder `out`, in bf16. The index of
+// the base names a file per tensor, {"weight_map": {"x.weight": "model-00001-of-00046.safetensors",
+// ...}}; each file is opened once. Every one of the adapter's factors must find its matrix. A merge
+// after which next to nothing of the adapter is left leaves no folder.
 void merge_checkpoint(const char *base, const char *dir, const char *out) {
     char path[PATH_SIZE];
     Adapters s;

@@ -7,6 +7,13 @@
 //     cc -DPLOT_MAIN -I.deps/usr/include dev/plot.c -o plot -lm
 //     ./plot out          ./plot out out/previous-1          ./plot --csv out > training.csv
 //
+// A log is one JSON object per line, as the trainer writes it, "step" first:
+//
+//     {"step": 12, "epoch": 0, "timestamp": "...", "loss": 3.21, ..., "num_label_tokens": 900}
+//     {"step": 10, "epoch": 0, "timestamp": "...", "val_loss": 3.4}
+//
+// The lines are searched for what is wanted, so this file needs no JSON reader.
+//
 // Axes, ticks with numbers, two curves, a 5 x 7 font of the characters that takes: nothing else.
 // The PNG itself is written by stb_image_write.h (Debian: libstb-dev); without it nothing is drawn.
 #ifndef PLOT_C
@@ -35,7 +42,9 @@ static inline int stbi_write_png(const char *path, int w, int h, int channels, c
 }
 #endif
 
-// Reads "step" and one other number from a line of a log; 0 if it has not both, or no end.
+// Reads "step" and one other number from a line of a log; 0 if it has not both, or no end. A line
+// without its end is being written at the moment, or the run died in it: a number cut short would
+// still be a number. The quotes keep "loss" from being found in "val_loss".
 static inline int log_parse(const char *line, const char *key, int *step, double *value) {
     char quoted[32];
     snprintf(quoted, sizeof quoted, "\"%s\": ", key);
@@ -44,6 +53,8 @@ static inline int log_parse(const char *line, const char *key, int *step, double
         && sscanf(at + strlen(quoted), "%lf", value) == 1;
 }
 
+// Sizes and places in pixels, from the upper left; colours are 0xRRGGBB. The frame of the curves is
+// PLOT_LEFT .. PLOT_RIGHT, PLOT_TOP .. PLOT_BOTTOM; around it stand the numbers and the legend.
 enum { PLOT_W = 720, PLOT_H = 450, PLOT_LEFT = 70, PLOT_RIGHT = PLOT_W - 20, PLOT_TOP = 24,
        PLOT_BOTTOM = PLOT_H - 45,
        PLOT_INK = 0x303030, PLOT_GRID = 0xE4E4E4, PLOT_BLUE = 0x1F77B4, PLOT_ORANGE = 0xE06000,
@@ -57,7 +68,9 @@ typedef struct {
     double x_max, y_min, y_max; // of the curves; steps begin at 0
 } Plot;
 
-// One byte per column, lowest bit on top.
+// 5 columns of 7 dots, one byte per column, lowest bit on top: '1' is a dot beside the top and one
+// beside the foot (0x42), the stem of all seven (0x7F), and the foot's other dot (0x40). Characters
+// are digits, what %.6g may put around them, and the letters of step, loss, train and val.
 static const struct { char c; unsigned char column[5]; } plot_font[] = {
     {'0', {0x3E, 0x51, 0x49, 0x45, 0x3E}}, {'1', {0x00, 0x42, 0x7F, 0x40, 0x00}},
     {'2', {0x62, 0x51, 0x49, 0x49, 0x46}}, {'3', {0x22, 0x41, 0x49, 0x49, 0x36}},
@@ -73,6 +86,7 @@ static const struct { char c; unsigned char column[5]; } plot_font[] = {
     {'t', {0x04, 0x3F, 0x44, 0x40, 0x20}}, {'v', {0x1C, 0x20, 0x40, 0x20, 0x1C}},
 };
 
+// What lies outside the picture is left out, so nobody else has to look where a line ends.
 static inline void plot_dot(Plot *p, int x, int y, int color) {
     if (x < 0 || x >= PLOT_W || y < 0 || y >= PLOT_H) { return; }
     for (int i = 0; i < 3; i++) {
@@ -80,6 +94,8 @@ static inline void plot_dot(Plot *p, int x, int y, int color) {
     }
 }
 
+// A line from (x0,y0) to (x1,y1): one dot per pixel along its longer side, each of them a square of
+// width x width whose upper left corner is on the line. No smoothing.
 static inline void plot_line(Plot *p, int x0, int y0, int x1, int y1, int width, int color) {
     int n = abs(x1 - x0) > abs(y1 - y0) ? abs(x1 - x0) : abs(y1 - y0);
     for (int i = 0; i <= n; i++) {
@@ -90,7 +106,8 @@ static inline void plot_line(Plot *p, int x0, int y0, int x1, int y1, int width,
     }
 }
 
-// Text whose left end (place 0), middle (1) or right end (2) is at x.
+// Text whose left end (place 0), middle (1) or right end (2) is at x, and its top at y. A character
+// takes 6 pixels, 5 of them its own; one that the font has not stays blank.
 static inline void plot_text(Plot *p, const char *text, int x, int y, int place, int color) {
     x -= (int)strlen(text) * 6 * place / 2;
     for (; *text; text++, x += 6) {
@@ -104,6 +121,7 @@ static inline void plot_text(Plot *p, const char *text, int x, int y, int place,
     }
 }
 
+// Pixels of a step, and of a loss: y grows downwards in the picture. Neither range may be 0.
 static inline int plot_x(const Plot *p, double step) {
     return PLOT_LEFT + (int)lround(step / p->x_max * (PLOT_RIGHT - PLOT_LEFT));
 }
@@ -113,12 +131,15 @@ static inline int plot_y(const Plot *p, double loss) {
     return PLOT_BOTTOM - (int)lround(part * (PLOT_BOTTOM - PLOT_TOP));
 }
 
-// The distance of ticks: 1, 2 or 5 times a power of ten, so that there are about six.
+// The distance of ticks: the first of 1, 2, 5 times a power of ten that is at least a sixth of the
+// range. So there are at most six distances in it, and two at least: a range of 3 has ticks at 0.5.
 static inline double plot_tick(double range) {
     double power = pow(10, floor(log10(range / 6))), part = range / 6 / power;
     return power * (part <= 1 ? 1 : part <= 2 ? 2 : part <= 5 ? 5 : 10);
 }
 
+// The grid, its numbers and the names of the axes. The k-th tick is k * tick, not a sum of ticks,
+// whose rounding errors would show in the numbers. Steps are whole, so their ticks are 1 or more.
 static inline void plot_axes(Plot *p) {
     char text[32];
     double tick = plot_tick(p->y_max - p->y_min);
@@ -142,7 +163,8 @@ static inline void plot_axes(Plot *p) {
 }
 
 // Goes through one log. With draw 0 it widens the ranges, with draw 1 it draws the curve, whose
-// points are marked where they are few. Returns their number.
+// points are marked where they are few (validation). Returns their number; a log that is not there
+// has none. A line is joined to the last good one before it, over whatever does not parse.
 static inline int plot_curve(Plot *p, const char *path, const char *key, int color, int draw) {
     int marks = strcmp(key, "val_loss") == 0;
     FILE *file = fopen(path, "r");
@@ -168,6 +190,9 @@ static inline int plot_curve(Plot *p, const char *path, const char *key, int col
 }
 
 // Draws the logs of n runs into png. Returns 1, 0 if that failed, -1 if there is nothing to draw.
+// The logs are read twice instead of kept: once for the ranges, which the axes need, once to draw.
+// The grid comes first, so that curves lie over it. The legend, one "1 train val" of 80 pixels per
+// run, fills up from the right, above the frame; the tool prints which number is which folder.
 static inline int plot_runs(const char *png, const char (*train)[1024], const char (*val)[1024],
                             int n) {
     Plot p = { NULL, 1, INFINITY, -INFINITY };
@@ -176,6 +201,7 @@ static inline int plot_runs(const char *png, const char (*train)[1024], const ch
         points += plot_curve(&p, train[i], "loss", 0, 0) + plot_curve(&p, val[i], "val_loss", 0, 0);
     }
     if (points == 0) { return -1; }
+    // Curves do not touch the frame, and a single point has a range of 0, which the 1e-3 widens.
     double margin = 0.05 * (p.y_max - p.y_min) + 1e-3;
     p.y_min -= margin;
     p.y_max += margin;
@@ -199,7 +225,7 @@ static inline int plot_runs(const char *png, const char (*train)[1024], const ch
     return written != 0;
 }
 
-// One run.
+// One run, for the trainer: png, train and val are paths. Returns what plot_runs does.
 static inline int plot_loss(const char *png, const char *train, const char *val) {
     char paths[2][1][1024];
     snprintf(paths[0][0], sizeof paths[0][0], "%s", train);
@@ -208,7 +234,9 @@ static inline int plot_loss(const char *png, const char *train, const char *val)
 }
 
 #ifdef PLOT_MAIN
-// training.jsonl as a table, one line per step; a null is an empty field.
+// training.jsonl as a table, one line per step; a null, or a key that is not there, is an empty
+// field. A value is copied as it is written: up to the comma or the } behind it, or between its
+// quotes. Returns the exit code: 1 if there are no steps.
 static int write_csv(const char *log) {
     static const char *const keys[] = { "epoch", "timestamp", "loss", "grad_norm", "lr", "mem",
         "tps", "tps_per_gpu", "mfu", "num_tokens_per_step", "num_label_tokens" };
@@ -239,6 +267,8 @@ static int write_csv(const char *log) {
     return lines == 0;
 }
 
+// The folders are out unless others are named. The picture of one run lies in its folder; that of
+// several belongs to none of them and is ./loss.png.
 int main(int argc, char **argv) {
     static char train[PLOT_RUNS][1024], val[PLOT_RUNS][1024];
     char png[1024] = "loss.png";

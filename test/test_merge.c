@@ -219,7 +219,7 @@ static float weight(uint64_t key, int i) {
 
 static void put_checkpoint(const char *dir) {
     static unsigned char data[2][65536];
-    static char head[2][8192], index[8192];
+    static char head[2][16384], index[16384], longer[4001];
     char path[PATH_SIZE], name[96], *h[2] = { head[0], head[1] }, *x = index;
     unsigned char *d[2] = { data[0], data[1] };
     mkdir(dir, 0777);
@@ -252,8 +252,10 @@ static void put_checkpoint(const char *dir) {
     put_tensor(&h[1], &d[1], "layers.0.attn.wkv.weight", "BF16", Q, C, plain, sizeof plain,
                data[1]);
     put_tensor(&h[0], &d[0], "norm.weight", "BF16", 1, C, plain, 2 * C, data[0]);
-    sprintf(x, "\"layers.0.attn.wkv.weight\": \"model-1.safetensors\", "
-            "\"norm.weight\": \"model-0.safetensors\"}}");
+    memset(longer, 'n', sizeof longer - 1);         // a name that is longer than any of ours
+    put_tensor(&h[0], &d[0], longer, "BF16", 1, C, plain, 2 * C, data[0]);
+    sprintf(x, "\"layers.0.attn.wkv.weight\": \"model-1.safetensors\", \"%s\": "
+            "\"model-0.safetensors\", \"norm.weight\": \"model-0.safetensors\"}}", longer);
     for (int k = 0; k < 2; k++) {
         snprintf(name, sizeof name, "model-%d.safetensors", k);
         put_file(path_make(path, dir, "/", name), head[k], data[k], (size_t)(d[k] - data[k]));
@@ -373,14 +375,14 @@ static void test_checkpoint(void) {
     json_free(&j);
     json_load(&j, path_make(path, out, "/", "model.safetensors.index.json"), "");
     int map = json_get(&j, 0, "weight_map", '{');
-    check(j.tok[map].size == L * (1 + E) + 2 && json_find(&j, map, "layers.0.attn.wq_a.scale") < 0,
+    check(j.tok[map].size == L * (1 + E) + 3 && json_find(&j, map, "layers.0.attn.wq_a.scale") < 0,
           "the index names what is there: %d", j.tok[map].size);
     json_free(&j);
     char *text = read_text(out, "tokenizer.json", &n);
     check(strcmp(text, "{\"x\": 1}") == 0, "the tokenizer is copied");
     free(text);
 
-    size_t read = L * (Q * C + E * F * C / 2) + 2 * (Q * C + C);       // without scales
+    size_t read = L * (Q * C + E * F * C / 2) + 2 * (Q * C + 2 * C);   // without scales
     check(progress_done == read && progress_total == read, "progress in bytes: %zu of %zu, not "
           "%zu", progress_done, progress_total, read);
 

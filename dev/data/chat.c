@@ -36,9 +36,12 @@
 #define TOKEN_ID 0x3FFFFFFFu
 
 enum { BIN_TEXT = 0, BIN_CHAT = 1 };        // kinds of documents: long ones are cut, or truncated
+// What the loss counts (--loss-on): every answer; the last one; those after the last question; all
+// tokens but BOS, whoever wrote them.
 enum { LOSS_ASSISTANT, LOSS_LAST, LOSS_COMPLETION, LOSS_ALL };
 enum { ROLE_SYSTEM, ROLE_DEVELOPER, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL, ROLE_REMINDER, ROLES };
 
+// Bytes inside a row's text, which the row's JSON owns: no 0 ends them, and they may hold one.
 typedef struct { char *s; int n; } Bytes;
 
 typedef struct {
@@ -80,8 +83,9 @@ static inline void row_wrong(Row *r, const char *format, ...) {
     va_end(args);
 }
 
-// Parses n bytes of JSON, which j owns from then on, and ends with an object. Returns 1, or 0 and
-// the reason in why.
+// Parses n bytes of JSON with a 0 behind them, which must be an object. Returns 1, and j owns the
+// text; or 0 and the reason in why, and the text is freed. json_parse ends the process where a text
+// is not JSON, so what it would refuse is looked for first.
 static inline int row_parse(Json *j, char *text, size_t n, const char **why) {
     memset(j, 0, sizeof *j);
     *why = json_write_out(text, &n);
@@ -93,6 +97,7 @@ static inline int row_parse(Json *j, char *text, size_t n, const char **why) {
 }
 
 // The value of a key, or -1; of a key that is there twice the last one, as Python reads it.
+// (json_find would end the process at such a key.)
 static inline int member_or_null(const Json *j, int object, const char *key) {
     int found = -1;
     if (object < 0 || j->tok[object].type != JSMN_OBJECT) { return -1; }
@@ -102,12 +107,15 @@ static inline int member_or_null(const Json *j, int object, const char *key) {
     return found;
 }
 
-// Null is nothing.
+// Null is nothing: {"tools": null} has no tools.
 static inline int member(const Json *j, int object, const char *key) {
     int found = member_or_null(j, object, key);
     return found >= 0 && json_kind(j, found) == 'n' ? -1 : found;
 }
 
+// A string's bytes, where they lie; none if value i is no string. json_write_out has left some
+// characters, such as \u0000, in a form of two bytes, which is undone here, in place. Whoever asks
+// again gets the same: the token's end has moved, and there is nothing left to undo.
 static inline Bytes string_at(const Json *j, int i) {
     if (i < 0 || json_kind(j, i) != '"') { return (Bytes){ "", 0 }; }
     Bytes b = { j->text + j->tok[i].start, j->tok[i].end - j->tok[i].start };
@@ -120,7 +128,7 @@ static inline Bytes string_of(const Json *j, int object, const char *key) {
     return string_at(j, member(j, object, key));
 }
 
-// Is a value there and neither false, 0, "", [] nor {}?
+// Is a value there and neither false, 0, "", [] nor {}? The encoder asks so, with Python's `if x:`.
 static inline int is_set(const Json *j, int i) {
     int kind = i < 0 ? 'n' : json_kind(j, i);
     if (kind == '{' || kind == '[') { return j->tok[i].size > 0; }
@@ -130,6 +138,11 @@ static inline int is_set(const Json *j, int i) {
 
 // -------------------------------------------------------------------------------------------------
 // 2 Writing tokens
+//
+// DeepSeek's encoder builds one string, which the tokenizer then cuts at its control tokens. Here
+// the control tokens are written as ids, and the text between two of them is collected, because BPE
+// may join across our pieces: the system's text and the "\n\n## Tools" behind it are one text. The
+// label is given to all tokens of a text at once, so a change of the label ends one too.
 
 // Plain text, which is kept until a control token or a change of the label ends it.
 static inline void put(Row *r, const char *s, size_t n) {
@@ -145,6 +158,7 @@ static inline void put(Row *r, const char *s, size_t n) {
 
 static inline void put_text(Row *r, const char *s) { put(r, s, strlen(s)); }
 
+// Ends the text that was collected: appends its tokens, all with the label of now.
 static inline void encode_pending(Row *r) {
     tokenizer_encode(r->t, &r->out, r->text, r->n, r->label ? TOKEN_LABEL : 0);
     r->n = 0;
@@ -159,6 +173,7 @@ static inline void put_control(Row *r, int control) {
     tokens_add(&r->out, r->t->control[control] | (r->label ? TOKEN_LABEL : 0));
 }
 
+// Whether what is written from here on is learnt. With LOSS_ALL it always is.
 static inline void set_label(Row *r, int label) {
     encode_pending(r);
     r->label = label || r->loss_on == LOSS_ALL;
@@ -173,10 +188,11 @@ static inline int control_at(const char *s, size_t n) {
     return -1;
 }
 
-// What a user wrote.
+// What a user wrote. As a token a <｜User｜> in it would begin a turn that nobody had, so it stays
+// text; once one was found, the row is counted and the search ends.
 static inline void put_user(Row *r, Bytes b) {
     for (int i = 0; i < b.n && !r->spelled; i++) {
-        if (b.s[i] != '<' && b.s[i] != '\xEF') { continue; }    // what they begin with
+        if (b.s[i] != '<' && b.s[i] != '\xEF') { continue; }    // < and the bar of ｜DSML｜
         r->spelled = control_at(b.s + i, (size_t)(b.n - i)) >= 0;
     }
     put(r, b.s, (size_t)b.n);
@@ -188,7 +204,8 @@ static inline void put_value(Row *r, int i, const char *name) {
     put_user(r, string_at(&r->j, i));
 }
 
-// Text of the encoder itself, where control tokens are written as they print.
+// Text of the encoder itself, where control tokens are written as they print: "<｜DSML｜invoke" is
+// the text "<", the token ｜DSML｜ and the text "invoke".
 static inline void put_template(Row *r, const char *s) {
     for (size_t n = strlen(s); n > 0; ) {
         int control = control_at(s, n);
@@ -199,7 +216,8 @@ static inline void put_template(Row *r, const char *s) {
     }
 }
 
-// A float as Python prints it: the fewest digits that read back as the same number.
+// A float as Python prints it: the fewest digits that read back as the same number, of which 17 are
+// always enough. 0.1, 1e3 as 1000.0, 1E16 as 1e+16, 1.5e-5 as 1.5e-05, 1e400 as Infinity.
 static inline void put_float(Row *r, double x) {
     char text[40], digits[40];
     int decimals = -1;
@@ -216,6 +234,8 @@ static inline void put_float(Row *r, double x) {
     put_text(r, digits);
 }
 
+// n bytes as a JSON string. They are unescaped, so they are escaped again, as Python does it: only
+// what must be. A control character may still have its form of two bytes.
 static inline void put_json_string(Row *r, const char *s, int n) {
     static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
     put_text(r, "\"");
@@ -230,7 +250,9 @@ static inline void put_json_string(Row *r, const char *s, int n) {
     put_text(r, "\"");
 }
 
-// Value i as Python's json.dumps(value, ensure_ascii=False) writes it. Returns the token behind it.
+// Value i as Python's json.dumps(value, ensure_ascii=False) writes it: {"a": [1, true], "b": null},
+// whatever blanks the row has. Integers keep their digits (-0 is 0), and what has a point or an
+// exponent is a float. Returns the token behind the value.
 static inline int put_json(Row *r, const Json *j, int i) {
     int kind = json_kind(j, i), object = kind == '{', at = i + 1;
     int length = j->tok[i].end - j->tok[i].start;
@@ -259,7 +281,15 @@ static inline int put_json(Row *r, const Json *j, int i) {
 
 // -------------------------------------------------------------------------------------------------
 // 3 Messages and turns
+//
+// A message is one object of the row; a turn is what the model sees as one. A question, the result
+// of a tool and another question are three messages and this turn:
+//
+//     <User>question\n\n<tool_result>result</tool_result>\n\nanother question
+//
+// Both hold places only; the text stays in the row's JSON until it is written.
 
+// OpenAI's names of the roles, DeepSeek's reminder, and the names that other formats have for them.
 static inline int role_of(const char *name) {
     static const struct { const char *name; int role; } names[] = {
         {"system", ROLE_SYSTEM}, {"developer", ROLE_DEVELOPER}, {"user", ROLE_USER},
@@ -281,7 +311,8 @@ static inline void messages_grow(Row *r) {
     if (!r->message || !r->turn) { die(EXIT_FIT, "no memory for %d messages", r->most); }
 }
 
-// Adds the messages of a list. learnt: whether the loss may count its answers.
+// Adds the messages of a list: {"role", "content"} or, as in ShareGPT's files, {"from", "value"}.
+// learnt: whether the loss may count its answers.
 static inline void messages_add(Row *r, int list, int learnt) {
     const Json *j = &r->j;
     if (list < 0 || json_kind(j, list) != '[') { row_wrong(r, "no list of messages"); return; }
@@ -305,12 +336,14 @@ static inline void messages_add(Row *r, int list, int learnt) {
 
 static inline int is_users(int role) { return role == ROLE_USER || role == ROLE_TOOL; }
 
-// The task that a turn ends with ("title", ...), -1 if none. Of a turn the first message has it.
+// The task that a turn ends with ("title", ...), -1 if none. Of a turn the first message has it:
+// when the encoder joins messages it keeps no other one's.
 static inline int task_of(const Row *r, const Turn *t) {
     return r->message[t->first].at < 0 ? -1 : member(&r->j, r->message[t->first].at, "task");
 }
 
-// Joins messages into turns: those of user and tools until another one speaks, or a task is set.
+// Joins messages into turns: those of user and tools until another one speaks, or a task is set,
+// behind which the encoder joins results of tools, but no further question.
 static inline void turns_make(Row *r) {
     for (int i = 0; i < r->messages; i++) {
         Turn *last = r->turns ? &r->turn[r->turns - 1] : NULL;
@@ -324,6 +357,7 @@ static inline void turns_make(Row *r) {
     }
 }
 
+// The model has no token for tools: a turn that begins with a result is the user's.
 static inline int turn_role(const Row *r, int i) {
     int role = r->message[r->turn[i].first].role;
     return role == ROLE_TOOL ? ROLE_USER : role;
@@ -336,7 +370,8 @@ static inline int last_asked(const Row *r) {
     return i;
 }
 
-// Takes out the developer messages before the last question.
+// Takes out the developer messages before the last question, as the encoder does where it drops
+// reasoning. The reasoning itself is not written: put_answer.
 static inline void turns_drop(Row *r) {
     int last = last_asked(r), kept = 0;
     for (int i = 0; i < r->turns; i++) {
@@ -345,7 +380,8 @@ static inline void turns_drop(Row *r) {
     r->turns = kept;
 }
 
-// Which answers are learnt: --loss-on, where the row has not said it message by message.
+// Which answers are learnt: --loss-on, where the row has not said it message by message. A tool's
+// result is no question: after the last one, all calls and the final answer are the completion.
 static inline void choose_learnt(Row *r) {
     int asked = -1, last = -1;
     for (int i = 0; i < r->messages; i++) {
@@ -397,7 +433,10 @@ static const char tools_after[] =
 static const char format_before[] =
     "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n";
 
-// A message's content: a string, or a list of parts of which only text can be encoded.
+// A message's content: a string, or a list of parts, [{"type": "text", "text": "..."}, ...], which
+// become one text with blank lines between. at: the message; -1: the row's system text. Of a part
+// that is no text the encoder writes "[Unsupported image]". That is done for results of tools
+// (is_tool); elsewhere an answer would be learnt whose question is not there.
 static inline void put_content(Row *r, int at, int is_tool) {
     const Json *j = &r->j;
     int content = at < 0 ? member(j, 0, "system") : member(j, at, "content");
@@ -425,7 +464,9 @@ static inline void put_content(Row *r, int at, int is_tool) {
     }
 }
 
-// The tools and the response format of a system or developer message.
+// The tools and the response format of a system or developer message: JSON values, or -1. Tools are
+// OpenAI's, {"type": "function", "function": {...}}, or the inner objects, which are what is
+// written, one per line.
 static inline void put_tools(Row *r, int tools, int format) {
     const Json *j = &r->j;
     if (is_set(j, tools)) {
@@ -444,7 +485,8 @@ static inline void put_tools(Row *r, int tools, int format) {
     }
 }
 
-// One argument of a call: text as it is, all else as JSON.
+// One argument of a call: text as it is, all else as JSON. Without string="..." the number 3 and
+// the text "3" would look the same.
 static inline void put_argument(Row *r, const Json *j, Bytes key, int value) {
     int text = json_kind(j, value) == '"';
     put_template(r, "<｜DSML｜parameter name=\"");
@@ -455,7 +497,8 @@ static inline void put_argument(Row *r, const Json *j, Bytes key, int value) {
 }
 
 // All arguments of a call: an object, or a string of JSON that is one. What is no JSON at all is
-// the one argument "arguments".
+// the one argument "arguments", which is what the encoder makes of it. The string's JSON is parsed
+// from a copy, which row_parse owns or frees.
 static inline void put_arguments(Row *r, const Json *outer, int value) {
     Json inner = { .n = 0 };
     const Json *j = outer;
@@ -485,6 +528,16 @@ static inline void put_arguments(Row *r, const Json *outer, int value) {
     if (parsed) { json_free(&inner); }
 }
 
+// The calls at the end of an answer, which the model learns to write like this:
+//
+//     <｜DSML｜tool_calls>
+//     <｜DSML｜invoke name="weather">
+//     <｜DSML｜parameter name="city" string="true">Bonn</｜DSML｜parameter>
+//     <｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>
+//     </｜DSML｜invoke>
+//     </｜DSML｜tool_calls>
+//
+// A blank line stands before the block, and EOS follows its last >.
 static inline void put_calls(Row *r, int calls) {
     const Json *j = &r->j;
     if (!is_set(j, calls)) { return; }
@@ -502,7 +555,8 @@ static inline void put_calls(Row *r, int calls) {
     put_template(r, "\n</｜DSML｜tool_calls>");
 }
 
-// Which of the newest calls a tool's message answers: its place there; 0: none of them.
+// Which of the newest calls a tool's message answers: its place there; 0: none of them (so does the
+// encoder, and such a result moves to the front).
 static inline int call_order(const Row *r, int calls, int at) {
     Bytes id = string_of(&r->j, at, "tool_call_id");
     int size = calls < 0 || json_kind(&r->j, calls) != '[' ? 0 : r->j.tok[calls].size;
@@ -514,7 +568,8 @@ static inline int call_order(const Row *r, int calls, int at) {
 }
 
 // What the user and the tools say in one turn. Results stand in the order of the calls, whatever
-// the order in which they came.
+// the order in which they came: with calls (1, 2) the messages result 2, "and?", result 1 become
+// result 1, "and?", result 2. Texts keep their places, and equal results their order.
 static inline void put_user_turn(Row *r, const Turn *t, int calls) {
     struct { int at, order; } *tool = host_alloc((size_t)t->n * sizeof *tool), keep;
     int tools = 0, next = 0;
@@ -536,7 +591,15 @@ static inline void put_user_turn(Row *r, const Turn *t, int calls) {
     free(tool);
 }
 
-// An answer, with the reasoning that the opening <think> asked for.
+// An answer, with the reasoning that the opening <think> asked for. last: the turn of the last
+// question. Where put_transition wrote </think>, thinking is over and none follows:
+//
+//     <Assistant><think> | reasoning </think> answer calls EOS       thinking, and not dropped
+//     <Assistant></think> | answer calls EOS                         chat, or an earlier turn
+//     <title> | answer EOS                                           behind a task
+//
+// What stands behind the bar is written here, and learnt if the answer is. Behind an answer with
+// "wo_eos" there is no EOS: the next one goes on with it, under the same beginning.
 static inline void put_answer(Row *r, int i, int last) {
     const Message *m = &r->message[r->turn[i].first];
     const Json *j = &r->j;
@@ -558,7 +621,9 @@ static inline void put_answer(Row *r, int i, int last) {
     set_label(r, 0);
 }
 
-// What follows a turn where the next one is an answer, or a reminder, or nothing.
+// What follows a turn where the next one is an answer, or a reminder, or nothing: the beginning of
+// an answer. A row that ends with a question so ends where an answer is due, as a prompt must. A
+// task's token takes the place of <Assistant></think>, but that of "action" stands behind both.
 static inline void put_transition(Row *r, int i, int last) {
     static const char *const tasks[] = { "action", "query", "authority", "domain", "title",
                                          "read_url" };
@@ -586,7 +651,9 @@ static inline void put_transition(Row *r, int i, int last) {
 // -------------------------------------------------------------------------------------------------
 // 5 Rows
 
-// The whole conversation, from the messages and options that the row has set.
+// The whole conversation, from the messages and options that the row has set. The row's own tools
+// and format are written with a system message that stands first and has none of its own; calls are
+// those of the newest answer that has some, for the order of the results.
 static inline void put_conversation(Row *r) {
     const Json *j = &r->j;
     int calls = -1;
@@ -616,7 +683,13 @@ static inline void put_conversation(Row *r) {
     }
 }
 
-// The options of a row with messages.
+// The options of a row with messages. Tools, in any message, keep all reasoning, whatever
+// drop_thinking says. reasoning_effort is a text in front of the system's, in thinking mode only;
+// the first release has one text, which the later one has for "high":
+//
+//     release      low      high            max
+//     preview      -        -               effort_high
+//     -0731        -        effort_high     effort_max
 static inline void read_options(Row *r) {
     const Json *j = &r->j;
     int mode = member(j, 0, "thinking_mode"), drop = member(j, 0, "drop_thinking"), any_tools = 0;
@@ -663,7 +736,9 @@ static inline void read_options(Row *r) {
     }
 }
 
-// {"instruction", "input", "output"} and {"ctx", "endings", "label"}: a question and its answer.
+// {"instruction", "input", "output"}: a conversation of one turn, in chat mode:
+//
+//     system <User>instruction\n\ninput<Assistant></think>output
 static inline void put_question(Row *r, int question, int more, int answer) {
     put_content(r, -1, 0);              // the row's system text, if it has one
     put_control(r, CONTROL_USER);
@@ -692,7 +767,9 @@ static inline int right_ending(Row *r, int endings) {
     return i;
 }
 
-// Everything behind BOS. Returns the kind of the document.
+// Everything behind BOS. Returns the kind of the document. A prompt and its completion are two
+// lists of messages, or two texts that are written without any roles, as are ctx and its ending.
+// The blank between those belongs to the ending: in BPE a word's first token begins with the blank.
 static inline int put_row(Row *r) {
     const Json *j = &r->j;
     int messages = member(j, 0, "messages"), text = member(j, 0, "text");
@@ -735,7 +812,9 @@ static inline int put_row(Row *r) {
 }
 
 // Encodes one line. r->t and r->loss_on are set; r->out is its document, and r->wrong says why
-// there is none. Returns the kind of the document.
+// there is none. Returns the kind of the document. The line stays as it is: strings are unescaped
+// in a copy, which is gone at the end. The other memory of r is used again by the next line; it is
+// zero before the first one, and row_free frees it.
 static inline int row_encode(Row *r, const char *line, size_t n) {
     const char *why;
     char *copy = (char *)host_alloc(n + 1);
