@@ -418,12 +418,14 @@ static void both_ranks(void *unused) {
         }
         both_compare(sums[pass], pass == 0 ? far : NULL, e, &m);
     }
+    const double near = far[1] / (sums[0][3] - far[0]);
     if (this_rank == 0) {
         fprintf(stderr, "KL of the base %.1e (without %.0f of %.0f labels %.1e), of adapters %.1e, "
-                "swapped halves %.2g\n", sums[0][0], far[0], sums[0][3],
-                far[1] / (sums[0][3] - far[0]), sums[1][0], sums[2][0]);
+                "swapped halves %.2g\n", sums[0][0], far[0], sums[0][3], near, sums[1][0],
+                sums[2][0]);
     }
     fail_on(!(sums[0][0] < close), "both at once, the base", sums[0][0]);
+    fail_on(!(near < close_kl && far[0] < 0.1 * sums[0][3]), "both at once, most labels", near);
     fail_on(!(sums[1][0] < close), "both at once, adapters", sums[1][0]);
     fail_on(!(sums[2][0] > 100 * close_kl), "both at once, swapped halves", sums[2][0]);
     fail_on(sums[3][0] != sums[1][0], "both at once, put right again", sums[3][0]);

@@ -102,7 +102,7 @@ test_one() {
     check "a GPU resumed: other adapter" cmp {one,onagain}/adapter/adapter_model.safetensors
     run 0 "${options[@]}" -x 5 --gpus 1 --precision fp8 -o onefp8
     check "5 losses in bf16 and fp8: $(value loss one) | $(value loss onefp8)" \
-        close_values 1e-2 "$(value loss one | cut -d ' ' -f -5)" "$(value loss onefp8)"
+        close_values 2.5e-3 "$(value loss one | cut -d ' ' -f -5)" "$(value loss onefp8)"
     check "fp8 does nothing" [ "$(value loss one | cut -d ' ' -f -5)" != "$(value loss onefp8)" ]
     for n in 0 4; do
         run 0 "${small[@]}" --gpus 1 -x 3 --offload $n --recompute full -o "off$n"
@@ -124,13 +124,13 @@ test_gradients() {
     for ranks in $counts; do
         run 0 "${one[@]}" --gpus "$ranks" -o "g$ranks"
         if [ "$ranks" = 1 ]; then continue; fi
-        check "gradients of 1 and $ranks GPUs" close_tensors 1e-2 '[.]m' \
+        check "gradients of 1 and $ranks GPUs" close_tensors 1e-5 '[.]m' \
             {g1,"g$ranks"}/checkpoint-000001/optimizer.safetensors
         check "loss of 1 and $ranks GPUs" close_values 1e-5 "$(value loss g1)" \
             "$(value loss "g$ranks")"
     done
     run 0 "${one[@]}" --gpus 2 --ep 1 -o replicas
-    check "gradients of 2 replicas" close_tensors 1e-2 '[.]m' \
+    check "gradients of 2 replicas" close_tensors 1e-5 '[.]m' \
         {g1,replicas}/checkpoint-000001/optimizer.safetensors
     run 0 "${one[@]}" --cpu --ranks 2 -o cpu
     check "loss of 2 CPU ranks and 2 GPUs" close_values 1e-3 "$(value loss cpu)" "$(value loss g2)"
@@ -147,7 +147,7 @@ test_gradients() {
     done
     if [ "$gpus" -lt 4 ]; then skip "2 groups of 2: needs 4 GPUs"; return; fi
     run 0 "${one[@]}" --gpus 4 --ep 2 -o groups
-    check "gradients of 2 groups of 2" close_tensors 1e-2 '[.]m' \
+    check "gradients of 2 groups of 2" close_tensors 1e-5 '[.]m' \
         {g1,groups}/checkpoint-000001/optimizer.safetensors
 }
 
@@ -166,7 +166,7 @@ test_uneven() {
         run 0 "${one[@]}" -i 'part*.txt' --pack off --gpus "$ranks" --ep "$ep" -o "u$ranks$ep"
         check "uneven: not 197 tokens" same "$(value num_tokens_per_step "u$ranks$ep")" 197
         if [ "$split" = '1 1' ]; then continue; fi
-        check "uneven gradients of $ranks GPUs in groups of $ep" close_tensors 1e-2 '[.]m' \
+        check "uneven gradients of $ranks GPUs in groups of $ep" close_tensors 1e-5 '[.]m' \
             {u11,"u$ranks$ep"}/checkpoint-000001/optimizer.safetensors
         check "uneven norm of $ranks GPUs in groups of $ep" close_values 1e-5 \
             "$(value grad_norm u11)" "$(value grad_norm "u$ranks$ep")"
